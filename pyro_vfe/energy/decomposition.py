@@ -1,0 +1,206 @@
+r"""A free energy taken apart.
+
+    F  =  surprise + gap  =  energy - entropy  =  complexity - accuracy
+
+    surprise    -log p(u|G)                 what the model cannot explain, whatever the guide
+    gap         E KL( Q(v|u) || P(v|u,G) )  what the guide loses, whatever the data
+    energy      E_Q[-log P(v,u|G)]          entropy     H[Q]
+    complexity  KL( Q(v|u) || P(v|G) )      accuracy    E_Q[log P(u|v,G)]
+
+References:
+    Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+    Friston (2010), The free-energy principle: a unified brain theory? (the four readings).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.impossible import check_possible, culprits
+from pyro_vfe.energy.parts import normalized
+from pyro_vfe.energy.render import as_html, as_text
+from pyro_vfe.energy.shares import gap_shares
+from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
+from pyro_vfe.errors import PlateError, PlateKeptError
+from pyro_vfe.program.enumeration import Enumeration
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The four readings of a free energy, in nats and float64: scalars, or one entry per element of a plate."""
+
+    energy: Tensor
+    """E_Q[-log P(v, u)]: the expected cost of the guide's account of the data under the model."""
+
+    entropy: Tensor
+    """H[Q]: how undecided the guide is."""
+
+    surprise: Tensor
+    """-log p(u): the model's share. Where something is sampled, an upper bound on it in expectation."""
+
+    gap: Tensor
+    """KL(Q(v|u) || P(v|u)): the guide's share."""
+
+    complexity: Tensor
+    """KL(Q(v|u) || P(v)): how far the guide moves from the prior."""
+
+    accuracy: Tensor
+    """E_Q[log P(u|v)]: how well the guide's account predicts the data."""
+
+    exact: bool
+    """Whether nothing was sampled and no plate subsampled."""
+
+    stderr: Tensor | None
+    """The standard error of the free energy over particles; None where it is exact or there is one particle."""
+
+    num_data: int
+    """The number of data: elements of the plates that all observed sites share, as the whole data set has them."""
+
+    impossible: tuple[str, ...]
+    """Where the guide puts mass that the model forbids, in words; then free energy and gap are infinite."""
+
+    plate: str | None = None
+    """The plate that entries are elements of; None for scalars."""
+
+    runs: tuple[Enumeration, ...] = field(default=(), repr=False)
+    """What the numbers were computed from."""
+
+    max_bytes: float | None = field(default=None, repr=False)
+    """The most memory that further tables may take."""
+
+    @property
+    def free_energy(self) -> Tensor:
+        """F itself: the negative ELBO."""
+        return self.energy - self.entropy
+
+    @property
+    def per_datum(self) -> "Decomposition":
+        """The same, divided by the number of data."""
+        scaled = {name: getattr(self, name) / self.num_data for name in NAMES}
+        stderr = None if self.stderr is None else self.stderr / self.num_data
+        return Decomposition(
+            **scaled, exact=self.exact, stderr=stderr, num_data=1, impossible=self.impossible, plate=self.plate
+        )
+
+    def by(self, plate: str) -> "Decomposition":
+        """Returns the decomposition of each element of a plate, shape `(size,)`.
+
+        What belongs to no element (a global draw, say) is left out; the elements sum to the rest.
+
+        Args:
+            plate: The name of a plate of the model.
+
+        Raises:
+            PlateKeptError: There is no such plate, or a latent outside of it ties its elements together.
+        """
+        sizes = self.runs[0].plates if self.runs else {}
+        if plate not in sizes:
+            known = ", ".join(f"'{name}'" for name in sizes) or "none"
+            raise PlateKeptError(
+                f"There is no plate '{plate}' to report by.", hint=f"The plates here are: {known}."
+            )
+        keep = frozenset((plate,))
+        try:
+            inside = [measured(run, keep_plates=keep, max_bytes=self.max_bytes)[0] for run in self.runs]
+        except PlateError as error:
+            raise PlateKeptError(
+                f"The elements of plate '{plate}' have no free energy of their own: {error}",
+                hint=f"Ask for the whole, or for one of: {_plates_to_ask_for(self.runs[0], plate)}.",
+            ) from error
+        return Decomposition(
+            **_fields(mean_terms(inside)),
+            exact=self.exact,
+            stderr=_stderr(inside),
+            num_data=1,
+            impossible=self.impossible,
+            plate=plate,
+        )
+
+    def gap_by_site(self) -> dict[str, Tensor]:
+        """Returns each latent site's share of the gap, over its plates (sorted by name); the shares sum to the gap.
+
+        A site's share is the rise of F when that site passes from being summed out inside the model to being handled by
+        the guide, in the order in which the guide samples: the chain rule of the KL divergence.
+
+        Raises:
+            PlateError: The guide samples a latent of a plate before a latent outside of it that ties its elements.
+            CostError: The elimination that this order forces would not fit.
+        """
+        shares = [gap_shares(run, self.max_bytes) for run in self.runs]
+        return {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """Returns the terms as an `xarray.Dataset`, in nats, with the plate as dimension where there is one."""
+        import xarray
+
+        dims = () if self.plate is None else (self.plate,)
+        values = {name: (dims, getattr(self, name).cpu().numpy()) for name in ("free_energy", *NAMES)}
+        dataset = xarray.Dataset(values, attrs={"units": "nats", "exact": int(self.exact), "num_data": self.num_data})
+        if self.stderr is not None:
+            dataset["free_energy_stderr"] = (dims, self.stderr.cpu().numpy())
+        return dataset
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -> Decomposition:
+    """Returns the decomposition of the free energy of enumerated programs, averaged over runs.
+
+    Args:
+        runs: One enumeration per particle.
+        max_bytes: The most memory that intermediate tables may take.
+
+    Raises:
+        ImpossibleDataError: The data have probability zero under the model.
+    """
+    precise = tuple(normalized(run, torch.float64) for run in runs)
+    terms = [measured(run, max_bytes=max_bytes)[1] for run in precise]
+    for term, run in zip(terms, precise, strict=True):
+        check_possible(term, run)
+    first = precise[0]
+    subsampled = any(first.full_plates[name] != size for name, size in first.plates.items())
+    return Decomposition(
+        **_fields(mean_terms(terms)),
+        exact=not first.guide_draws and not subsampled,
+        stderr=_stderr(terms),
+        num_data=first.num_data,
+        impossible=tuple(
+            words for run, term in zip(precise, terms, strict=True) if term.gap.isinf() for words in culprits(run)
+        ),
+        runs=precise,
+        max_bytes=max_bytes,
+    )
+
+
+def _fields(terms: Terms) -> dict[str, Tensor]:
+    return {name: getattr(terms, name) for name in NAMES}
+
+
+def _stderr(terms: Sequence[Terms]) -> Tensor | None:
+    if len(terms) < 2:
+        return None
+    return torch.stack([term.free_energy for term in terms]).std(0) / len(terms) ** 0.5
+
+
+def _plates_to_ask_for(enumeration: Enumeration, plate: str) -> str:
+    """The plates whose elements no latent outside of them ties together."""
+    fit = []
+    for other in enumeration.plates:
+        if other == plate:
+            continue
+        try:
+            measured(enumeration, keep_plates=frozenset((other,)))
+        except PlateError:
+            continue
+        fit.append(f"'{other}'")
+    return ", ".join(fit) or "no plate (every plate is tied together by a latent above it)"

@@ -1,0 +1,143 @@
+"""Free energies that are not finite: which site, at which value, and the way out.
+
+    F = +inf        exactly where Q(v|u) > 0 and P(v, u|G) = 0 for some v
+    surprise = +inf exactly where P(v, u|G) = 0 for every v
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.parts import joint_graph
+from pyro_vfe.energy.terms import Terms
+from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.factors import Factor, FactorGraph, Table
+from pyro_vfe.engine.inference import marginals
+from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
+from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.parameters import nan_parameters
+
+_MOST_NAMED = 5
+
+
+def check_possible(terms: Terms, enumeration: Enumeration) -> None:
+    """Checks that the data have positive probability under the model and that nothing is NaN.
+
+    Raises:
+        ImpossibleDataError: log p(u) is -inf.
+        NotFiniteError: Some table holds a NaN.
+    """
+    names = [f"'{f.name}'" for f in enumeration.factors.values() if bool(f.table.values.isnan().any())]
+    if names:
+        raise NotFiniteError(
+            f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
+            hint="Look for a parameter that is NaN or outside of its range.",
+        )
+    if bool(terms.surprise.isposinf().any()):
+        raise impossible_data(enumeration)
+
+
+def impossible_data(enumeration: Enumeration) -> ImpossibleDataError:
+    """The error for data of probability zero, naming the observations that rule everything out."""
+    ruled_out = []
+    for factor in enumeration.observed:
+        dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
+        best = factor.table.values.amax(dims) if dims else factor.table.values
+        if bool(best.isneginf().any()):
+            ruled_out.append(f"'{factor.name}'{_first_place(best.isneginf(), factor, enumeration)}")
+    if ruled_out:
+        fact = f"Observed site {', '.join(ruled_out[:_MOST_NAMED])} has probability zero under every value of the latents"
+    else:
+        fact = "No joint value of the latents explains all observations: each has probability zero"
+    return ImpossibleDataError(
+        f"The data have probability zero under the model. {fact}.",
+        hint="Check the data and the parameters, or give the model a probability that is small instead of zero.",
+    )
+
+
+def culprits(enumeration: Enumeration) -> tuple[str, ...]:
+    """Where the guide puts mass that the model forbids: site, values and place, in words."""
+    result = []
+    guide = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
+    for key, factor in enumeration.factors.items():
+        scope = tuple(axis for axis in factor.table.axes if axis in enumeration.supports)
+        known = frozenset(f.name for f in enumeration.guide_latents)
+        if key[0] != "model" or not bool(factor.table.values.isneginf().any()) or not known.issuperset(scope):
+            continue
+        found = _forbidden(factor, scope, guide, enumeration)
+        if found:
+            result.append(f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero")
+    return tuple(result[:_MOST_NAMED]) or ("the guide puts mass where the model, with its own latents summed out, has none",)
+
+
+def _forbidden(
+    factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration
+) -> str | None:
+    if scope:
+        weights = marginals(guide, [scope])[scope]
+    else:
+        weights = Table(torch.ones((), dtype=factor.table.values.dtype), ())
+    axes = (*dict.fromkeys(a for a in (*weights.axes, *factor.table.axes) if a not in scope), *scope)
+    both = (weights.aligned(axes) > 0) & factor.table.aligned(axes).isneginf()
+    places = both.nonzero()
+    if not len(places):
+        return None
+    words = []
+    for axis, index in zip(axes, places[0].tolist(), strict=True):
+        if axis in enumeration.supports:
+            words.append(f"{axis} = {_shown(enumeration.supports[axis][index])}")
+        elif axis in enumeration.plates:
+            words.append(f"{axis} element {index}")
+    return ", ".join(words) or "this draw"
+
+
+def not_finite(
+    enumeration: Enumeration,
+    value: float,
+    programs: tuple[Program, Program],
+) -> VFEError:
+    """The error for a training step whose free energy is not finite: nothing is differentiated then."""
+    with torch.no_grad():
+        if not math.isnan(value) and value > 0:
+            evidence = log_normalizer(joint_graph(enumeration)).total
+            if bool(evidence.isneginf()):
+                return impossible_data(enumeration)
+            return NotFiniteError(
+                f"F is +inf: {'; '.join(culprits(enumeration))}.",
+                hint="Give the guide the same zeros as the model. A site that others determine (an OR, say) is best left "
+                "out of the guide: it is then summed out inside the model.",
+            )
+        return _not_a_number(enumeration, value, programs)
+
+
+def _not_a_number(
+    enumeration: Enumeration,
+    value: float,
+    programs: tuple[Program, Program],
+) -> NotFiniteError:
+    bad = [
+        f"'{factor.name}' of the {role}"
+        for (role, _), factor in enumeration.factors.items()
+        if bool((factor.table.values.isnan() | factor.table.values.isposinf()).any())
+    ]
+    names = nan_parameters(*programs)
+    cause = f" Parameters that hold NaN: {', '.join(names)}." if names else ""
+    where = f" It comes from the log-probability of site {', '.join(bad[:_MOST_NAMED])}." if bad else ""
+    return NotFiniteError(
+        f"F is {value}.{where}{cause}",
+        hint="Set the parameters to finite values (a smaller learning rate keeps them there); this step changed nothing.",
+    )
+
+
+def _first_place(where: Tensor, factor: Factor, enumeration: Enumeration) -> str:
+    axes = [axis for axis in factor.table.axes if axis not in enumeration.variables]
+    if not axes:
+        return ""
+    index = where.nonzero()[0].tolist()
+    return " (" + ", ".join(f"{axis} element {i}" for axis, i in zip(axes, index, strict=True)) + ")"
+
+
+def _shown(value: Tensor) -> str:
+    return f"{value.item():g}" if value.dim() == 0 else str(value.tolist())

@@ -1,0 +1,168 @@
+r"""The parts of a free energy, as factors: what is expected, and under what.
+
+    log Q(v, w)       guide-only latents summed out of the guide
+    log P(v, w, u)    model-only latents summed out of the model
+    log P(v, w)       the same without the data
+
+v are the latents that both programs have, w the draws. All three are lists of tables over the same variables.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pyro_vfe.engine.elimination import eliminate
+from pyro_vfe.engine.expectation import Expectation, expected
+from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
+from pyro_vfe.engine.logspace import log_sum_exp
+from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
+from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
+from pyro_vfe.program.enumeration import Enumeration
+
+NO_PLATES: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A term of F: its tables, and the guide under which they are expected."""
+
+    graph: FactorGraph
+    """Variables and plates, with plates written out where the elimination had to."""
+
+    conditionals: tuple[Factor, ...]
+    """The guide's conditionals, in order of sampling; a draw that needs the score function is one of value one."""
+
+    costs: tuple[Factor, ...]
+    """What is expected."""
+
+    def expectation(
+        self, keep_plates: frozenset[str] = NO_PLATES, downstream_of: frozenset[str] = NO_PLATES
+    ) -> Expectation:
+        """The expectation of the costs under the guide."""
+        return expected(
+            self.graph, self.conditionals, self.costs, keep_plates=keep_plates, downstream_of=downstream_of
+        )
+
+
+def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
+    """The guide's conditionals in order of sampling, its score-function draws among them."""
+    result = []
+    for (role, name), factor in enumeration.factors.items():
+        if role != "guide" or name not in enumeration.variables:
+            continue
+        if name in enumeration.draws:
+            # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+            values = factor.table.values
+            factor = replace(factor, table=Table(values - values.detach(), factor.table.axes))
+        result.append(factor)
+    return tuple(result)
+
+
+def log_q(enumeration: Enumeration, max_bytes: float | None = None) -> Parts:
+    """log Q(v, w), with guide-only latents summed out."""
+    own = frozenset(factor.name for factor in enumeration.guide_latents) - enumeration.guided
+    factors = (*enumeration.guide_latents, *enumeration.guide_draws)
+    return _parts(enumeration, factors, own, max_bytes)
+
+
+def log_joint(enumeration: Enumeration, max_bytes: float | None = None) -> Parts:
+    """log P(v, w, u), with model-only latents summed out."""
+    factors = (*enumeration.model_latents, *enumeration.model_draws, *enumeration.observed)
+    return _parts(enumeration, factors, _model_only(enumeration), max_bytes)
+
+
+def log_prior(enumeration: Enumeration, max_bytes: float | None = None) -> Parts:
+    """log P(v, w), with model-only latents summed out."""
+    return _parts(
+        enumeration, (*enumeration.model_latents, *enumeration.model_draws), _model_only(enumeration), max_bytes
+    )
+
+
+def log_likelihood(enumeration: Enumeration) -> Parts | None:
+    """log P(u | v, w); None where model-only latents tie data and latents together."""
+    if _model_only(enumeration):
+        return None
+    return _parts(enumeration, enumeration.observed, NO_PLATES, None)
+
+
+def joint_graph(enumeration: Enumeration) -> FactorGraph:
+    """log P(v, w, u) over all latents of the model: its normaliser is log p(w, u)."""
+    return enumeration.graph(*enumeration.model_latents, *enumeration.model_draws, *enumeration.observed)
+
+
+def guide_graph(enumeration: Enumeration) -> FactorGraph:
+    """log Q(v, w) over all latents of the guide: its normaliser is log q(w)."""
+    return enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
+
+
+def negative(parts: Sequence[Factor]) -> tuple[Factor, ...]:
+    """The factors with their signs turned."""
+    return tuple(replace(factor, table=Table(-factor.table.values, factor.table.axes)) for factor in parts)
+
+
+def normalized(enumeration: Enumeration, dtype: torch.dtype) -> Enumeration:
+    """The enumeration in another precision, with the guide's conditionals normalised to that precision."""
+
+    def converted(role: str, factor: Factor) -> Factor:
+        values = factor.table.to(dtype)
+        if role == "guide" and factor.name in values.axes and factor.table.values.dtype != dtype:
+            total = log_sum_exp(values.values, (values.axes.index(factor.name),))
+            rest = tuple(axis for axis in values.axes if axis != factor.name)
+            values = Table(values.values - Table(total, rest).aligned(values.axes), values.axes)
+        scale = factor.scale.to(dtype) if isinstance(factor.scale, Table) else factor.scale
+        return replace(factor, table=values, scale=scale)
+
+    factors = {key: converted(key[0], factor) for key, factor in enumeration.factors.items()}
+    variables = {
+        name: replace(variable, scale=variable.scale.to(dtype) if isinstance(variable.scale, Table) else variable.scale)
+        for name, variable in enumeration.variables.items()
+    }
+    return enumeration.with_factors(factors, variables)
+
+
+def _model_only(enumeration: Enumeration) -> frozenset[str]:
+    return frozenset(factor.name for factor in enumeration.model_latents) - enumeration.guided
+
+
+def _parts(
+    enumeration: Enumeration, factors: tuple[Factor, ...], summed: frozenset[str], max_bytes: float | None
+) -> Parts:
+    conditionals = conditionals_of(enumeration)
+    graph = enumeration.graph(*conditionals, *factors)
+    if not summed:
+        return Parts(graph, conditionals, factors)
+    while True:
+        part = replace(graph, factors=factors, variables=_mentioned(graph, factors))
+        kept = frozenset(part.variables) - summed
+        elimination = eliminate(part, keep=kept, keep_plates=NO_PLATES, max_bytes=max_bytes)
+        if not elimination.unrollings:
+            return Parts(graph, conditionals, elimination.factors)
+        first = elimination.unrollings[0]
+        graph, conditionals, factors, unrolling = _unrolled(graph, conditionals, factors, first)
+        summed = frozenset(copy for name in summed for copy in _copies(name, unrolling))
+
+
+def _mentioned(graph: FactorGraph, factors: Sequence[Factor]) -> dict[str, Variable]:
+    names = {axis for factor in factors for axis in factor.table.axes}
+    return {name: variable for name, variable in graph.variables.items() if name in names}
+
+
+def _unrolled(
+    graph: FactorGraph,
+    conditionals: tuple[Factor, ...],
+    factors: tuple[Factor, ...],
+    wanted: Unrolling,
+) -> tuple[FactorGraph, tuple[Factor, ...], tuple[Factor, ...], Unrolling]:
+    """Writes a plate out in the guide and in the model alike."""
+    both = replace(graph, factors=(*conditionals, *factors))
+    structure = structure_of(both)
+    unrolling = wanted._replace(variables=tied_inside(structure, wanted.plate, wanted.variables))
+    _, sources = unrolled(structure, unrolling)
+    result = apply_unrolling(both, unrolling)
+    split = sum(source.factor < len(conditionals) for source in sources)
+    return replace(result, factors=()), result.factors[:split], result.factors[split:], unrolling
+
+
+def _copies(name: str, unrolling: Unrolling) -> tuple[str, ...]:
+    return unrolling.copies(name) if name in unrolling.variables else (name,)

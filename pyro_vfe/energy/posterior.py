@@ -1,0 +1,205 @@
+r"""The exact posterior of a model's discrete latents.
+
+    P(v | u, G)  =  P(v, u | G) / p(u | G)
+
+References:
+    Koller and Friedman (2009), Probabilistic Graphical Models, chapters 9 and 13 (marginals, mode, samples).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.impossible import impossible_data
+from pyro_vfe.energy.parts import joint_graph, normalized
+from pyro_vfe.energy.responsibilities import over_dims
+from pyro_vfe.engine.decoding import mode, sample
+from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.factors import FactorGraph, Table
+from pyro_vfe.engine.logspace import weighted
+from pyro_vfe.engine.lookup import read
+from pyro_vfe.engine.inference import expected_tables, marginals
+from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.programs import Check, Programs
+
+
+def posterior(
+    model: Program, *args: Any, check: Check = "first", max_bytes: float | None = None, **kwargs: Any
+) -> "Posterior":
+    """Returns the exact posterior of the model's discrete latents given its observations.
+
+    Args:
+        model: The generative model; every latent must be discrete with a finite support.
+        *args: Arguments of the model.
+        check: Whether to compare the enumerated tables with an ordinary run.
+        max_bytes: The most memory that tables may take; by default half of what is free.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        MissingGuideSiteError: A latent is not discrete.
+        ImpossibleDataError: The data have probability zero.
+        CostError: The elimination would not fit.
+    """
+    programs = Programs(check=check, max_bytes=max_bytes)
+    with torch.no_grad():
+        enumeration = programs.enumerate(model, _no_guide, args, kwargs)
+    return Posterior(enumeration, max_bytes=max_bytes)
+
+
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites: every latent is summed inside the model."""
+
+
+class Posterior:
+    """The exact posterior of discrete latents, in float64: evidence, marginals, samples, mode, entropy."""
+
+    def __init__(self, enumeration: Enumeration, *, max_bytes: float | None = None) -> None:
+        """Args:
+        enumeration: An enumerated run of the model with an empty guide.
+        max_bytes: The most memory that tables may take.
+
+        Raises:
+            ImpossibleDataError: The data have probability zero.
+        """
+        self._enumeration = normalized(enumeration, torch.float64)
+        self._max_bytes = max_bytes
+        self._graph: FactorGraph = joint_graph(self._enumeration)
+        with torch.no_grad():
+            self.log_evidence: Tensor = log_normalizer(self._graph, max_bytes=max_bytes).total
+            """log p(u), a scalar in nats."""
+        if bool(self.log_evidence.isneginf()):
+            raise impossible_data(self._enumeration)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the latents, in program order."""
+        return tuple(factor.name for factor in self._enumeration.model_latents)
+
+    def support(self, name: str) -> Tensor:
+        """Returns the values of a latent, shape `(K, *event_shape)`.
+
+        Args:
+            name: The latent's site.
+        """
+        self._check_known((name,))
+        return self._enumeration.supports[name]
+
+    def marginal(self, *names: str) -> Tensor:
+        """Returns the joint posterior probabilities of some latents, shape `(*plates, K_1, K_2, ...)`.
+
+        The plates are those of all the latents together, by name; the values are in the order of `support`.
+
+        Args:
+            *names: The latents' sites, in the order of the result's last axes.
+
+        Raises:
+            VFEError: A name is unknown or given twice.
+        """
+        self._check_known(names)
+        return marginals(self._graph, [names], max_bytes=self._max_bytes)[names].values
+
+    def marginals(self) -> dict[str, Tensor]:
+        """Returns the posterior probabilities of every latent, each of shape `(*plates, K)`, from one backward pass."""
+        tables = marginals(self._graph, [(name,) for name in self.sites], max_bytes=self._max_bytes)
+        return {name: tables[name,].values for name in self.sites}
+
+    def sample(self, num_samples: int) -> dict[str, Tensor]:
+        """Returns joint draws of all latents, each of shape `(num_samples, *batch_shape, *event_shape)`.
+
+        Args:
+            num_samples: How many draws.
+        """
+        with torch.no_grad():
+            drawn = sample(self._graph, num_samples, max_bytes=self._max_bytes)
+        return {name: self._values(name, drawn[name], leading=1) for name in self.sites}
+
+    def mode(self) -> dict[str, Tensor]:
+        """Returns a most probable joint assignment, each latent of shape `(*batch_shape, *event_shape)`."""
+        with torch.no_grad():
+            best = mode(self._graph, max_bytes=self._max_bytes)
+        return {name: self._values(name, best[name], leading=0) for name in self.sites}
+
+    def entropy(self) -> Tensor:
+        """Returns the entropy of the joint posterior, a scalar in nats."""
+        self._check_unscaled()
+        expected = expected_tables(self._graph, max_bytes=self._max_bytes)
+        energy = self.log_evidence.new_zeros(())
+        for factor, weight in zip(self._graph.factors, expected, strict=True):
+            energy = energy - torch.where(weight > 0, weight * factor.table.values, 0.0).sum()
+        return energy + self.log_evidence
+
+    def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
+        """Returns the log posterior probability of joint assignments, a scalar or `(num_samples,)`, in nats.
+
+        Args:
+            assignment: The value of every latent, as `mode` or `sample` give them.
+
+        Raises:
+            VFEError: A latent is missing, or a value is not in its support.
+        """
+        missing = [name for name in self.sites if name not in assignment]
+        if missing:
+            raise VFEError(f"The assignment lacks latent '{missing[0]}'.", hint="Give a value for every latent.")
+        self._check_unscaled()
+        indices = {name: self._index(name, torch.as_tensor(assignment[name])) for name in self.sites}
+        total = -self.log_evidence
+        for factor in self._graph.factors:
+            table = weighted(factor.table, factor.scale)
+            axes = (_DRAW, *sorted(factor.plates))
+            values = read(table, indices, axes)
+            shape = [values.shape[0], *(self._enumeration.plates[plate] for plate in axes[1:])]
+            total = total + values.expand(shape).reshape(shape[0], -1).sum(-1)
+        many = any(_DRAW in table.axes for table in indices.values())
+        return total if many else total.reshape(())
+
+    def _check_known(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if name not in self.sites:
+                known = ", ".join(f"'{site}'" for site in self.sites)
+                raise VFEError(f"'{name}' is no discrete latent of the model.", hint=f"Its latents are: {known}.")
+
+    def _check_unscaled(self) -> None:
+        if any(variable.scale != 1.0 for variable in self._graph.variables.values()):
+            raise StructureError(
+                "The model's latents carry weights (a subsampled plate or poutine.scale): they have a free energy, but no "
+                "joint distribution with an entropy or log-probability.",
+                hint="Take the posterior of the whole data set, without subsampling or scale.",
+            )
+
+    def _values(self, name: str, index: Table, *, leading: int) -> Tensor:
+        """Values for indices over plates: batch dims lie where the model has them, draws lead."""
+        site = self._enumeration.sites["model", name]
+        over_plates = over_dims(Table(index.values.movedim(0, -1), (*index.axes[1:], index.axes[0])), site.plates) if (
+            leading
+        ) else over_dims(index, site.plates)
+        if leading:
+            over_plates = over_plates.movedim(-1, 0)
+        return self._enumeration.supports[name][over_plates]
+
+    def _index(self, name: str, value: Tensor) -> Table:
+        """The indices of values in a latent's support, over draws and plates."""
+        site = self._enumeration.sites["model", name]
+        support = self._enumeration.supports[name]
+        event_dims = support.dim() - 1
+        same = value.unsqueeze(-1 - event_dims) == support
+        hit = same.all(tuple(range(-event_dims, 0))) if event_dims else same
+        if not bool(hit.any(-1).all()):
+            raise VFEError(
+                f"The assignment gives latent '{name}' a value that is not in its support.",
+                hint=f"See posterior.support('{name}').",
+            )
+        index = hit.to(torch.int64).argmax(-1)
+        by_dim = {plate.dim: plate.name for plate in site.plates}
+        names = [by_dim.get(dim, f"_{dim}") for dim in range(-max((-d for d in by_dim), default=0), 0)]
+        axes = [_DRAW] * (index.dim() - len(names)) + names
+        keep = [axis for axis, size in zip(axes, index.shape, strict=True) if not axis.startswith("_") or axis == _DRAW]
+        squeezed = index.reshape([s for axis, s in zip(axes, index.shape, strict=True) if axis in keep])
+        return Table(squeezed, tuple(keep))
+
+
+_DRAW = "__draw__"
+

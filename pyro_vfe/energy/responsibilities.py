@@ -1,0 +1,89 @@
+r"""What an enumeration says about the latents: their joint distribution given the data, the guide and the draws.
+
+    R(v)  =  Q(v_guide | w)  P(v_model | v_guide, w, u)
+
+References:
+    Chib (1996), Calculating posterior distributions and modal estimates in Markov mixture models (backward sampling).
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.parts import conditionals_of, joint_graph, log_joint, negative
+from pyro_vfe.engine.decoding import sample
+from pyro_vfe.engine.factors import FactorGraph, Table
+from pyro_vfe.engine.inference import marginals
+from pyro_vfe.errors import StructureError
+from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.finite import Finite
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+
+
+def responsibility_graph(enumeration: Enumeration) -> FactorGraph:
+    """The factors of R: the guide's, and the model's given what the guide provides."""
+    joint = joint_graph(enumeration)
+    if not enumeration.guide_latents:
+        return joint
+    provided = log_joint(enumeration)
+    if provided.graph.variables.keys() - enumeration.variables.keys():
+        raise StructureError(
+            "Latents that only the model has tie the elements of a plate of guide latents together.",
+            hint="Use vfe.posterior(model, ...) for the exact posterior, or give the guide those latents too.",
+        )
+    return enumeration.graph(*joint.factors, *conditionals_of(enumeration), *negative(provided.costs))
+
+
+def marginal_distributions(enumeration: Enumeration) -> "OrderedDict[str, torch.distributions.Distribution]":
+    """Returns the marginal of each latent that only the model has, as a distribution of the site's kind."""
+    names = [factor.name for factor in enumeration.model_latents if factor.name not in enumeration.guided]
+    probabilities = marginals(responsibility_graph(enumeration), [(name,) for name in names])
+    return OrderedDict(
+        (name, _like(enumeration.sites["model", name], probabilities[name,], enumeration)) for name in names
+    )
+
+
+def posterior_run(
+    enumeration: Enumeration, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Runs the model with its discrete latents drawn from R and returns what it returns."""
+    indices = sample(responsibility_graph(enumeration), 1)
+    given = {
+        site.name: site.value for site in enumeration.sites.values() if site.role == "guide" and site.kind == "sampled"
+    }
+
+    def drawn(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        index = indices[name]
+        first = Table(index.values[0], index.axes[1:])
+        return enumeration.supports[name][over_dims(first, plates)]
+
+    recorder = Recorder("model", drawn, given=given, subsamples=enumeration.subsamples)
+    recorder.run(model, args, kwargs)
+    return recorder.returned
+
+
+def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
+    """A table over plates as a tensor whose batch dims lie where the plates' dims do; other axes follow on the right."""
+    by_dim = {plate.dim: plate.name for plate in plates}
+    depth = max((-dim for dim in by_dim), default=0)
+    axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
+    rest = [axis for axis in table.axes if axis not in by_dim.values()]
+    return table.aligned((*axes, *rest))
+
+
+def _like(site: Site, probabilities: Table, enumeration: Enumeration) -> torch.distributions.Distribution:
+    """A distribution of the site's kind with the given probabilities of its values."""
+    logits = over_dims(probabilities, site.plates).log()
+    fn = site.fn
+    while isinstance(fn, (dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    if isinstance(fn, dist.Bernoulli):
+        return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
+    if isinstance(fn, (dist.Categorical, dist.OneHotCategorical)):
+        return type(fn)(logits=logits)  # type: ignore[no-any-return]
+    return Finite(enumeration.supports[site.name], logits)

@@ -1,0 +1,188 @@
+r"""The numbers of a decomposition, from one enumeration.
+
+    energy - entropy        =  E[-log P(v, w, u)] - E[-log Q(v, w)]
+    surprise + gap          =  log q(w) - log p(w, u)   +   KL( Q(v | w) || P(v | w, u) )
+    complexity - accuracy   =  E[log Q(v, w) - log P(v, w)] - E[log P(u | v, w)]
+
+The data's log-probabilities are large and common to both sides of the gap. Their maxima over the latents are taken out
+first and added back to energy, surprise and accuracy alone: a gap of 1e-12 stands beside a surprise of 1e5.
+
+References:
+    Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.parts import (
+    NO_PLATES,
+    Parts,
+    guide_graph,
+    joint_graph,
+    log_joint,
+    log_likelihood,
+    log_prior,
+    log_q,
+)
+from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.expectation import Expectation, expected
+from pyro_vfe.engine.factors import Factor, FactorGraph, Table
+from pyro_vfe.engine.inference import marginals
+from pyro_vfe.program.enumeration import Enumeration
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """The terms of one free energy in nats: scalars, or one per element of a plate."""
+
+    energy: Tensor
+    entropy: Tensor
+    surprise: Tensor
+    gap: Tensor
+    complexity: Tensor
+    accuracy: Tensor
+
+    @property
+    def free_energy(self) -> Tensor:
+        """The free energy itself."""
+        return self.energy - self.entropy
+
+
+NAMES = ("energy", "entropy", "surprise", "gap", "complexity", "accuracy")
+
+
+def mean_terms(terms: Sequence[Terms]) -> Terms:
+    """The mean over particles, term by term."""
+    return Terms(**{name: torch.stack([getattr(term, name) for term in terms]).mean(0) for name in NAMES})
+
+
+def measured(
+    enumeration: Enumeration, *, keep_plates: frozenset[str] = NO_PLATES, max_bytes: float | None = None
+) -> tuple[Terms, Terms]:
+    """Returns the terms inside the kept plates, one per element, and the terms outside of them.
+
+    Args:
+        enumeration: The factors, in the precision that sums are to have.
+        keep_plates: Plates whose elements are kept apart; with none all terms are outside.
+        max_bytes: The most that intermediate tables may take.
+
+    Raises:
+        PlateError: A latent outside a kept plate ties its elements together.
+        CostError: An elimination would not fit.
+    """
+    shifted, offsets = _shifted(enumeration)
+    measure = _Measure(shifted, keep_plates)
+    q, joint = measure(log_q(shifted, max_bytes)), measure(log_joint(shifted, max_bytes))
+    prior = measure(log_prior(shifted, max_bytes))
+    likelihood = log_likelihood(shifted)
+    data = None if likelihood is None else measure(likelihood)
+    common = measure(Parts(shifted.graph(), (), offsets))
+    evidence = _normalizer(joint_graph(shifted), keep_plates, max_bytes)
+    drawn = _log_q_of_draws(shifted, keep_plates, max_bytes, measure)
+    return tuple(  # type: ignore[return-value]
+        _assembled(q[i], joint[i], prior[i], None if data is None else data[i], common[i], evidence[i], drawn[i])
+        for i in range(2)
+    )
+
+
+Pair = tuple[Tensor, Tensor]
+"""What is inside the kept plates, and what is outside."""
+
+
+def _assembled(
+    q: Tensor, joint: Tensor, prior: Tensor, data: Tensor | None, common: Tensor, evidence: Tensor, drawn: Tensor
+) -> Terms:
+    free_energy, surprise = q - joint, drawn - evidence
+    complexity = q - prior
+    accuracy = complexity - free_energy if data is None else data
+    gap = torch.where(free_energy.isposinf(), free_energy, free_energy - surprise)
+    return Terms(
+        energy=-(joint + common),
+        entropy=-q,
+        surprise=surprise - common,
+        gap=gap,
+        complexity=complexity,
+        accuracy=accuracy + common,
+    )
+
+
+class _Measure:
+    """The expectation of a part: directly, or given draws that tell of the latents, under Q(v | w)."""
+
+    def __init__(self, enumeration: Enumeration, keep_plates: frozenset[str]) -> None:
+        self.enumeration = enumeration
+        self.keep_plates = keep_plates
+        self.tied = enumeration.draws_tell_of_latents
+
+    def __call__(self, part: Parts) -> Pair:
+        if self.tied:
+            return _pair(_expected_given_draws(part, self.enumeration, self.keep_plates))
+        return _pair(part.expectation(self.keep_plates))
+
+
+def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: frozenset[str]) -> Expectation:
+    """The expectation of the costs under Q(v | w), from marginals of the guide's graph with the draws in it."""
+    graph = replace(part.graph, factors=(*part.conditionals, *enumeration.guide_draws))
+    graph = replace(graph, variables={n: v for n, v in graph.variables.items() if n not in enumeration.draws})
+    graph = replace(graph, factors=tuple(_without_axes(f, enumeration.draws) for f in graph.factors))
+    costs = [_without_axes(factor, enumeration.draws) for factor in part.costs]
+    scopes = {tuple(graph.scope(cost)) for cost in costs} - {()}
+    probabilities = marginals(graph, scopes)
+    averaged = [_averaged(cost, graph, probabilities) for cost in costs]
+    return expected(graph, (), averaged, keep_plates=keep_plates)
+
+
+def _averaged(cost: Factor, graph: FactorGraph, probabilities: dict[tuple[str, ...], Table]) -> Factor:
+    scope = tuple(graph.scope(cost))
+    if not scope:
+        return cost
+    weights = probabilities[scope]
+    plates = tuple(dict.fromkeys(axis for axis in (*cost.table.axes, *weights.axes) if axis not in scope))
+    q, values = weights.aligned((*plates, *scope)), cost.table.aligned((*plates, *scope))
+    total = torch.where(q > 0, q * values, 0.0).sum(tuple(range(-len(scope), 0)))
+    return replace(cost, table=Table(total, plates))
+
+
+def _without_axes(factor: Factor, names: frozenset[str]) -> Factor:
+    """The factor without axes of size one that stand for draws."""
+    table = factor.table
+    if names.isdisjoint(table.axes):
+        return factor
+    dims = tuple(dim for dim, axis in enumerate(table.axes) if axis in names)
+    return replace(factor, table=Table(table.values.squeeze(dims), tuple(a for a in table.axes if a not in names)))
+
+
+def _log_q_of_draws(
+    enumeration: Enumeration, keep_plates: frozenset[str], max_bytes: float | None, measure: _Measure
+) -> Pair:
+    """log q(w)."""
+    if measure.tied:
+        return _normalizer(guide_graph(enumeration), keep_plates, max_bytes)
+    return _pair(Parts(enumeration.graph(), (), enumeration.guide_draws).expectation(keep_plates))
+
+
+def _normalizer(graph: FactorGraph, keep_plates: frozenset[str], max_bytes: float | None) -> Pair:
+    result = log_normalizer(graph, keep_plates=keep_plates, max_bytes=max_bytes)
+    return result.inside.values, result.outside
+
+
+def _pair(expectation: Expectation) -> Pair:
+    return expectation.inside.values, expectation.outside
+
+
+def _shifted(enumeration: Enumeration) -> tuple[Enumeration, tuple[Factor, ...]]:
+    """The enumeration with each datum's largest log-probability taken out, and what was taken."""
+    factors, offsets = dict(enumeration.factors), []
+    for key, factor in enumeration.factors.items():
+        dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
+        if key[0] != "model" or enumeration.sites[key].kind != "observed":
+            continue
+        peak = factor.table.values.amax(dims, keepdim=True) if dims else factor.table.values
+        peak = torch.where(peak.isfinite(), peak, 0.0)
+        axes = tuple(axis for axis in factor.table.axes if axis not in enumeration.variables)
+        factors[key] = replace(factor, table=Table(factor.table.values - peak, factor.table.axes))
+        offsets.append(replace(factor, table=Table(peak.squeeze(dims) if dims else peak, axes)))
+    return enumeration.with_factors(factors, enumeration.variables), tuple(offsets)

@@ -1,0 +1,39 @@
+"""Factors to numbers: exact sums over plated factor graphs, in pure torch.
+
+log Z  =  log sum_x exp( sum_f f(x) )          marginals, expectations  =  its gradients          mode, samples  =  its steps, undone
+"""
+
+from pyro_vfe.engine.decoding import SAMPLE, mode, sample
+from pyro_vfe.engine.elimination import Elimination, LogNormalizer, eliminate, log_normalizer, plan_of
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
+from pyro_vfe.engine.inference import expected_tables, marginals
+from pyro_vfe.engine.ordering import Plan, plan
+from pyro_vfe.engine.structure import FactorShape, Structure, Unrolling, VariableShape
+from pyro_vfe.engine.unrolling import apply_unrolling, structure_of, unroll
+
+__all__ = [
+    "SAMPLE",
+    "Elimination",
+    "Factor",
+    "FactorGraph",
+    "FactorShape",
+    "LogNormalizer",
+    "Plan",
+    "Scale",
+    "Structure",
+    "Table",
+    "Unrolling",
+    "Variable",
+    "VariableShape",
+    "apply_unrolling",
+    "eliminate",
+    "expected_tables",
+    "log_normalizer",
+    "marginals",
+    "mode",
+    "plan",
+    "plan_of",
+    "sample",
+    "structure_of",
+    "unroll",
+]

@@ -1,0 +1,200 @@
+r"""Plated factor graphs: log tables with named axes.
+
+    log Z  =  log sum_{x} exp( sum_f sum_{n in plates(f)} f(x_scope(f), n) )
+
+A variable inside plates stands for one copy per element, and so does a factor. A table carries only the axes along which it varies; a
+plate of the factor that the table lacks means the same table for each element.
+
+References:
+    Kschischang, Frey and Loeliger (2001), Factor graphs and the sum-product algorithm.
+    Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.errors import VFEError
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A tensor with one name per dimension."""
+
+    values: Tensor
+    """The numbers, shape `(*axes)`."""
+
+    axes: tuple[str, ...]
+    """The name of each dimension, all different."""
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != len(self.axes) or len(set(self.axes)) != len(self.axes):
+            raise VFEError(
+                f"A table of shape {tuple(self.values.shape)} was given the axes {self.axes}.",
+                hint="Name each dimension once.",
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis."""
+        return dict(zip(self.axes, self.values.shape, strict=True))
+
+    def aligned(self, axes: Sequence[str]) -> Tensor:
+        """Returns the values with their dimensions in the order `axes`; an axis the table lacks has size 1.
+
+        Args:
+            axes: Names that include all of the table's own.
+
+        Raises:
+            VFEError: The table has an axis that is not among `axes`.
+        """
+        wanted = tuple(axes)
+        if wanted == self.axes:
+            return self.values
+        dims, index = _alignment(self.axes, wanted)
+        values = self.values.permute(dims)
+        return values if index is None else values[index]
+
+    def to(self, dtype: torch.dtype) -> "Table":
+        """Returns the table with values of another dtype."""
+        return Table(self.values.to(dtype), self.axes)
+
+
+@lru_cache(maxsize=2**16)
+def _alignment(
+    own: tuple[str, ...], wanted: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[slice | None, ...] | None]:
+    """Returns the permutation, and the index that inserts the axes that are lacking; None where none are."""
+    present = [axis for axis in wanted if axis in own]
+    if len(present) != len(own):
+        missing = [axis for axis in own if axis not in wanted]
+        raise VFEError(f"A table over {own} cannot be aligned to {wanted}.", hint=f"Sum over {missing} first.")
+    index = tuple(slice(None) if axis in own else None for axis in wanted)
+    return tuple(map(own.index, present)), index if len(present) < len(wanted) else None
+
+
+Scale = Table | float
+"""The weight of a term: one number, or one per plate element."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variable:
+    """A discrete variable, one copy per element of its plates."""
+
+    name: str
+    """The site it came from."""
+
+    size: int
+    """The number of its values."""
+
+    plates: frozenset[str]
+    """The plates it is repeated over."""
+
+    scale: Scale = 1.0
+    """The weight of its sum: the log of the sum counts this many times."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A log table, repeated over plates."""
+
+    name: str
+    """The site it came from."""
+
+    table: Table
+    """Log values in nats; its axes are the variables and plates along which it varies."""
+
+    plates: frozenset[str]
+    """Every plate it is repeated over: a superset of its table's plates and of its variables' plates."""
+
+    scale: Scale = 1.0
+    """The weight of each element: it enters the exponent as `scale * table`."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactorGraph:
+    """Factors over plated variables; its value is the log of a sum over all variables."""
+
+    factors: tuple[Factor, ...]
+    """The terms of the exponent."""
+
+    variables: Mapping[str, Variable]
+    """Every variable by name; one that no table mentions counts as uniform."""
+
+    plates: Mapping[str, int]
+    """The size of each plate."""
+
+    def scope(self, factor: Factor) -> tuple[str, ...]:
+        """Returns the variables among the factor's axes, in the table's order."""
+        return tuple(axis for axis in factor.table.axes if axis in self.variables)
+
+    def size(self, axis: str) -> int:
+        """Returns the size of a variable or plate."""
+        return self.variables[axis].size if axis in self.variables else self.plates[axis]
+
+    def with_factors(self, *factors: Factor) -> "FactorGraph":
+        """Returns the graph with more factors."""
+        return replace(self, factors=(*self.factors, *factors))
+
+    def with_tables(self, tables: Sequence[Table]) -> "FactorGraph":
+        """Returns the graph with its factors' tables replaced, in the order of `factors`."""
+        factors = (replace(factor, table=table) for factor, table in zip(self.factors, tables, strict=True))
+        return replace(self, factors=tuple(factors))
+
+    def to(self, dtype: torch.dtype) -> "FactorGraph":
+        """Returns the graph with tables and scales of another dtype."""
+        factors = (replace(f, table=f.table.to(dtype), scale=_scale_to(f.scale, dtype)) for f in self.factors)
+        variables = {name: replace(v, scale=_scale_to(v.scale, dtype)) for name, v in self.variables.items()}
+        return replace(self, factors=tuple(factors), variables=variables)
+
+    def check(self) -> None:
+        """Checks that names, sizes and plates agree.
+
+        Raises:
+            VFEError: An axis is unknown or has the wrong size, or a factor lies outside a plate it needs.
+        """
+        for variable in self.variables.values():
+            _check_plates(f"Variable '{variable.name}'", variable.plates, variable.scale, self.plates)
+        for factor in self.factors:
+            _check_plates(f"Factor '{factor.name}'", factor.plates, factor.scale, self.plates)
+            _check_table(factor, self)
+
+
+def _scale_to(scale: Scale, dtype: torch.dtype) -> Scale:
+    return scale.to(dtype) if isinstance(scale, Table) else scale
+
+
+def _check_plates(who: str, plates: frozenset[str], scale: Scale, known: Mapping[str, int]) -> None:
+    unknown = [plate for plate in plates if plate not in known]
+    if unknown:
+        raise VFEError(f"{who} is in the plates {sorted(unknown)}, whose sizes the graph lacks.", hint="Add them.")
+    if isinstance(scale, Table) and not plates.issuperset(scale.axes):
+        raise VFEError(
+            f"{who} has a scale over {scale.axes} and is in the plates {sorted(plates)}.",
+            hint="A scale varies over plates of its own site only.",
+        )
+
+
+def _check_table(factor: Factor, graph: FactorGraph) -> None:
+    needed: set[str] = set()
+    for axis, size in zip(factor.table.axes, factor.table.values.shape, strict=True):
+        variable = graph.variables.get(axis)
+        if variable is None and axis not in graph.plates:
+            raise VFEError(
+                f"Factor '{factor.name}' has an axis '{axis}', which is no variable and no plate.", hint="Add it."
+            )
+        needed.update(variable.plates if variable else (axis,))
+        if size != graph.size(axis):
+            raise VFEError(
+                f"Factor '{factor.name}' has size {size} along '{axis}', which has {graph.size(axis)} elements.",
+                hint="Drop an axis along which nothing varies.",
+            )
+    if not factor.plates.issuperset(needed):
+        outside = sorted(needed - factor.plates)
+        raise VFEError(
+            f"Factor '{factor.name}' lies outside the plates {outside} of what it reads.",
+            hint="Put its site inside those plates.",
+        )

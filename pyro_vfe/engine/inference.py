@@ -1,0 +1,143 @@
+r"""Marginals as gradients of the log normaliser: one backward pass gives all.
+
+    d log Z / d f(x_s)  =  P(x_s)            for a factor f over the scope s
+
+A scope that no factor has gets a table of zeros, which changes nothing and has the scope's marginal for its gradient.
+
+References:
+    Darwiche (2003), A differential approach to inference in Bayesian networks.
+    Wainwright and Jordan (2008), Graphical models, exponential families, and variational inference, section 3.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.elimination import log_normalizer, reference_tensor
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
+from pyro_vfe.errors import ImpossibleDataError, VFEError
+
+_FAINT = 1e-30
+"""Stands for a scale of zero: below rounding in any sum, and still a conditional distribution to differentiate."""
+
+
+def marginals(
+    graph: FactorGraph, scopes: Iterable[tuple[str, ...]], *, max_bytes: float | None = None
+) -> dict[tuple[str, ...], Table]:
+    """Returns the joint probabilities of each scope, shape `(*sorted(plates), *scope)`; detached.
+
+    Args:
+        graph: The factors.
+        scopes: Tuples of variable names; the plates of a scope are those of all its variables together.
+        max_bytes: The most memory that intermediate tables may take; half of the free memory by default.
+
+    Raises:
+        ImpossibleDataError: The log normaliser is -inf.
+        VFEError: A scope names an unknown variable, or one twice.
+
+    References:
+        Darwiche (2003), A differential approach to inference in Bayesian networks.
+    """
+    wanted = list(dict.fromkeys(scopes))
+    graph = _never_zero(_detached(graph))
+    probes = [_probe(scope, graph) for scope in wanted]
+    gradients = _gradients(graph.with_factors(*probes), [probe.table.values for probe in probes], max_bytes)
+    return {
+        scope: _normalised(Table(gradient, probe.table.axes), len(scope))
+        for scope, probe, gradient in zip(wanted, probes, gradients, strict=True)
+    }
+
+
+def expected_tables(graph: FactorGraph, *, max_bytes: float | None = None) -> list[Tensor]:
+    """Returns the gradient of the log normaliser in each factor's table, shaped like the table; detached.
+
+    This is the probability of each entry, times the scale, summed over the plates whose axes the table lacks; so that
+    `sum_f (expected * table).sum()` is the expectation of the exponent. Where a table is -inf the probability is zero.
+
+    Raises:
+        ImpossibleDataError: The log normaliser is -inf.
+    """
+    detached = _detached(graph)
+    for factor in detached.factors:
+        factor.table.values.requires_grad_()
+    return _gradients(detached, [factor.table.values for factor in detached.factors], max_bytes)
+
+
+def check_possible(log_evidence: Tensor, graph: FactorGraph) -> None:
+    """Checks that a log normaliser is finite.
+
+    Raises:
+        ImpossibleDataError: It is -inf; the message names the factors that rule every value out, if some do alone.
+        VFEError: It is not a number.
+    """
+    value = float(log_evidence)
+    if value != value:
+        raise VFEError(
+            "The log normaliser is not a number.", hint="Look for nan or +inf in the sites' log-probabilities."
+        )
+    if value == -torch.inf:
+        culprits = [f"'{factor.name}'" for factor in graph.factors if _rules_all_out(factor, graph)]
+        sites = f"Site {' and '.join(culprits[:4])} has" if culprits else "The sites jointly have"
+        raise ImpossibleDataError(
+            f"{sites} probability zero whatever the latents, so there is no posterior.",
+            hint="Check the data against the supports of the model's distributions.",
+        )
+
+
+def _rules_all_out(factor: Factor, graph: FactorGraph) -> bool:
+    axes = [n for n, axis in enumerate(factor.table.axes) if axis in graph.variables]
+    best = factor.table.values.amax(axes) if axes else factor.table.values
+    return bool((best == -torch.inf).any())
+
+
+def _detached(graph: FactorGraph) -> FactorGraph:
+    return graph.with_tables([Table(factor.table.values.detach(), factor.table.axes) for factor in graph.factors])
+
+
+def _never_zero(graph: FactorGraph) -> FactorGraph:
+    """Returns the graph with scales of zero made faint, so that an element without weight still has marginals."""
+    made: dict[int, Scale] = {}
+
+    def faint(scale: Scale) -> Scale:
+        if not isinstance(scale, Table):
+            return scale or _FAINT
+        if id(scale) not in made:
+            made[id(scale)] = Table(scale.values.where(scale.values != 0, _FAINT), scale.axes)
+        return made[id(scale)]
+
+    factors = tuple(replace(factor, scale=faint(factor.scale)) for factor in graph.factors)
+    variables = {name: replace(variable, scale=faint(variable.scale)) for name, variable in graph.variables.items()}
+    return replace(graph, factors=factors, variables=variables)
+
+
+def _probe(scope: tuple[str, ...], graph: FactorGraph) -> Factor:
+    """Returns a table of zeros over a scope and its plates, with the scale of its most deeply plated variable."""
+    unknown = [name for name in scope if name not in graph.variables]
+    if unknown or len(set(scope)) < len(scope):
+        raise VFEError(
+            f"The scope {scope} names {f'unknown variables {unknown}' if unknown else 'a variable twice'}.",
+            hint=f"The variables are {sorted(graph.variables)[:20]}.",
+        )
+    variables = [graph.variables[name] for name in scope]
+    plates = frozenset[str]().union(*(variable.plates for variable in variables))
+    axes = (*sorted(plates), *scope)
+    zeros = reference_tensor(graph).new_zeros([graph.size(axis) for axis in axes]).requires_grad_()
+    scale = max(variables, key=lambda variable: len(variable.plates)).scale if variables else 1.0
+    return Factor(f"marginal of {scope}", Table(zeros, axes), plates, scale)
+
+
+def _gradients(graph: FactorGraph, tables: Sequence[Tensor], max_bytes: float | None) -> list[Tensor]:
+    with torch.enable_grad():
+        log_evidence = log_normalizer(graph, max_bytes=max_bytes).outside
+        check_possible(log_evidence.detach(), graph)
+        return list(torch.autograd.grad(log_evidence, tables)) if tables else []
+
+
+def _normalised(weights: Table, n_variables: int) -> Table:
+    """Returns the table divided by its sum over the last axes: removes the scale, and rounding."""
+    if not n_variables:
+        return Table(torch.ones_like(weights.values), weights.axes)
+    total = weights.values.sum(tuple(range(-n_variables, 0)), keepdim=True)
+    return Table(weights.values / total, weights.axes)

@@ -1,0 +1,60 @@
+"""What goes wrong, said so that the reader can mend it: the site, the fact, the fix."""
+
+
+class VFEError(ValueError):
+    """A program or graph that cannot be served: the fact, then the way out."""
+
+    def __init__(self, problem: str, *, hint: str) -> None:
+        super().__init__(f"{problem} {hint}")
+
+
+class CostError(VFEError):
+    """An exact computation that would not fit; raised before anything large is allocated."""
+
+
+class ImpossibleDataError(VFEError):
+    """The data have probability zero, so there is no posterior to report."""
+
+
+class PlateError(VFEError):
+    """A site is read from outside one of its plates, or a plate cannot be kept."""
+
+
+class UnenumerableError(VFEError):
+    """A latent whose values cannot be listed."""
+
+
+class MissingGuideSiteError(VFEError):
+    """A latent of the model that has to be drawn, and that the guide does not draw."""
+
+
+class NameClashError(VFEError):
+    """One name for two things."""
+
+
+class EscapeError(VFEError):
+    """A latent leaves torch where the program cannot be run once per value."""
+
+
+class StructureError(VFEError):
+    """The programs' structure is not what it was, or not what enumeration needs."""
+
+
+class SupportError(VFEError):
+    """Guide and model disagree about the values of a site."""
+
+
+class ScaleError(VFEError):
+    """Weights or masks under which the free energy does not split."""
+
+
+class SpotCheckError(VFEError):
+    """The enumerated tables differ from an ordinary run."""
+
+
+class NotFiniteError(VFEError):
+    """A free energy that is infinite or not a number."""
+
+
+class PlateKeptError(PlateError):
+    """A plate for which results per element do not exist."""

@@ -1,0 +1,105 @@
+"""Programs that branch on a latent: one run per value, put together as one more axis of the tables.
+
+    table[z = k, ...]  =  the table of the run in which z was k
+
+A run is a path of choices; the paths form a tree, because a branch may sample sites that another lacks. A site that a
+branch lacks has log-probability 0 there (an observation) or is pinned to its first value (a latent).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.factors import Table
+from pyro_vfe.errors import CostError
+
+_MAX_RUNS = 4096
+
+
+@dataclass
+class Choice:
+    """The value that one sequentially enumerated site takes in a run."""
+
+    name: str
+    index: int
+    size: int
+
+
+@dataclass
+class Paths:
+    """Walks through all paths of choices, depth first; a site joins a path when the run reaches it."""
+
+    path: list[Choice] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields once per run; between runs the last choice moves on."""
+        self.path = []
+        for run in range(_MAX_RUNS + 1):
+            if run == _MAX_RUNS:
+                names = ", ".join(f"'{choice.name}'" for choice in self.path[:5])
+                raise CostError(
+                    f"The program branches on so many latents ({names}, ...) that it would have to run more than "
+                    f"{_MAX_RUNS} times.",
+                    hint="Write the branch as an indexed table or torch.where: then its values share one run.",
+                )
+            yield run
+            while self.path and self.path[-1].index + 1 == self.path[-1].size:
+                self.path.pop()
+            if not self.path:
+                return
+            self.path[-1].index += 1
+
+    def choose(self, name: str, size: int) -> int:
+        """The index that site `name` takes in this run."""
+        for choice in self.path:
+            if choice.name == name:
+                return choice.index
+        self.path.append(Choice(name, 0, size))
+        return 0
+
+    def assignment(self) -> tuple[tuple[str, int], ...]:
+        """The choices of this run, in order."""
+        return tuple((choice.name, choice.index) for choice in self.path)
+
+
+Assignment = tuple[tuple[str, int], ...]
+
+
+def joined(
+    tables: Mapping[Assignment, Table | None], since: int, sizes: Mapping[str, int], absent: Table
+) -> Table:
+    """One table over the choices of all runs.
+
+    Args:
+        tables: By the path of the run; None where the run lacks the site.
+        since: How many leading choices had been made before the site was sampled in every run; only those and the
+            choices before them can have touched it.
+        sizes: The number of values of each sequentially enumerated site.
+        absent: What stands where a run lacks the site.
+    """
+    paths = list(tables)
+    depth = 0
+
+    def join(group: Sequence[Assignment], depth: int) -> Table:
+        first = group[0]
+        if depth >= len(first):
+            return tables[first] or absent
+        name = first[depth][0]
+        parts = [join([path for path in group if path[depth][1] == k], depth + 1) for k in range(sizes[name])]
+        return parts[0] if depth >= since else stacked(parts, name)
+
+    return join(paths, depth)
+
+
+def stacked(parts: Sequence[Table], name: str) -> Table:
+    """The tables of one axis `name`, brought to common axes."""
+    axes: tuple[str, ...] = ()
+    sizes: dict[str, int] = {}
+    for part in parts:
+        axes += tuple(axis for axis in part.axes if axis not in axes)
+        sizes.update(zip(part.axes, part.values.shape, strict=True))
+    shape = [sizes[axis] for axis in axes]
+    aligned: list[Tensor] = [part.aligned(axes).expand(shape) for part in parts]
+    return Table(torch.stack(aligned, -1), (*axes, name))

@@ -1,0 +1,235 @@
+"""One ordinary run of guide and model, and what it tells: who reads whom, and hence which dim each latent takes.
+
+Latents that meet in one tensor need different dims. Few latents get a dim each: an axis then names its latent by
+itself. Many latents share dims by greedy colouring of the graph of meetings, in program order (a chain of any length
+needs two colours), and every later run is tracked to tell which latent of a colour was read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vfe.errors import CostError, EscapeError, PlateError
+from pyro_vfe.program.branches import Paths
+from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.provenance import Escaped, Provenance, Sites
+from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, is_pathwise
+from pyro_vfe.program.supports import finite_support, support_size
+
+Program = Callable[..., Any]
+
+_OWN_DIMS = 12
+"""Up to so many latents get a dim each."""
+
+_MAX_DIMS = 60
+"""torch's tensors have at most 64 dims; a few are left to events."""
+
+
+@dataclass(frozen=True)
+class SiteStructure:
+    """What one site is, from an ordinary run."""
+
+    name: str
+    role: Role
+    kind: Kind
+    family: str
+    size: int
+    """The number of values of an enumerable latent; 1 otherwise."""
+    scope: Sites
+    """The latents that its log-probability reads, itself included."""
+    plates: tuple[Plate, ...]
+    pathwise: bool
+    """Whether draws carry gradients to the site's parameters."""
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether the site is a draw of the guide whose gradient needs the score function."""
+        return self.kind == "sampled" and self.role == "guide" and not self.pathwise
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each latent goes in the enumerated run of a pair of programs."""
+
+    nesting: int
+    """The number of batch dims that plates take, at the right."""
+    dims: Mapping[str, int]
+    """The batch dim of each latent that is enumerated in parallel, negative."""
+    sequential: frozenset[str]
+    """Latents on which the program branches: one run per value."""
+    tracked: bool
+    """Whether dims are shared, or draws need their readers known, so that runs must be tracked."""
+    sites: Mapping[tuple[Role, str], SiteStructure]
+    """All sites that some ordinary run met."""
+
+
+@dataclass
+class _Findings:
+    """What the ordinary runs have shown so far."""
+
+    sites: dict[tuple[Role, str], SiteStructure] = field(default_factory=dict)
+    meetings: dict[Sites, str] = field(default_factory=dict)
+    plates: dict[str, tuple[Plate, ...]] = field(default_factory=dict)
+
+
+def lay_out(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    extra_nesting: int = 0,
+    min_nesting: int = 0,
+) -> Layout:
+    """Returns the layout of a pair of programs, from ordinary runs.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        extra_nesting: Batch dims to leave free left of the programs' own plates.
+        min_nesting: Batch dims to take for plates at least.
+
+    Raises:
+        EscapeError: The program takes a latent of a plate out of torch.
+        CostError: Too many latents meet in one tensor.
+        PlateError: A latent is read from outside one of its plates.
+    """
+    sequential: frozenset[str] = frozenset()
+    while True:
+        findings = _Findings()
+        try:
+            for _ in (paths := Paths()):
+                _ordinary_run(model, guide, args, kwargs, sequential, paths, findings)
+        except Escaped as escape:
+            sequential |= _can_be_sequential(escape, findings)
+            continue
+        return _arranged(findings, sequential, min_nesting, extra_nesting)
+
+
+def _ordinary_run(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sequential: frozenset[str],
+    paths: Paths,
+    findings: _Findings,
+) -> None:
+    """Runs the guide and the model against it once, with sampled values."""
+    provenance = Provenance(on_union=lambda sites, operation: findings.meetings.setdefault(sites, operation))
+
+    def draw(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        findings.plates[name] = plates
+        if name in sequential:
+            return finite_support(fn, name)[paths.choose(name, support_size(fn))]
+        value: Tensor = fn.sample()
+        return value
+
+    first = Recorder("guide", draw, sequential=sequential, provenance=provenance)
+    first.run(guide, args, kwargs)
+    second = Recorder(
+        "model",
+        draw,
+        given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
+        enumerated=frozenset(first.enumerated),
+        subsamples=first.subsamples,
+        sequential=sequential,
+        provenance=provenance,
+    )
+    second.run(model, args, kwargs)
+    with provenance:
+        for site in (*first.sites.values(), *second.sites.values()):
+            structure = _structure(site, provenance)
+            findings.sites.setdefault((site.role, site.name), structure)
+
+
+def _structure(site: Site, provenance: Provenance) -> SiteStructure:
+    scope = provenance.of(log_prob(site.fn, site.value))
+    scope |= provenance.of(site.mask) | provenance.of(site.scale)
+    enumerated = site.kind == "enumerated"
+    size = support_size(site.fn) if enumerated else 1
+    family = type(site.fn).__name__
+    return SiteStructure(site.name, site.role, site.kind, family, size, scope, site.plates, is_pathwise(site.fn))
+
+
+def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
+    for name in sorted(escape.sites):
+        plates = findings.plates.get(name, ())
+        if plates:
+            raise EscapeError(
+                f"Latent site '{name}' in plate '{plates[0].name}' leaves torch by `{escape.operation}` at "
+                f"{escape.line}: its elements would take different branches.",
+                hint="Use torch operations on it (torch.where, indexing a table), or a sequential plate "
+                f"(for i in pyro.plate('{plates[0].name}', ...)).",
+            )
+    return escape.sites
+
+
+def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
+    sites = findings.sites
+    _check_plates(sites)
+    nesting = max((-plate.dim for site in sites.values() for plate in site.plates), default=0)
+    nesting = max(nesting, min_nesting) + extra_nesting
+    latents = [
+        name
+        for name in dict.fromkeys(site.name for site in sites.values() if site.kind == "enumerated")
+        if name not in sequential
+    ]
+    own = len(latents) <= _OWN_DIMS
+    colours = {name: i for i, name in enumerate(latents)} if own else _coloured(latents, findings, nesting)
+    return Layout(
+        nesting=nesting,
+        dims={name: -1 - nesting - colour for name, colour in colours.items()},
+        sequential=sequential,
+        tracked=not own or any(site.needs_score for site in sites.values()),
+        sites=sites,
+    )
+
+
+def _coloured(latents: list[str], findings: _Findings, nesting: int) -> dict[str, int]:
+    """Greedy colouring of the graph of latents that meet in a tensor, in program order."""
+    known = set(latents)
+    neighbours: dict[str, set[str]] = {name: set() for name in latents}
+    scopes = [site.scope for site in findings.sites.values()]
+    for sites in (*findings.meetings, *scopes):
+        clique = sites & known
+        for name in clique:
+            neighbours[name] |= clique
+    colours: dict[str, int] = {}
+    for name in latents:
+        taken = {colours[other] for other in neighbours[name] if other in colours}
+        colours[name] = next(colour for colour in range(len(latents) + 1) if colour not in taken)
+    if max(colours.values()) + 1 + nesting > _MAX_DIMS:
+        clique, operation = max(findings.meetings.items(), key=lambda item: len(item[0] & known))
+        names = sorted(clique & known)
+        raise CostError(
+            f"{len(names)} latents ('{names[0]}', '{names[1]}', ...) meet in one tensor, made by `{operation}`: "
+            f"enumerated together they would need {max(colours.values()) + 1} dims, and torch has 64.",
+            hint="Do not join the latents (torch.stack, torch.cat, a running sum); keep a list and use each where "
+            "it is needed.",
+        )
+    return colours
+
+
+def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
+    """A latent's plates must enclose every site that reads it: anything else is no legal program for enumeration."""
+    homes = {site.name: site.plates for site in sites.values() if site.kind == "enumerated"}
+    for site in sites.values():
+        around = {plate.name for plate in site.plates}
+        for name in sorted(site.scope & homes.keys()):
+            for plate in homes[name]:
+                if plate.name not in around:
+                    raise plate_violation(site.name, site.role, name, plate.name)
+
+
+def plate_violation(reader: str, role: Role, latent: str, plate: str) -> PlateError:
+    """The error for a site that reads a latent from outside one of its plates."""
+    return PlateError(
+        f"Site '{reader}' of the {role} reads latent '{latent}' from outside plate '{plate}': that joins all "
+        f"elements of the plate, and elimination over them is not defined.",
+        hint=f"Move '{reader}' into the plate, or give '{latent}' a sequential plate (for i in pyro.plate(...)).",
+    )

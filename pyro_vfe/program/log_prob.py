@@ -1,0 +1,196 @@
+"""Log-probabilities that are exact at zero, and no larger than what varies.
+
+    log_prob(fn, value)[impossible]  =  -inf        torch clamps probs=[1, 0] to [1 - eps, eps] instead
+
+Where a distribution was given probabilities they are read as they are. Axes along which a plate has merely repeated the
+parameters are dropped before anything is computed: Categorical(table[z]) in a plate of a million is a small table.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+
+def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
+    """The log-probability of `value` in nats, exact at zero, with repeated axes dropped.
+
+    Args:
+        fn: A distribution of torch or Pyro.
+        value: What to score; broadcasts with the batch shape.
+        own_dims: How many of the rightmost batch dims are part of the event (used for `to_event`): these stay whole.
+
+    Returns:
+        A tensor that broadcasts to the full log-probability.
+    """
+    kind = type(fn).__name__
+    if kind == "ExpandedDistribution":
+        return log_prob(fn.base_dist, value, own_dims=own_dims)
+    if kind == "MaskedDistribution":
+        return _masked(log_prob(fn.base_dist, value, own_dims=own_dims), fn._mask)
+    if isinstance(fn, Independent):
+        inner = log_prob(fn.base_dist, value, own_dims=own_dims + fn.reinterpreted_batch_ndims)
+        return _sum_event(inner, fn, own_dims)
+    exact = _EXACT.get(kind)
+    if exact is not None and fn._validate_args:
+        fn._validate_sample(value)
+    if exact is not None:
+        return exact(fn, value, own_dims)
+    slim_fn = _slim_distribution(fn, own_dims)
+    result: Tensor = slim_fn.log_prob(value)
+    return result
+
+
+def support_table(fn: Any, dim: int) -> Tensor | None:
+    """The log-probabilities of the whole support of `fn` along batch dim `dim`, without a gather.
+
+    Returns None for the kinds of distribution that have no such table; score their support with `log_prob`.
+    """
+    while type(fn).__name__ == "ExpandedDistribution":
+        fn = fn.base_dist
+    kind = type(fn).__name__
+    if kind in ("Categorical", "OneHotCategorical", "OneHotCategoricalStraightThrough"):
+        categorical = getattr(fn, "_categorical", fn)
+        return _last_to_batch_dim(_category_table(categorical, 0), dim)
+    if kind == "Bernoulli":
+        success, failure = _bernoulli_logs(fn, 0)
+        return _last_to_batch_dim(torch.stack([failure, success], -1), dim)
+    return None
+
+
+def exact_log(probs: Tensor) -> Tensor:
+    """The log of probabilities; zero gives -inf, with gradient zero."""
+    alive = probs > 0
+    return probs.where(alive, 1.0).log().where(alive, -torch.inf)
+
+
+def slim(tensor: Tensor, protected: int) -> Tensor:
+    """`tensor` without the repetitions that `expand` made, keeping the rightmost `protected` dims whole."""
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor
+    for dim in range(tensor.dim() - protected):
+        if strides[dim] == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _masked(values: Tensor, mask: Tensor | bool) -> Tensor:
+    if mask is True:
+        return values
+    return torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
+
+
+def _sum_event(values: Tensor, fn: Independent, own_dims: int) -> Tensor:
+    """Sums the reinterpreted dims, which lie left of the `own_dims` dims that outer events keep."""
+    count = fn.reinterpreted_batch_ndims
+    if count == 0:
+        return values
+    batch_shape = fn.base_dist.batch_shape
+    stop = len(batch_shape) - own_dims
+    shape = batch_shape[stop - count : stop]
+    dims = tuple(range(-own_dims - count, -own_dims))
+    padded = values.reshape((1,) * (own_dims + count - values.dim()) + tuple(values.shape))
+    repeats = [size if padded.shape[dim] == 1 else 1 for size, dim in zip(shape, dims, strict=True)]
+    total = padded.sum(dims)
+    for repeat in repeats:
+        if repeat != 1:
+            total = total * repeat
+    return total
+
+
+def _category_table(fn: Any, own_dims: int) -> Tensor:
+    """Log-probabilities of a Categorical, shape `(*batch, K)`, with exact zeros."""
+    given = fn.__dict__
+    if "logits" not in given:
+        return exact_log(slim(fn.probs, own_dims + 1))
+    if "probs" not in given:
+        return slim(fn.logits, own_dims + 1)
+    # Both are cached, so one was derived. A softmax is exactly zero only far below where torch clamps probabilities.
+    probs, logits = slim(fn.probs, own_dims + 1), slim(fn.logits, own_dims + 1)
+    return logits.masked_fill((probs == 0) & (logits > -50), -torch.inf)
+
+
+def _bernoulli_logs(fn: Any, own_dims: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of 1 and of 0, each of the batch shape."""
+    given = fn.__dict__
+    if "logits" not in given or ("probs" in given and fn._param is given["probs"]):
+        probs = slim(fn.probs, own_dims)
+        return exact_log(probs), exact_log(1 - probs)
+    logits = slim(fn.logits, own_dims)
+    return torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+
+
+def _exact_categorical(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    table = _category_table(fn, own_dims)
+    index, table = torch.broadcast_tensors(value.long().unsqueeze(-1), table)
+    return table.gather(-1, index[..., :1]).squeeze(-1)
+
+
+def _exact_one_hot(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    return _exact_categorical(fn._categorical, value.argmax(-1), own_dims)
+
+
+def _exact_bernoulli(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    given = fn.__dict__
+    if "probs" not in given:
+        return -torch.nn.functional.binary_cross_entropy_with_logits(
+            *torch.broadcast_tensors(slim(fn.logits, own_dims), value), reduction="none"
+        )
+    success, failure = _bernoulli_logs(fn, own_dims)
+    return torch.where(value == 1, success, failure)
+
+
+def _exact_binomial(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    if "probs" not in fn.__dict__:
+        result: Tensor = fn.log_prob(value)
+        return result
+    probs, count = slim(fn.probs, own_dims), slim(fn.total_count, own_dims)
+    choose = torch.lgamma(count + 1) - torch.lgamma(value + 1) - torch.lgamma(count - value + 1)
+    return choose + _times_log(value, exact_log(probs)) + _times_log(count - value, exact_log(1 - probs))
+
+
+def _times_log(count: Tensor, log: Tensor) -> Tensor:
+    """count * log with 0 * -inf = 0, in value and gradient."""
+    absent = count == 0
+    return torch.where(absent, 0.0, count * torch.where(absent, 0.0, log))
+
+
+_EXACT = {
+    "Categorical": _exact_categorical,
+    "OneHotCategorical": _exact_one_hot,
+    "OneHotCategoricalStraightThrough": _exact_one_hot,
+    "Bernoulli": _exact_bernoulli,
+    "Binomial": _exact_binomial,
+}
+
+
+def _last_to_batch_dim(values: Tensor, dim: int) -> Tensor:
+    """Moves the last axis of `(*batch, K)` to batch dim `dim` (negative), which the batch does not use."""
+    values = values.movedim(-1, 0)
+    if -dim > values.dim() - 1:
+        padding = (1,) * (-dim - values.dim())
+        return values.reshape(values.shape[:1] + padding + values.shape[1:])
+    return values.transpose(0, dim).squeeze(0)
+
+
+def _slim_distribution(fn: Any, own_dims: int) -> Any:
+    """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that is not known to be safe."""
+    arguments = type(fn).arg_constraints
+    for name, part in fn.__dict__.items():
+        if isinstance(part, Distribution) or (isinstance(part, Tensor) and name not in arguments):
+            return fn
+    parts = {name: fn.__dict__[name] for name in arguments if isinstance(fn.__dict__.get(name), Tensor)}
+    if not parts or not isinstance(arguments, dict):
+        return fn
+    event_dims = {name: arguments[name].event_dim for name in parts}
+    slimmed = {name: slim(part, own_dims + event_dims[name]) for name, part in parts.items()}
+    if all(slimmed[name] is part for name, part in parts.items()):
+        return fn
+    shapes = [part.shape[: part.dim() - event_dims[name]] for name, part in slimmed.items()]
+    result = copy.copy(fn)
+    result.__dict__.update(slimmed)
+    result._batch_shape = torch.broadcast_shapes(*shapes)
+    return result

@@ -1,0 +1,78 @@
+"""Latents that a mask removes from guide and model.
+
+Where a mask hides a latent in both programs, the latent does not exist: it is pinned to its first value at no cost. A
+masked latent that only the model has keeps its prior, which sums to one. Either way the element adds nothing to F.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.errors import ScaleError
+from pyro_vfe.program.layout import Layout
+from pyro_vfe.program.recorder import Role, Site
+from pyro_vfe.program.tables import Labeller, unmasked
+
+
+def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]:
+    """Returns where each latent of both programs is masked out.
+
+    Raises:
+        ScaleError: Only one of the programs masks the latent, or they mask it differently.
+    """
+    result: dict[str, Tensor | bool] = {}
+    for (role, name), site in sites.items():
+        guide_site = sites.get(("guide", name))
+        if role != "model" or site.kind != "enumerated" or guide_site is None:
+            continue
+        mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
+        if mask is None and guide_mask is None:
+            continue
+        if not _same_mask(mask, guide_mask):
+            raise ScaleError(
+                f"Latent site '{name}' is masked differently in the guide and in the model: the free energy would not "
+                "split into surprise and gap.",
+                hint="Put the same poutine.mask around the site in both programs.",
+            )
+        result[name] = ~mask if isinstance(mask, Tensor) else not mask
+    return result
+
+
+def check_absences(
+    guided: frozenset[str], sites: Mapping[tuple[Role, str], Site], factors: Iterable[Factor], layout: Layout
+) -> None:
+    """Checks that nothing reads a latent where it does not exist.
+
+    Raises:
+        ScaleError: A site that is present reads a latent that is masked out.
+    """
+    absent = {name: where for name, where in absences(sites).items() if name in guided}
+    if not absent:
+        return
+    for factor in factors:
+        for name in absent.keys() & set(factor.table.axes) - {factor.name}:
+            site = sites["model", name]
+            labeller = Labeller(layout, None, {}, {})
+            where = torch.as_tensor(absent[name], device=factor.table.values.device)
+            if _varies(factor.table, name, labeller.labelled(where, site, None)):
+                raise ScaleError(
+                    f"Latent site '{name}' is masked out where site '{factor.name}' still reads it.",
+                    hint=f"Mask '{factor.name}' there as well, or unmask '{name}'; to skip a missing observation mask "
+                    "the observation alone.",
+                )
+
+
+def _varies(table: Table, axis: str, where: Table) -> bool:
+    """Whether the table varies along `axis` anywhere that `where` holds."""
+    axes = (axis, *dict.fromkeys((*(a for a in table.axes if a != axis), *where.axes)))
+    values = table.aligned(axes)
+    return bool(((values != values[:1]) & where.aligned(axes)).any())
+
+
+def _same_mask(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        one, other = torch.broadcast_tensors(one, other)
+        return torch.equal(one, other)
+    return one is other

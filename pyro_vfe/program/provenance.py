@@ -1,0 +1,154 @@
+"""Which latent sites a tensor was computed from.
+
+    sites(op(x, y))  =  sites(x) | sites(y)
+
+A torch function mode sees every operation of the program, also those that a tensor subclass misses: a plain table
+indexed by a latent, an in-place write, `torch.tensor(z)`. The sites are kept on the tensors themselves, under the
+identity of the run, so that nothing outlives the run and the user's tensors stay ordinary.
+
+References:
+    Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs (the axes this serves).
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Sites = frozenset[str]
+NO_SITES: Sites = frozenset()
+
+_ESCAPES = frozenset(
+    "item __bool__ __int__ __float__ __index__ __complex__ __contains__ tolist numpy __array__ is_nonzero "
+    "nonzero argwhere unique unique_consecutive masked_select bincount full arange linspace range eye".split()
+)
+"""Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
+
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
+
+
+class Escaped(Exception):
+    """The program took a latent out of torch: it can only be enumerated by running the program once per value."""
+
+    def __init__(self, sites: Sites, operation: str, line: str) -> None:
+        super().__init__(f"{operation} at {line}")
+        self.sites = sites
+        self.operation = operation
+        self.line = line
+
+
+class Provenance(TorchFunctionMode):
+    """A torch function mode that knows, within its `with` block, which sites each tensor was computed from."""
+
+    def __init__(self, on_union: Callable[[Sites, str], None] | None = None) -> None:
+        """Args:
+        on_union: Called with every new set of two or more sites that meet in one tensor, and the operation's name.
+        """
+        super().__init__()
+        self.on_union = on_union
+        self.watched: set[str] = set()
+        """Sites whose values may not leave torch: those that are enumerated along a dim."""
+        self._unions: set[Sites] = set()
+
+    def mark(self, tensor: Tensor, sites: Sites) -> None:
+        """Adds `sites` to what `tensor` was computed from."""
+        known = self.of(tensor)
+        if not sites <= known:
+            tensor._vfe_sites = (self, known | sites)  # type: ignore[attr-defined]
+
+    def originate(self, tensor: Tensor, site: str) -> None:
+        """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
+        tensor._vfe_sites = (self, frozenset((site,)))  # type: ignore[attr-defined]
+        self.watched.add(site)
+
+    def of(self, tensor: object) -> Sites:
+        """The sites that `tensor` was computed from, in this run."""
+        owner, sites = getattr(tensor, "_vfe_sites", (None, NO_SITES))
+        return sites if owner is self else NO_SITES
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sites = self._gather(args)
+        if kwargs:
+            sites = sites | self._gather(kwargs.values())
+        if not sites:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if self._escapes(name, args) and not sites.isdisjoint(self.watched):
+            self._check_escape(name, sites & self.watched)
+        result = func(*args, **kwargs)
+        if len(sites) > 1 and sites not in self._unions:
+            self._unions.add(sites)
+            if self.on_union is not None:
+                self.on_union(sites, name)
+        self._mark_all(result, sites)
+        if name == "__setitem__":
+            self._mark_written(args[0], sites)
+        elif name.endswith("_") and not name.endswith("__"):
+            self._mark_written(args[0], sites)
+        return result
+
+    def _gather(self, values: Any) -> Sites:
+        sites = NO_SITES
+        for value in values:
+            if isinstance(value, Tensor):
+                owner, found = getattr(value, "_vfe_sites", (None, NO_SITES))
+                if owner is self and not found <= sites:
+                    sites = sites | found
+            elif isinstance(value, (list, tuple)):
+                sites = sites | self._gather(value)
+            elif isinstance(value, slice):
+                sites = sites | self._gather((value.start, value.stop, value.step))
+        return sites
+
+    def _mark_all(self, result: Any, sites: Sites) -> None:
+        if isinstance(result, Tensor):
+            self.mark(result, sites)
+        elif isinstance(result, (list, tuple)):
+            for part in result:
+                self._mark_all(part, sites)
+
+    def _mark_written(self, target: Any, sites: Sites) -> None:
+        if isinstance(target, Tensor):
+            self.mark(target, sites)
+            if target._is_view() and target._base is not None:
+                self.mark(target._base, sites)
+
+    def _escapes(self, name: str, args: Any) -> bool:
+        if name in _ESCAPES:
+            return True
+        if name in ("tensor", "as_tensor"):
+            return bool(args) and isinstance(args[0], (list, tuple))
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return any(
+                isinstance(i, Tensor) and i.dtype is torch.bool and self.of(i) or isinstance(i, slice) for i in index
+            ) and bool(self._gather(index))
+        return False
+
+    def _check_escape(self, operation: str, sites: Sites) -> None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
+            frame = frame.f_back
+        # Argument checks inside torch.distributions and Pyro look at values without branching on them.
+        if frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+            return
+        raise Escaped(sites, operation.strip("_"), user_line())
+
+
+def user_line() -> str:
+    """The innermost line of the user's program that is running, as "file.py:12"."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown line"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -1,0 +1,176 @@
+"""One run of a program with its sites written down: the only reader of Pyro's messages.
+
+What value an enumerable latent takes is the choice of the run: a draw, its whole support along a dim, or a given value.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vfe.errors import MissingGuideSiteError, NameClashError
+from pyro_vfe.program.provenance import Provenance
+from pyro_vfe.program.supports import is_enumerable
+
+Role = Literal["guide", "model"]
+Kind = Literal["enumerated", "sampled", "observed"]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate around a site."""
+
+    name: str
+    dim: int
+    """Its batch dim, negative."""
+    size: int
+    """The size of the subsample that is present."""
+    full_size: int
+    """The size of the whole."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A sample statement as it ran."""
+
+    name: str
+    role: Role
+    kind: Kind
+    fn: Any
+    value: Tensor
+    scale: Tensor | float
+    mask: Tensor | bool | None
+    plates: tuple[Plate, ...]
+    auxiliary: bool = False
+    """Whether the program says that the other program lacks the site."""
+
+    @property
+    def plate_names(self) -> frozenset[str]:
+        """The names of the vectorised plates around the site."""
+        return frozenset(plate.name for plate in self.plates)
+
+
+LatentValue = Callable[[str, Role, Any, tuple[Plate, ...]], Tensor]
+"""Chooses the value of an enumerable latent from its name, role, distribution and plates."""
+
+
+class Recorder(Messenger):  # type: ignore[misc]
+    """Runs a guide or a model under chosen values and records its sites in order."""
+
+    def __init__(
+        self,
+        role: Role,
+        latent_value: LatentValue,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        enumerated: frozenset[str] = frozenset(),
+        subsamples: Mapping[str, Tensor] | None = None,
+        sequential: frozenset[str] = frozenset(),
+        provenance: Provenance | None = None,
+    ) -> None:
+        """Args:
+        role: Which program this is; a model may not sample what the guide lacks.
+        latent_value: The choice of an enumerable latent's value.
+        given: Values by site name that this run takes as they are: the guide's, for a model.
+        enumerated: The given sites that stand for an enumerated latent of the guide.
+        subsamples: Subsample indices by plate name, so that model and guide look at the same data.
+        sequential: Latents that take one value at a time: the program may branch on them.
+        provenance: Marks values with their sites, where the run is tracked.
+        """
+        super().__init__()
+        self.role = role
+        self.latent_value = latent_value
+        self.given = dict(given or {})
+        self.enumerated = set(enumerated)
+        self.subsamples = dict(subsamples or {})
+        self.sequential = sequential
+        self.provenance = provenance
+        self.sites: dict[str, Site] = {}
+        self.returned: Any = None
+        self._names: dict[str, str] = {}
+
+    def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
+        """Runs `program` once and returns its sites by name, in order."""
+        with self:
+            if self.provenance is None:
+                self.returned = program(*args, **kwargs)
+            else:
+                with self.provenance:
+                    self.returned = program(*args, **kwargs)
+        return self.sites
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if type(fn).__name__ == "_Subsample":
+            self._check_new(name, "plate")
+            if msg["value"] is None and name in self.subsamples:
+                msg["value"] = self.subsamples[name]
+            return
+        if msg["is_observed"]:
+            return
+        if name in self.given:
+            msg["value"], msg["done"] = self.given[name], True
+        elif msg["value"] is None and _wants_enumeration(msg):
+            msg["value"], msg["done"] = self.latent_value(name, self.role, fn, _plates(msg)), True
+            self.enumerated.add(name)
+            if self.provenance is not None and name not in self.sequential:
+                self.provenance.originate(msg["value"], name)
+        elif msg["value"] is None and self.role == "model":
+            raise _missing_guide_site(name, fn)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if type(fn).__name__ == "_Subsample":
+            self.subsamples[name] = msg["value"]
+            return
+        if msg["infer"].get("_deterministic"):
+            return
+        self._check_new(name, "site")
+        kind: Kind = "enumerated" if name in self.enumerated else "observed" if msg["is_observed"] else "sampled"
+        if kind == "sampled" and self.role == "guide" and self.provenance is not None and not is_pathwise(fn):
+            self.provenance.mark(msg["value"], frozenset((name,)))
+        auxiliary = bool(msg["infer"].get("is_auxiliary"))
+        self.sites[name] = Site(
+            name, self.role, kind, fn, msg["value"], msg["scale"], msg["mask"], _plates(msg), auxiliary
+        )
+
+    def _check_new(self, name: str, what: str) -> None:
+        before = self._names.get(name)
+        if before is not None:
+            if before == what:
+                fact = f"two {what}s of the {self.role} are called '{name}'"
+            else:
+                fact = f"a site and a plate of the {self.role} are both called '{name}'"
+            raise NameClashError(f"The name '{name}' stands for two things: {fact}.", hint="Rename one of them.")
+        self._names[name] = what
+
+
+def is_pathwise(fn: Any) -> bool:
+    """Whether draws from `fn` carry gradients to its parameters."""
+    return bool(getattr(fn, "has_rsample", False))
+
+
+def _wants_enumeration(msg: Any) -> bool:
+    infer = msg["infer"]
+    if "enumerate" in infer and infer["enumerate"] is None:
+        return False
+    return is_enumerable(msg["fn"])
+
+
+def _plates(msg: Any) -> tuple[Plate, ...]:
+    return tuple(
+        Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
+        for frame in msg["cond_indep_stack"]
+        if frame.dim is not None and frame.dim < 0
+    )
+
+
+def _missing_guide_site(name: str, fn: Any) -> MissingGuideSiteError:
+    kind = type(fn).__name__
+    if is_enumerable(fn):
+        fact = f"Latent site '{name}' ({kind}) is set to be sampled (infer enumerate None), and the guide has no such site."
+    else:
+        fact = f"Latent site '{name}' is {kind}, which has no finite support, and the guide has no such site."
+    return MissingGuideSiteError(fact, hint=f"Give the guide a site '{name}', or observe it.")

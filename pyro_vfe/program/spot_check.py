@@ -1,0 +1,191 @@
+"""Enumerated tables against an ordinary run at a random assignment.
+
+    table[z = z*]  =  log p(site) of a run in which every latent z was z*
+
+What provenance cannot see (a program that reshapes away the enumerated dims, a scripted function) shows here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.factors import Table
+from pyro_vfe.engine.lookup import read
+from pyro_vfe.errors import SpotCheckError
+from pyro_vfe.program.enumeration import Enumeration, enumerate_programs
+from pyro_vfe.program.layout import Layout, Program
+from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.masks import absences
+from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.tables import masked, unmasked
+
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+
+def spot_check(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout, seen: Enumeration
+) -> None:
+    """Compares each site's enumerated log-probability with an ordinary run's at a random joint assignment.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        layout: Where each latent went.
+        seen: An enumeration of the same programs; its draws and subsamples are used again.
+
+    Raises:
+        SpotCheckError: Some site differs.
+    """
+    draws = {site.name: site.value for site in seen.sites.values() if site.role == "guide" and site.kind == "sampled"}
+    subsamples = {name: index for name, index in seen.subsamples.items()}
+    state = torch.get_rng_state()
+    enumeration = enumerate_programs(model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, track=True)
+    assignment = _random_assignment(enumeration)
+    torch.set_rng_state(state)
+    ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
+    absent = absences(ordinary)
+    for key, site in ordinary.items():
+        enumerated = _entries(enumeration, key, site, assignment)
+        expected = _ordinary_log_prob(site)
+        if site.name in absent and enumerated is not None:
+            present = ~torch.as_tensor(absent[site.name])
+            enumerated, expected = masked(enumerated, present), masked(expected, present)
+        if enumerated is None or not _agree(enumerated, expected):
+            raise _difference(site, enumerated, expected)
+
+
+def _random_assignment(enumeration: Enumeration) -> dict[str, Table]:
+    """A value index for every element of every latent."""
+    assignment = {}
+    for name in enumeration.supports:
+        variable = enumeration.variables[name]
+        axes = tuple(sorted(variable.plates))
+        shape = [enumeration.plates[plate] for plate in axes]
+        assignment[name] = Table(torch.randint(variable.size, shape), axes)
+    for name in enumeration.draws:
+        assignment[name] = Table(torch.zeros((), dtype=torch.long), ())
+    return assignment
+
+
+def _ordinary_run(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    enumeration: Enumeration,
+    assignment: Mapping[str, Table],
+    draws: Mapping[str, Tensor],
+    layout: Layout,
+    subsamples: Mapping[str, Tensor],
+) -> dict[tuple[Role, str], Site]:
+    def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        index = _over_dims(assignment[name], plates)
+        return enumeration.supports[name][index.to(enumeration.supports[name].device)]
+
+    given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
+    first = Recorder("guide", chosen, given=given, subsamples=subsamples)
+    first.run(guide, args, kwargs)
+    second = Recorder(
+        "model",
+        chosen,
+        given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
+        enumerated=frozenset(first.enumerated),
+        subsamples=first.subsamples,
+    )
+    second.run(model, args, kwargs)
+    return {(site.role, site.name): site for site in (*first.sites.values(), *second.sites.values())}
+
+
+def _over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
+    """A table over plates as a tensor whose batch dims lie where the plates' do."""
+    by_dim = {plate.dim: plate.name for plate in plates}
+    depth = max((-dim for dim in by_dim), default=0)
+    axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
+    return table.aligned(axes)
+
+
+def _at(
+    value: Tensor, name: str, enumeration: Enumeration, assignment: Mapping[str, Table], layout: Layout
+) -> Tensor:
+    """A draw made once per value of the latents before it, read at the assignment."""
+    site = enumeration.sites["guide", name]
+    event_dims = len(site.fn.event_shape)
+    batch_dims = value.dim() - event_dims
+    if batch_dims <= layout.nesting:
+        return value
+    latent_at = {}
+    for latent, dim in layout.dims.items():
+        if -dim <= batch_dims and value.shape[batch_dims + dim] > 1 and latent in assignment:
+            latent_at.setdefault(dim, latent)
+    plates = {plate.dim: plate.name for plate in site.plates}
+    names = [plates.get(dim, f"_{dim}") for dim in range(-layout.nesting, 0)]
+    index = []
+    for dim in range(-batch_dims, 0):
+        size = value.shape[batch_dims + dim]
+        if dim in latent_at:
+            index.append(assignment[latent_at[dim]].aligned(names))
+        elif size == 1:
+            index.append(torch.zeros((1,) * len(names), dtype=torch.long))
+        else:
+            index.append(Table(torch.arange(size), (names[dim],)).aligned(names))
+    return value[tuple(index)]
+
+
+def _entries(
+    enumeration: Enumeration, key: tuple[Role, str], site: Site, assignment: Mapping[str, Table]
+) -> Tensor | None:
+    """The site's enumerated log-probabilities at the assignment; None if the enumeration lacks the site."""
+    factor = enumeration.factors.get(key)
+    if factor is None:
+        return None
+    by_dim = {plate.dim: plate.name for plate in site.plates}
+    depth = max((-dim for dim in by_dim), default=0)
+    axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
+    return read(factor.table, assignment, axes)
+
+
+def _ordinary_log_prob(site: Site) -> Tensor:
+    fn, mask = unmasked(site)
+    values = log_prob(fn, site.value)
+    if site.kind != "enumerated":
+        values = masked(values, mask)
+    if isinstance(site.scale, Tensor) and site.scale.dim() > max((-plate.dim for plate in site.plates), default=0):
+        values = values * site.scale
+    return values
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    try:
+        one, other = torch.broadcast_tensors(one, other)
+    except RuntimeError:
+        return False
+    tolerance = _TOLERANCE.get(one.dtype, 1e-2)
+    return bool(torch.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True).all())
+
+
+def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> SpotCheckError:
+    if enumerated is None:
+        return SpotCheckError(
+            f"Site '{site.name}' of the {site.role} ran at a random assignment but not in the enumerated run: the "
+            "structure of the program changes from run to run.",
+            hint="Make its sites depend on arguments and latents only, not on other randomness.",
+        )
+    return SpotCheckError(
+        f"Site '{site.name}' of the {site.role} has log-probability {_shown(expected)} in an ordinary run and "
+        f"{_shown(enumerated)} when enumerated, at the same values of all latents.",
+        hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
+        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0; or it "
+        "uses randomness outside of pyro.sample. If you are sure, pass check=False.",
+    )
+
+
+def _shown(values: Tensor) -> str:
+    flat = values.detach().flatten()
+    shown = ", ".join(f"{float(number):.6g}" for number in flat[:3])
+    return f"[{shown}{', ...' if len(flat) > 3 else ''}]" if len(flat) > 1 else shown
+
+

@@ -1,0 +1,90 @@
+"""The finite support of a distribution, as one table of values.
+
+    support(fn)  =  (value_0, ..., value_{K-1}),    shape (K, *event_shape)
+
+`to_event(n)` of a discrete distribution has the cartesian product of its elements' supports.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vfe.errors import CostError, UnenumerableError
+
+_MAX_VALUES = 2**20
+"""A site with more joint values than this is refused rather than listed."""
+
+
+def unwrapped(fn: Any) -> Any:
+    """The distribution inside expansion and mask wrappers."""
+    while type(fn).__name__ in ("ExpandedDistribution", "MaskedDistribution"):
+        fn = fn.base_dist
+    return fn
+
+
+def is_enumerable(fn: Any) -> bool:
+    """Whether the values of `fn` can be listed."""
+    fn = unwrapped(fn)
+    if isinstance(fn, Independent):
+        return is_enumerable(fn.base_dist)
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def support_size(fn: Any) -> int:
+    """The number of values of `fn`, without listing them."""
+    fn = unwrapped(fn)
+    if isinstance(fn, Independent):
+        return int(support_size(fn.base_dist) ** math.prod(_event_part(fn)))
+    if hasattr(fn, "_num_events"):
+        return int(fn._num_events)
+    return len(finite_support(fn, "?"))
+
+
+def finite_support(fn: Any, name: str) -> Tensor:
+    """All values of `fn`, shape `(K, *event_shape)`.
+
+    Args:
+        fn: A distribution for which `is_enumerable` holds.
+        name: The site, for the error.
+
+    Raises:
+        CostError: The cartesian product is too large to list.
+        UnenumerableError: The elements of a batch differ in their supports.
+    """
+    fn = unwrapped(fn)
+    if isinstance(fn, Independent):
+        return _product_support(fn, name)
+    try:
+        values = fn.enumerate_support(expand=False)
+    except NotImplementedError as error:
+        raise UnenumerableError(
+            f"Latent site '{name}' is {type(fn).__name__}, whose elements differ in their support ({error}).",
+            hint="Give the elements one support, or sample the site: infer={'enumerate': None}.",
+        ) from error
+    return values.reshape(values.shape[:1] + fn.event_shape)
+
+
+def _event_part(fn: Independent) -> torch.Size:
+    batch_shape = fn.base_dist.batch_shape
+    return batch_shape[len(batch_shape) - fn.reinterpreted_batch_ndims :]
+
+
+def _product_support(fn: Independent, name: str) -> Tensor:
+    elements = _event_part(fn)
+    size = support_size(fn)
+    if size > _MAX_VALUES:
+        raise CostError(
+            f"Latent site '{name}' has {size:.3g} joint values ({support_size(fn.base_dist)} to the power "
+            f"{math.prod(elements)}).",
+            hint="Give its elements a plate of their own instead of to_event, or sample it: "
+            "infer={'enumerate': None} and a site of that name in the guide.",
+        )
+    base = finite_support(fn.base_dist, name)
+    count = math.prod(elements)
+    index = torch.arange(size, device=base.device)
+    powers = len(base) ** torch.arange(count - 1, -1, -1, device=base.device)
+    digits = index.unsqueeze(-1) // powers % len(base)
+    return base[digits].reshape((size, *elements, *base.shape[1:]))
