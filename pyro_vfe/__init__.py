@@ -1,9 +1,11 @@
 """Exact variational free energies of discrete-latent Pyro programs: how much of a loss is the model's, how much the guide's."""
 
 from pyro_vfe.energy.decomposition import Decomposition
+from pyro_vfe.energy.explain import Explanation, explain
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.energy.posterior import Posterior, posterior
+from pyro_vfe.learning.mean_field import AutoMeanField
 
 __version__ = "0.1.0"
 
-__all__ = ["Decomposition", "FreeEnergy", "Posterior", "posterior"]
+__all__ = ["AutoMeanField", "Decomposition", "Explanation", "FreeEnergy", "Posterior", "explain", "posterior"]

@@ -2,8 +2,8 @@ r"""The most probable assignment, and draws from the posterior: eliminate forwar
 
     x_s ~ P(x_s | x_later)  proportional to  exp( left(x_s, x_later) + right(x_s, x_later) )
 
-Every step that summed variables s out of two tables holds their conditional given what is summed later; so the steps are undone in
-reverse, each with its variables indexed at what was decided already, for all draws and plate elements at once.
+Every step that summed variables s out of two tables holds their conditional given what is summed later; so the steps
+are undone in reverse, each read at what was decided already, for all draws and plate elements at once.
 
 References:
     Dawid (1992), Applications of a general propagation algorithm for probabilistic expert systems.
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pyro_vfe.engine.elimination import Execution, execute, execute_sum, without_plates
 from pyro_vfe.engine.factors import FactorGraph, Table
-from pyro_vfe.engine.logspace import broadcast_contract, picked_at
 from pyro_vfe.engine.inference import check_possible
+from pyro_vfe.engine.logspace import broadcast_contract, picked_at
 from pyro_vfe.engine.ordering import Component, Plan
 from pyro_vfe.engine.paths import Step
 from pyro_vfe.engine.unrolling import stitch
@@ -56,7 +56,7 @@ def mode(graph: FactorGraph, *, max_bytes: float | None = None) -> dict[str, Tab
 
 @torch.no_grad()
 def sample(graph: FactorGraph, num_samples: int, *, max_bytes: float | None = None) -> dict[str, Table]:
-    """Returns independent draws from the joint distribution: for each variable indices, int64, shape `(num_samples, *sorted(plates))`.
+    """Returns independent draws from the joint: for each variable int64 indices, `(num_samples, *sorted(plates))`.
 
     Args:
         graph: The factors.

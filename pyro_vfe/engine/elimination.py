@@ -2,8 +2,9 @@ r"""Summing variables out of a plated factor graph: executes a plan.
 
     log Z  =  log sum_x exp( sum_f scale_f f(x) )
 
-In one component the summed variables share a scale c, and the exponent of a factor is (scale_f / c) f; the result has scale c. Where plates
-are reduced, scale * table is summed over the plate, once per element for a plate whose axis the table lacks, and the scale becomes 1.
+In one component the summed variables share a scale c, and the exponent of a factor is (scale_f / c) f; the result has
+scale c. Where plates are reduced, scale * table is summed over the plate, once per element for a plate whose axis the
+table lacks, and the scale becomes 1.
 
 References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
@@ -147,7 +148,7 @@ def execute_sum(
     keep_plates: frozenset[str] = NO_NAMES,
     max_bytes: float | None = None,
 ) -> Execution:
-    """Returns the executed sum-product elimination: in matrix products first, and again with care if some of these underflow."""
+    """Returns the executed sum-product elimination; on a GPU it is done again, with care, if a matrix product underflowed."""
     like = reference_tensor(graph)
     on_cpu = like.device.type == "cpu"
     first = SumProduct(careful=on_cpu)
@@ -203,7 +204,7 @@ def _run_component(component: Component, slots: list[Factor], graph: FactorGraph
 
 
 def without_plates(factor: Factor, plates: Iterable[str], graph: FactorGraph) -> Factor:
-    """Returns the factor multiplied out over plates, its scale applied: log values summed, once per element where the axis is lacking."""
+    """Returns the factor multiplied out over plates, its scale applied; a plate whose axis it lacks counts each element."""
     gone = frozenset(plates)
     table = weighted(factor.table, factor.scale)
     reduced = [n for n, axis in enumerate(table.axes) if axis in gone]
@@ -251,8 +252,8 @@ def _common_scale(component: Component, graph: FactorGraph) -> Scale:
     for variable in variables[1:]:
         if not same_scale(variable.scale, scale):
             raise VFEError(
-                f"Sites '{variables[0].name}' and '{variable.name}' depend on each other and are summed together, but have the"
-                f" scales {_shown(scale)} and {_shown(variable.scale)}.",
+                f"Sites '{variables[0].name}' and '{variable.name}' depend on each other and are summed together, but have"
+                f" the scales {_shown(scale)} and {_shown(variable.scale)}.",
                 hint="Put both sites under one poutine.scale.",
             )
     return scale

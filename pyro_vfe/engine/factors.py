@@ -2,8 +2,8 @@ r"""Plated factor graphs: log tables with named axes.
 
     log Z  =  log sum_{x} exp( sum_f sum_{n in plates(f)} f(x_scope(f), n) )
 
-A variable inside plates stands for one copy per element, and so does a factor. A table carries only the axes along which it varies; a
-plate of the factor that the table lacks means the same table for each element.
+A variable inside plates stands for one copy per element, and so does a factor. A table carries only the axes along
+which it varies; a plate of the factor that the table lacks means the same table for each element.
 
 References:
     Kschischang, Frey and Loeliger (2001), Factor graphs and the sum-product algorithm.

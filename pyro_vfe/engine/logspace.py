@@ -2,9 +2,9 @@ r"""Sums of exponentials that stay right at -inf, in value and in gradient.
 
     log sum_s exp(a_s + b_s)  =  A + B + log sum_s exp(a_s - A) exp(b_s - B),        A = max_s a_s,  B = max_s b_s
 
-The right-hand side is a matrix product, several times faster than the left. It is as exact, unless all products underflow although the
-sum is not zero (a = [0, -800], b = [-800, 0]): entries so small are found and summed anew in the broadcast form of the left-hand side.
-A sum of zeros alone is -inf and has gradient zero.
+The right-hand side is a matrix product, several times faster than the left. It is as exact, unless all products
+underflow although the sum is not zero (a = [0, -800], b = [-800, 0]): entries so small are found and summed anew in the
+broadcast form of the left-hand side. A sum of zeros alone is -inf and has gradient zero.
 
 References:
     Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax functions.
@@ -42,7 +42,7 @@ def log_sum_exp(values: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def _peak(values: Tensor, dims: Sequence[int]) -> Tensor:
-    """Returns the largest value along `dims`, kept as size 1; all -inf gives a finite number, so that -inf - peak is -inf."""
+    """Returns the largest value along `dims`, kept as size 1; finite for all -inf, so that -inf - peak is -inf."""
     return values.detach().amax(tuple(dims), keepdim=True).clamp(min=torch.finfo(values.dtype).min)
 
 
@@ -50,7 +50,8 @@ class SumProduct:
     """Contracts pairs of log tables by log-sum-exp.
 
     Args:
-        careful: Check every step by itself (one synchronisation each). Otherwise the caller asks `underflowed` once, at the end.
+        careful: Check every step by itself (one synchronisation each). Otherwise the caller asks `underflowed` once, at
+            the end.
     """
 
     def __init__(self, *, careful: bool) -> None:
@@ -58,7 +59,7 @@ class SumProduct:
         self._smallest: list[Tensor] = []
 
     def contract(self, left: Table, right: Table | None, axes: tuple[str, ...], summed: tuple[str, ...]) -> Table:
-        """Returns the product of two log tables with `summed` summed out, over `axes`; both tables have the summed axes."""
+        """Returns the product of two log tables with `summed`, axes of both, summed out, over `axes`."""
         if right is None or not summed or _is_subset(left, right) or _is_subset(right, left):
             return broadcast_contract(left, right, axes, summed, log_sum_exp)
         return Table(self._linear(left, right, axes, summed), axes)

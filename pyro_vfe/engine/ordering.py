@@ -5,7 +5,8 @@ r"""The plan of an elimination: from names and sizes alone, cached by structure.
     target    the plates of what remains of the component, and the kept plates inside P
     result    product over the elements of P - target
 
-Where target = P although variables of fewer plates remain to be summed, the plates cross: one of them is written out, and planned again.
+Where target = P although variables of fewer plates remain to be summed, the plates cross: one of them is written out,
+and planned again.
 
 References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
@@ -49,7 +50,10 @@ class Largest(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What an elimination will do and what it costs; slots 0..n-1 are the factors, each step and each component makes the next."""
+    """What an elimination will do and what it costs.
+
+    Slots 0..n-1 are the factors; each step makes the next slot, and each component one more after its steps.
+    """
 
     structure: Structure
     """The graph to be eliminated, after any unrolling."""
@@ -166,6 +170,7 @@ class _Planner:
 
     def __init__(self, structure: Structure, keep: frozenset[str], keep_plates: frozenset[str]) -> None:
         self.keep_plates = keep_plates
+        self.position = {v.name: n for n, v in enumerate(structure.variables)}
         self.plates_of = {v.name: v.plates for v in structure.variables}
         self.sizes = {v.name: v.size for v in structure.variables} | dict(structure.plates)
         self.to_sum = self.plates_of.keys() - keep
@@ -195,7 +200,7 @@ class _Planner:
     def _connected(self, slots: list[int], plates: frozenset[str]) -> Iterable[tuple[list[int], list[str]]]:
         local = {name for name in self.to_sum if self.plates_of[name] == plates}
         scopes = {slot: [axis for axis in self.axes[slot] if axis in local] for slot in slots}
-        return connected(scopes)
+        return [(group, sorted(names, key=self.position.__getitem__)) for group, names in connected(scopes)]
 
     def _add_component(self, plates: frozenset[str], slots: list[int], local: list[str]) -> _Stuck | None:
         scope = dict.fromkeys(axis for slot in slots for axis in self.axes[slot] if axis in self.plates_of)

@@ -2,8 +2,9 @@ r"""The order in which variables are summed, as pairwise steps, and what each st
 
     flops(i, j -> k)  =  prod over axes(i) | axes(j) of size          entries(k)  =  prod over axes(k) of size
 
-A variable is summed at the step after which no other factor has it. Two candidates compete: variable elimination, cheapest clique first,
-and opt_einsum's greedy path. Names and sizes only; no tensors.
+A variable is summed at the step after which no other factor has it. Three candidates compete: variable elimination with
+the cheapest clique first, variable elimination in the program's order (the rows of a grid), and opt_einsum's greedy path.
+Names and sizes only; no tensors.
 
 References:
     Kjaerulff (1990), Triangulation of graphs: algorithms giving small total state space.
@@ -12,7 +13,7 @@ References:
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from math import inf, prod
 from typing import NamedTuple
 
 from opt_einsum.paths import greedy
@@ -49,19 +50,20 @@ def contraction_steps(
 
     Args:
         inputs: The axes in each slot; the slots are connected by the eliminated variables.
-        eliminated: The variables to sum out; each is an axis of some input.
+        eliminated: The variables to sum out, in the program's order; each is an axis of some input.
         sizes: The size of each axis.
         first_slot: The number of the first new slot.
     """
     chosen = tuple(eliminated)
-    steps = _pairwise(
-        inputs, _by_variable(inputs, _min_weight(inputs, chosen, sizes), sizes), chosen, sizes, first_slot
-    )
-    widest_input = max(prod(sizes[a] for a in axes) for axes in inputs.values())
-    if len(inputs) < 3 or max(step.flops for step in steps) <= widest_input:
+    by_weight = _by_variable(inputs, _min_weight(inputs, chosen, sizes), sizes)
+    assert by_weight is not None
+    steps = _pairwise(inputs, by_weight, chosen, sizes, first_slot)
+    # No order can do better than to never form a product larger than the largest factor.
+    largest_input = max(prod(sizes[a] for a in axes) for axes in inputs.values())
+    if len(inputs) < 3 or max(step.flops for step in steps) <= largest_input:
         return steps
-    rival = _pairwise(inputs, _by_opt_einsum(inputs, chosen, sizes), chosen, sizes, first_slot)
-    return min(steps, rival, key=_cost)
+    rivals = (_by_variable(inputs, chosen, sizes, _cost(steps)[0]), _by_opt_einsum(inputs, chosen, sizes))
+    return min(steps, *(_pairwise(inputs, r, chosen, sizes, first_slot) for r in rivals if r is not None), key=_cost)
 
 
 def _cost(steps: tuple[Step, ...]) -> tuple[int, int]:
@@ -76,13 +78,14 @@ def _min_weight(inputs: Mapping[int, Sequence[str]], eliminated: Sequence[str], 
             if name in neighbours:
                 neighbours[name].update(axes)
     weight = {name: prod(sizes[a] for a in near) for name, near in neighbours.items()}
-    heap = [(weight[name], position, name) for position, name in enumerate(eliminated)]
-    position_of = {name: position for position, name in enumerate(eliminated)}
+    # Among equals the least recently touched comes first: on a grid that works inward from all sides.
+    rank = {name: (0, position) for position, name in enumerate(eliminated)}
+    heap = [(weight[name], rank[name], name) for name in eliminated]
     heapq.heapify(heap)
     order: list[str] = []
     while heap:
-        found, _, name = heapq.heappop(heap)
-        if name not in neighbours or found != weight[name]:
+        found, since, name = heapq.heappop(heap)
+        if name not in neighbours or (found, since) != (weight[name], rank[name]):
             continue
         order.append(name)
         clique = neighbours.pop(name) - {name}
@@ -91,7 +94,8 @@ def _min_weight(inputs: Mapping[int, Sequence[str]], eliminated: Sequence[str], 
             neighbours[other] |= gained
             neighbours[other].remove(name)
             weight[other] = weight[other] * prod(sizes[a] for a in gained) // sizes[name]
-            heapq.heappush(heap, (weight[other], position_of[other], other))
+            rank[other] = (len(order), rank[other][1])
+            heapq.heappush(heap, (weight[other], rank[other], other))
     return order
 
 
@@ -99,8 +103,10 @@ Pairs = list[tuple[int, int]]
 """Positions to combine: inputs are 0..n-1 in their order, and each pair makes the next position."""
 
 
-def _by_variable(inputs: Mapping[int, Sequence[str]], order: Sequence[str], sizes: Mapping[str, int]) -> Pairs:
-    """Returns the pairs that eliminate the variables in `order`: the factors of each are multiplied, smallest first."""
+def _by_variable(
+    inputs: Mapping[int, Sequence[str]], order: Sequence[str], sizes: Mapping[str, int], limit: float = inf
+) -> Pairs | None:
+    """Returns the pairs that eliminate variables in `order`, smallest factors first; None if one costs over `limit`."""
     scopes: dict[int, Scope] = {position: frozenset(axes) for position, axes in enumerate(inputs.values())}
     holders: dict[str, set[int]] = {name: set() for name in order}
     for position, scope in scopes.items():
@@ -118,7 +124,10 @@ def _by_variable(inputs: Mapping[int, Sequence[str]], order: Sequence[str], size
             for axis in scopes[fresh] & holders.keys():
                 holders[axis] -= {left, right}
                 holders[axis].add(fresh)
-            heapq.heappush(queue, (prod(sizes[a] for a in scopes[fresh]), fresh))
+            flops = prod(sizes[a] for a in scopes[fresh])
+            if flops > limit:
+                return None
+            heapq.heappush(queue, (flops, fresh))
             fresh += 1
         last = queue[0][1]
         scopes[last] = scopes[last] - {name}

@@ -2,8 +2,8 @@ r"""What a plan sees of a factor graph: names, sizes and plates, no numbers.
 
     unroll_i( v in plates {i, j} )  =  v[i=0], ..., v[i=n-1] in plates {j}
 
-A structure is hashable, so that a plan is found once per structure. Unrolling a plate replaces each variable inside it by one copy per
-element; `sources` says which factor, and which element of the plate, each new factor is.
+A structure is hashable, so that a plan is found once per structure. Unrolling a plate replaces each variable inside it
+by one copy per element; the sources say which factor, and which element of the plate, each new factor is.
 """
 
 from collections.abc import Iterable
@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
 
 def tied_inside(structure: Structure, plate: str, seeds: Iterable[str]) -> tuple[str, ...]:
-    """Returns the variables inside `plate` that share factors with `seeds`, directly or through others inside it; `seeds` included."""
+    """Returns the variables inside `plate` that share factors with `seeds`, directly or through others inside it."""
     inside = {v.name for v in structure.variables if plate in v.plates}
     readers: dict[str, list[tuple[str, ...]]] = {}
     for factor in structure.factors:
@@ -116,7 +116,7 @@ def _guard(structure: Structure, unrolling: Unrolling, touched: list[bool]) -> N
     if count > MAX_COPIES:
         sites = sorted(unrolling.variables)
         raise CostError(
-            f"The sites {sites[:8]} are tied across the elements of plate '{unrolling.plate}', so its {unrolling.size} elements"
-            f" would have to be written out: {count:,} factors.",
+            f"The sites {sites[:8]} are tied across the elements of plate '{unrolling.plate}', so its"
+            f" {unrolling.size} elements would have to be written out: {count:,} factors.",
             hint="Make the plate smaller, or sample one of the sites that ties its elements together in the guide.",
         )

@@ -2,8 +2,8 @@ r"""Writing a plate out: one copy of each variable per element, and back.
 
     v in plates {i, j}   ->   v[i=0], ..., v[i=n-1] in plates {j}        and stitched:   v(i, j) = v[i](j)
 
-Needed where plates cross: a_i, b_j and c_ij cannot be summed plate by plate. Slices are views of the tables they come from, so gradients
-reach the original tables.
+Needed where plates cross: a_i, b_j and c_ij cannot be summed plate by plate. Slices are views of the tables they come
+from, so gradients reach the original tables.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ def unroll(graph: FactorGraph, plate: str, variables: Iterable[str] | None = Non
 
     Args:
         plate: The plate to write out.
-        variables: Variables to copy; those tied to them inside the plate are copied as well. All inside the plate by default.
+        variables: Variables to copy; those tied to them inside the plate are copied as well. All inside it by default.
 
     Raises:
         CostError: The copies would be too many.

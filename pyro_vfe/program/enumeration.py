@@ -204,6 +204,10 @@ class _Runner:
         )
         second.run(model, args, kwargs)
         sites = {(site.role, site.name): site for site in (*first.sites.values(), *second.sites.values())}
+        for name, site in second.sites.items():
+            guide_site = first.sites.get(name)
+            if guide_site is not None and guide_site.follows_model:
+                guide_site.scale = site.scale
         return _Run(sites, self._factors(sites), self.supports, second.subsamples)
 
     def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
@@ -268,11 +272,33 @@ def _joined_factors(
     result = {}
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
-        tables = {path: run.factors[key].table if key in run.factors else None for path, run in runs.items()}
+        tables = {path: _table_in(run, key, sites) for path, run in runs.items()}
         absent = _absent_table(some.table, site, sizes.get(site.name, 1))
         table = joined(tables, max(count.get(key, 0) for count in made), sizes, absent)
         result[key] = Factor(site.name, table, some.plates, some.scale)
     return result
+
+
+def _table_in(run: _Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Table | None:
+    """The site's table in one run; None where the branch lacks the site, or where the model lacks the guide's latent."""
+    role, name = key
+    both = ("guide", name) in sites and ("model", name) in sites
+    if not both or sites[key].kind != "enumerated":
+        return run.factors[key].table if key in run.factors else None
+    if ("model", name) in run.factors and ("guide", name) not in run.factors:
+        raise StructureError(
+            f"The model has latent site '{name}' in a branch where the guide, which has it elsewhere, has not.",
+            hint=f"Sample '{name}' in the guide wherever the model does, or leave it out of the guide altogether.",
+        )
+    if role == "guide" and key in run.factors and ("model", name) not in run.factors:
+        readers = [f.name for f in run.factors.values() if f.name != name and name in f.table.axes]
+        if readers:
+            raise StructureError(
+                f"The guide has latent site '{name}' in a branch where the model has not, and '{readers[0]}' reads it.",
+                hint=f"Sample '{name}' in the guide only where the model does.",
+            )
+        return None
+    return run.factors[key].table if key in run.factors else None
 
 
 def _choices_made(run: _Run, layout: Layout) -> dict[SiteKey, int]:

@@ -16,7 +16,7 @@ from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
 from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, is_pathwise
-from pyro_vfe.program.supports import finite_support, support_size
+from pyro_vfe.program.supports import finite_support, support_size, unwrapped
 
 Program = Callable[..., Any]
 
@@ -40,6 +40,8 @@ class SiteStructure:
     scope: Sites
     """The latents that its log-probability reads, itself included."""
     plates: tuple[Plate, ...]
+    support: Tensor | None
+    """The values of an enumerable latent, shape `(K, *event_shape)`."""
     pathwise: bool
     """Whether draws carry gradients to the site's parameters."""
 
@@ -151,9 +153,18 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
     scope = provenance.of(log_prob(site.fn, site.value))
     scope |= provenance.of(site.mask) | provenance.of(site.scale)
     enumerated = site.kind == "enumerated"
-    size = support_size(site.fn) if enumerated else 1
-    family = type(site.fn).__name__
-    return SiteStructure(site.name, site.role, site.kind, family, size, scope, site.plates, is_pathwise(site.fn))
+    support = finite_support(site.fn, site.name) if enumerated else None
+    return SiteStructure(
+        name=site.name,
+        role=site.role,
+        kind=site.kind,
+        family=type(unwrapped(site.fn)).__name__,
+        size=1 if support is None else len(support),
+        scope=scope,
+        plates=site.plates,
+        support=support,
+        pathwise=is_pathwise(site.fn),
+    )
 
 
 def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """Latents that a mask removes from guide and model.
 
-Where a mask hides a latent in both programs, the latent does not exist: it is pinned to its first value at no cost. A
-masked latent that only the model has keeps its prior, which sums to one. Either way the element adds nothing to F.
+Where the model masks a latent that the guide has, the latent does not exist: in both programs it is pinned to its first
+value at no cost. A masked latent that only the model has keeps its prior, which sums to one. Either way the element adds
+nothing to F.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]
     """Returns where each latent of both programs is masked out.
 
     Raises:
-        ScaleError: Only one of the programs masks the latent, or they mask it differently.
+        ScaleError: The guide masks the latent and the model does not, or they mask it differently.
     """
     result: dict[str, Tensor | bool] = {}
     for (role, name), site in sites.items():
@@ -28,14 +29,14 @@ def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]
         if role != "model" or site.kind != "enumerated" or guide_site is None:
             continue
         mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
-        if mask is None and guide_mask is None:
-            continue
-        if not _same_mask(mask, guide_mask):
+        if guide_mask is not None and not _same_mask(mask, guide_mask):
             raise ScaleError(
-                f"Latent site '{name}' is masked differently in the guide and in the model: the free energy would not "
+                f"Latent site '{name}' is masked in the guide where the model does not mask it: the free energy would not "
                 "split into surprise and gap.",
-                hint="Put the same poutine.mask around the site in both programs.",
+                hint="Put the same poutine.mask around the site in both programs, or in the model alone.",
             )
+        if mask is None:
+            continue
         result[name] = ~mask if isinstance(mask, Tensor) else not mask
     return result
 

@@ -45,12 +45,17 @@ class Site:
     plates: tuple[Plate, ...]
     auxiliary: bool = False
     """Whether the program says that the other program lacks the site."""
+    follows_model: bool = False
+    """Whether a site of the guide takes its weight from the model's site of that name."""
 
     @property
     def plate_names(self) -> frozenset[str]:
         """The names of the vectorised plates around the site."""
         return frozenset(plate.name for plate in self.plates)
 
+
+FOLLOWS_MODEL = "_vfe_follows_model"
+"""The infer key of a guide site that takes its weight from the model's site of that name."""
 
 LatentValue = Callable[[str, Role, Any, tuple[Plate, ...]], Tensor]
 """Chooses the value of an enumerable latent from its name, role, distribution and plates."""
@@ -131,9 +136,18 @@ class Recorder(Messenger):  # type: ignore[misc]
         kind: Kind = "enumerated" if name in self.enumerated else "observed" if msg["is_observed"] else "sampled"
         if kind == "sampled" and self.role == "guide" and self.provenance is not None and not is_pathwise(fn):
             self.provenance.mark(msg["value"], frozenset((name,)))
-        auxiliary = bool(msg["infer"].get("is_auxiliary"))
+        infer = msg["infer"]
         self.sites[name] = Site(
-            name, self.role, kind, fn, msg["value"], msg["scale"], msg["mask"], _plates(msg), auxiliary
+            name,
+            self.role,
+            kind,
+            fn,
+            msg["value"],
+            msg["scale"],
+            msg["mask"],
+            _plates(msg),
+            auxiliary=bool(infer.get("is_auxiliary")),
+            follows_model=bool(infer.get(FOLLOWS_MODEL)),
         )
 
     def _check_new(self, name: str, what: str) -> None:

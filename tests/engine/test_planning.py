@@ -1,6 +1,7 @@
 """Plans and their cost, and the large graphs that only a good plan can do."""
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ NOWHERE: frozenset[str] = frozenset()
 
 def hidden_markov_structure(steps: int, size: int) -> Structure:
     names = [f"z_{t}" for t in range(steps)]
-    transitions = [FactorShape(b, (a, b), NOWHERE) for a, b in zip(names, names[1:], strict=False)]
+    transitions = [FactorShape(b, (a, b), NOWHERE) for a, b in pairwise(names)]
     emissions = [FactorShape(f"x_{t}", (name,), NOWHERE) for t, name in enumerate(names)]
     variables = tuple(VariableShape(name, size, NOWHERE) for name in names)
     return Structure((FactorShape("z_0", ("z_0",), NOWHERE), *transitions, *emissions), variables, ())

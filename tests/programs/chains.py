@@ -20,7 +20,11 @@ def chain(counts: Tensor) -> None:
 
 
 def chain_with_markov(counts: Tensor) -> None:
-    initial, transition, rates = simplex("initial", 3), simplex("transition", 3, 3, seed=1), positive("rates", 3, seed=2)
+    initial, transition, rates = (
+        simplex("initial", 3),
+        simplex("transition", 3, 3, seed=1),
+        positive("rates", 3, seed=2),
+    )
     z = torch.tensor(0)
     for t in pyro.markov(range(len(counts))):
         z = categorical(f"z_{t}", transition[z] if t else initial)
@@ -135,7 +139,9 @@ CHAINS = {
     "chain_markov_in_model": Program(chain_with_markov, forward_guide, (COUNTS,), pyro_nesting=0),
     "chain_markov_in_model_backward_guide": Program(chain_with_markov, backward_guide, (COUNTS,), pyro_nesting=0),
     "chain_markov_in_both": Program(chain_with_markov, forward_guide_with_markov, (COUNTS,), pyro_nesting=0),
-    "second_order_chain": Program(second_order_chain, args=(COUNTS,), pyro_nesting=0, marginals=(("z_5", "z_0", "z_2"),)),
+    "second_order_chain": Program(
+        second_order_chain, args=(COUNTS,), pyro_nesting=0, marginals=(("z_5", "z_0", "z_2"),)
+    ),
     "second_order_chain_guided": Program(second_order_chain, second_order_guide, (COUNTS,), pyro_nesting=0),
     "factorial_chain": Program(factorial_chain, args=(PAIRS,), pyro_nesting=0, marginals=(("a_1", "b_1"),)),
     "factorial_chain_guided": Program(factorial_chain, factorial_guide, (PAIRS,), pyro_nesting=0),

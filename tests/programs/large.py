@@ -109,7 +109,11 @@ def root_with_children_terms() -> dict[str, Tensor]:
 
 
 SIDE = 10
-RIGHT, DOWN, FIELDS = 0.5 * noise(SIDE, SIDE - 1, seed=5), 0.5 * noise(SIDE - 1, SIDE, seed=6), noise(SIDE, SIDE, seed=7)
+RIGHT, DOWN, FIELDS = (
+    0.5 * noise(SIDE, SIDE - 1, seed=5),
+    0.5 * noise(SIDE - 1, SIDE, seed=6),
+    noise(SIDE, SIDE, seed=7),
+)
 ISING_Q = noise(SIDE, SIDE, seed=8).sigmoid()
 
 

@@ -81,5 +81,5 @@ NETWORKS = {
     "pyro_module": Program(MixtureModule(), args=(POINTS[:3],), pyro_nesting=1, marginals=(("flip", "z"),)),
     "pyro_module_amortised": Program(MixtureModule(), RecognitionModule(), (POINTS[:3],), pyro_nesting=1),
     "network": Program(model, args=(POINTS,), plates=("data",), pyro_nesting=1, marginals=(("a", "b"),)),
-    "network_amortised": Program(model, autoregressive_guide, (POINTS,), plates=("data",)),
+    "network_amortised": Program(model, autoregressive_guide, (POINTS,), plates=("data",), pyro_nesting=1),
 }

@@ -150,7 +150,9 @@ OBSERVATIONS = {
     ),
     "missing_labels": Program(missing_labels, args=(LABELS[:3],), plates=DATA, pyro_nesting=1, marginals=(("y",),)),
     "missing_labels_guided": Program(missing_labels, missing_labels_guide, (LABELS[:3],), plates=DATA, pyro_nesting=1),
-    "missing_labels_partly_guided": Program(missing_labels, missing_labels_guide_of_y, (LABELS[:3],), plates=DATA, pyro_nesting=1),
+    "missing_labels_partly_guided": Program(
+        missing_labels, missing_labels_guide_of_y, (LABELS[:3],), plates=DATA, pyro_nesting=1
+    ),
     "factors": Program(factors, args=(COUNTS,), pyro_nesting=1, marginals=(("a", "b"), ("c",))),
     "factors_guided": Program(factors, factors_guide, (COUNTS,), pyro_nesting=1),
     "deterministic": Program(deterministic, args=(COUNTS,), plates=DATA, pyro_nesting=1, marginals=(("a", "b"),)),

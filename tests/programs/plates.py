@@ -30,7 +30,11 @@ def mixture_guide(counts: Tensor) -> None:
 
 
 def one_plate_two_sites(counts: Tensor) -> None:
-    a_probs, b_probs, rates = simplex("a_probs", 3, 3), simplex("b_probs", 3, 2, seed=1), positive("rates", 3, 2, seed=2)
+    a_probs, b_probs, rates = (
+        simplex("a_probs", 3, 3),
+        simplex("b_probs", 3, 2, seed=1),
+        positive("rates", 3, 2, seed=2),
+    )
     with pyro.plate("data", len(counts), dim=-2):
         a = categorical("a", a_probs.unsqueeze(-2))
         b = categorical("b", b_probs[a])
@@ -242,7 +246,9 @@ PLATES = {
     "mixture_guided": Program(mixture, mixture_guide, (COUNTS,), plates=DATA, pyro_nesting=1),
     "mixture_called_by_name": Program(mixture, mixture_guide, kwargs={"counts": COUNTS}, plates=DATA, pyro_nesting=1),
     "mixture_of_one_datum": Program(mixture, mixture_guide, (COUNTS[:1],), plates=DATA, pyro_nesting=1),
-    "plate_at_dim_2": Program(one_plate_two_sites, args=(COUNTS[:3],), plates=DATA, pyro_nesting=2, marginals=(("b", "a"),)),
+    "plate_at_dim_2": Program(
+        one_plate_two_sites, args=(COUNTS[:3],), plates=DATA, pyro_nesting=2, marginals=(("b", "a"),)
+    ),
     "plate_guided_in_reverse": Program(
         one_plate_two_sites, one_plate_two_sites_guide, (COUNTS[:3],), plates=DATA, pyro_nesting=2
     ),
@@ -267,7 +273,9 @@ PLATES = {
     "sequential": Program(sequential, args=(COUNTS,), plates=DATA, pyro_nesting=0, marginals=(("z_2",),)),
     "sequential_guided": Program(sequential, sequential_guide, (COUNTS,), plates=DATA, pyro_nesting=0),
     "sequential_under_global": Program(sequential_under_global, args=(COUNTS,), pyro_nesting=0),
-    "sequential_around_vectorised": Program(sequential_around_vectorised, args=(GRID,), plates=("outer",), pyro_nesting=1),
+    "sequential_around_vectorised": Program(
+        sequential_around_vectorised, args=(GRID,), plates=("outer",), pyro_nesting=1
+    ),
     "subsampled": Program(subsampled, args=(SERIES,), scaled_plate="data", plates=DATA, pyro_nesting=1),
     "subsampled_guided": Program(
         subsampled, subsampled_guide, (SERIES,), scaled_plate="data", plates=DATA, pyro_nesting=1

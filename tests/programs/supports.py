@@ -159,6 +159,11 @@ def alarm_guide_with_the_or(counts: Tensor) -> None:
     bernoulli("rings", torch.maximum(quake, burglar))
 
 
+def guide_that_misses_the_or(counts: Tensor) -> None:
+    alarm_guide(counts)
+    bernoulli("rings", unit("q_rings", seed=5))
+
+
 def impossible_binomial(counts: Tensor) -> None:
     z = bernoulli("z", unit("z_prob"))
     b = pyro.sample("b", dist.Binomial(2, tensor([0.0, 0.6])[z.long()]))
@@ -186,7 +191,8 @@ SUPPORTS = {
     "impossible_binomial": Program(impossible_binomial, args=CALLS, pyro_nesting=0, marginals=(("z", "b"),)),
 }
 
-INFINITE = {"left_right_chain_with_mass_on_the_impossible": Program(
-    left_right_chain, guide_with_mass_on_the_impossible, (LABELS,)
-)}
+INFINITE = {
+    "mass_on_the_impossible": Program(left_right_chain, guide_with_mass_on_the_impossible, (LABELS,)),
+    "or_missed_by_the_guide": Program(alarm, guide_that_misses_the_or, CALLS),
+}
 """Programs of infinite free energy: Q puts mass where P is 0."""

@@ -1,0 +1,124 @@
+"""What the engine sees in a pair of programs, before any table is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_vfe.engine.cost import readable_bytes
+from pyro_vfe.engine.ordering import Plan, plan
+from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape
+from pyro_vfe.program.cost import table_entries
+from pyro_vfe.program.layout import Layout, Program, SiteStructure
+from pyro_vfe.program.programs import Programs
+
+_SHOWN_STEPS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Sites, scopes, who enumerates what, and the plan for log p(u); printable."""
+
+    layout: Layout
+    """The sites of guide and model, and the dim each latent takes."""
+
+    plan: Plan
+    """How the model's latents are summed out for the surprise."""
+
+    @property
+    def largest_site(self) -> SiteStructure:
+        """The site with the largest table."""
+        return max(self.layout.sites.values(), key=lambda site: table_entries(site, self.layout))
+
+    def __str__(self) -> str:
+        site = self.largest_site
+        size = 8 * table_entries(site, self.layout)
+        parts = [
+            "\n".join(_aligned([_HEADER, *(_row(site, self.layout) for site in self.layout.sites.values())])),
+            f"largest site table: '{site.name}' of the {site.role}, {readable_bytes(size)}",
+            f"elimination of the model's latents: {self.plan.flops:,} flops, {readable_bytes(self.plan.bytes)}, "
+            f"largest table over {', '.join(self.plan.largest.scope) or 'nothing'}",
+            _shortened(str(self.plan)),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+
+_HEADER = ("site", "program", "values", "plates", "handled", "reads")
+
+
+def explain(model: Program, guide: Program, *args: Any, max_bytes: float | None = None, **kwargs: Any) -> Explanation:
+    """Returns what enumeration would do with a pair of programs: sites, supports, plates, order and cost.
+
+    The programs are run once with sampled values; no table is made.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        *args: Arguments of both programs.
+        max_bytes: The most memory that a table may take; by default half of what is free.
+        **kwargs: Keyword arguments of both programs.
+
+    Raises:
+        VFEError: The programs cannot be enumerated, or would not fit.
+    """
+    layout = Programs(check=False, max_bytes=max_bytes).layout(model, guide, args, kwargs)
+    return Explanation(layout, plan(_structure(layout)))
+
+
+def _structure(layout: Layout) -> Structure:
+    """The model's graph as the ordinary run saw it: names, sizes and plates."""
+    sites = [site for (role, _), site in layout.sites.items() if role == "model"]
+    latents = {site.name: site for site in sites if site.kind == "enumerated"}
+    factors = [
+        FactorShape(site.name, _axes(site, latents.keys()), frozenset(plate.name for plate in site.plates))
+        for site in sites
+    ]
+    variables = [
+        VariableShape(site.name, site.size, frozenset(plate.name for plate in site.plates)) for site in latents.values()
+    ]
+    sizes = {plate.name: plate.size for site in sites for plate in site.plates}
+    return Structure(tuple(factors), tuple(variables), tuple(sizes.items()))
+
+
+def _axes(site: SiteStructure, latents: Any) -> tuple[str, ...]:
+    own = {site.name} & set(latents)
+    scope = sorted((site.scope | own) & set(latents))
+    return (*scope, *(plate.name for plate in site.plates))
+
+
+def _row(site: SiteStructure, layout: Layout) -> tuple[str, ...]:
+    plates = ", ".join(
+        f"{plate.name} ({plate.size})" if plate.size == plate.full_size else f"{plate.name} ({plate.size} of {plate.full_size})"
+        for plate in site.plates
+    )
+    values = str(site.size) if site.kind == "enumerated" else "-"
+    reads = sorted(site.scope - {site.name})
+    shown = ", ".join(reads[:4]) + (f", ... ({len(reads)})" if len(reads) > 4 else "")
+    return site.name, site.role, values, plates or "-", _handled(site, layout), shown or "-"
+
+
+def _handled(site: SiteStructure, layout: Layout) -> str:
+    """Who sums, draws or observes the site."""
+    in_guide = ("guide", site.name) in layout.sites
+    in_model = ("model", site.name) in layout.sites
+    if site.kind == "observed":
+        return f"observed ({site.family})"
+    if site.kind == "sampled":
+        return f"drawn ({site.family})"
+    where = "under the guide" if in_guide and in_model else "inside the guide" if in_guide else "inside the model"
+    how = ", one run per value" if site.name in layout.sequential else ""
+    return f"summed {where}{how}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _shortened(text: str) -> str:
+    lines = text.splitlines()
+    if len(lines) <= _SHOWN_STEPS:
+        return text
+    half = _SHOWN_STEPS // 2
+    return "\n".join([*lines[:half], f"... {len(lines) - 2 * half} more steps", *lines[-half:]])
+
+

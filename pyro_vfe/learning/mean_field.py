@@ -1,0 +1,140 @@
+r"""The mean-field guide: every latent by itself.
+
+    Q(v)  =  prod_sites prod_elements  Q(v_site[n]) ,        Q(v_site[n] = value_k)  =  softmax(logits[n])_k
+
+References:
+    Saul, Jaakkola and Jordan (1996), Mean field theory for sigmoid belief networks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vfe.errors import StructureError
+from pyro_vfe.program.finite import Finite
+from pyro_vfe.program.layout import SiteStructure, lay_out
+from pyro_vfe.program.programs import undisturbed_randomness
+from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
+
+Program = Callable[..., Any]
+
+
+class AutoMeanField(AutoGuide):  # type: ignore[misc]
+    """A guide with an independent categorical for each discrete latent site and plate element.
+
+    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters are
+    logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a subsample uses
+    its own rows. They start at zero, uniform, plus noise if asked for.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        *,
+        init_scale: float = 0.0,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        """Args:
+        model: The generative model; its discrete latents with finite support are found at the first call.
+        init_scale: Standard deviation of the starting logits. Zero is a saddle point where latents are exchangeable:
+            give a little noise to break the symmetry there.
+        create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
+        """
+        super().__init__(model, create_plates=create_plates)
+        self.init_scale = init_scale
+        self._latents: dict[str, SiteStructure] = {}
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with undisturbed_randomness(), pyro.poutine.block():
+            layout = lay_out(_nothing, self.model, args, kwargs)
+        self._latents = {site.name: site for site in layout.sites.values() if site.kind == "enumerated"}
+        if not self._latents:
+            raise StructureError(
+                "AutoMeanField found no discrete latent with a finite support in the model.",
+                hint="Use one of Pyro's autoguides for continuous latents.",
+            )
+        self.prototype_trace = pyro.poutine.Trace()
+        self.logits = PyroModule()
+        for site in self._latents.values():
+            for plate in site.plates:
+                self._prototype_frames[plate.name] = _frame(plate)
+            setattr(self.logits, site.name, torch.nn.Parameter(self._initial_logits(site)))
+
+    def _initial_logits(self, site: SiteStructure) -> Tensor:
+        shape = [1] * max((-plate.dim for plate in site.plates), default=0)
+        for plate in site.plates:
+            shape[plate.dim] = plate.full_size
+        assert site.support is not None
+        return self.init_scale * torch.randn(*shape, site.size, device=site.support.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples every discrete latent and returns the values by site name.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        return {name: self._sample(site, plates) for name, site in self._latents.items()}
+
+    def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
+        with pyro.poutine.infer_config(config_fn=lambda _: {FOLLOWS_MODEL: True}):
+            with _all_of([plates[plate.name] for plate in site.plates]):
+                logits = getattr(self.logits, site.name)
+                for plate in site.plates:
+                    indices = plates[plate.name]._indices
+                    if indices is not None and len(indices) < logits.shape[plate.dim - 1]:
+                        logits = logits.index_select(plate.dim - 1, indices.to(logits.device))
+                value: Tensor = pyro.sample(site.name, _distribution(site, logits))
+                return value
+
+    def probabilities(self, name: str) -> Tensor:
+        """Returns Q(v) of a latent's values, shape `(*batch_shape, K)`, detached.
+
+        Args:
+            name: The latent's site.
+        """
+        return getattr(self.logits, name).detach().softmax(-1)  # type: ignore[no-any-return]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A program without sites."""
+
+
+def _frame(plate: Plate) -> Any:
+    from pyro.poutine.indep_messenger import CondIndepStackFrame
+
+    return CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
+
+
+class _all_of:
+    """Several plates as one context, in the order of their dims."""
+
+    def __init__(self, plates: list[Any]) -> None:
+        self.plates = plates
+
+    def __enter__(self) -> None:
+        for plate in self.plates:
+            plate.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for plate in reversed(self.plates):
+            plate.__exit__(*error)
+
+
+def _distribution(site: SiteStructure, logits: Tensor) -> Any:
+    """The kind of distribution that has the site's values."""
+    if site.family == "Categorical":
+        return dist.Categorical(logits=logits)
+    if site.family == "OneHotCategorical":
+        return dist.OneHotCategorical(logits=logits)
+    assert site.support is not None
+    return Finite(site.support, logits)

@@ -1,0 +1,25 @@
+"""The programs that the library is held against, by name."""
+
+from programs.bad import BAD_PROGRAMS
+from programs.branching import BRANCHING
+from programs.case import BadProgram, Program
+from programs.chains import CHAINS
+from programs.large import LARGE
+from programs.networks import NETWORKS
+from programs.observations import OBSERVATIONS
+from programs.plates import PLATES
+from programs.sampled import POINT_ESTIMATES, SAMPLED_PROGRAMS, SampledProgram
+from programs.supports import INFINITE, SUPPORTS
+
+PROGRAMS: dict[str, Program] = {
+    **CHAINS,
+    **LARGE,
+    **PLATES,
+    **OBSERVATIONS,
+    **SUPPORTS,
+    **BRANCHING,
+    **NETWORKS,
+    **POINT_ESTIMATES,
+}
+
+__all__ = ["BAD_PROGRAMS", "INFINITE", "PROGRAMS", "SAMPLED_PROGRAMS", "BadProgram", "Program", "SampledProgram"]
