@@ -59,31 +59,36 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
     return tuple(result)
 
 
-def log_q(enumeration: Enumeration, max_bytes: float | None = None) -> Parts:
+def log_q(
+    enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES
+) -> Parts:
     """log Q(v, w), with guide-only latents summed out."""
     own = frozenset(factor.name for factor in enumeration.guide_latents) - enumeration.guided
     factors = (*enumeration.guide_latents, *enumeration.guide_draws)
-    return _parts(enumeration, factors, own, max_bytes)
+    return _parts(enumeration, factors, own, max_bytes, keep_plates)
 
 
-def log_joint(enumeration: Enumeration, max_bytes: float | None = None) -> Parts:
+def log_joint(
+    enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES
+) -> Parts:
     """log P(v, w, u), with model-only latents summed out."""
     factors = (*enumeration.model_latents, *enumeration.model_draws, *enumeration.observed)
-    return _parts(enumeration, factors, _model_only(enumeration), max_bytes)
+    return _parts(enumeration, factors, _model_only(enumeration), max_bytes, keep_plates)
 
 
-def log_prior(enumeration: Enumeration, max_bytes: float | None = None) -> Parts:
+def log_prior(
+    enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES
+) -> Parts:
     """log P(v, w), with model-only latents summed out."""
-    return _parts(
-        enumeration, (*enumeration.model_latents, *enumeration.model_draws), _model_only(enumeration), max_bytes
-    )
+    factors = (*enumeration.model_latents, *enumeration.model_draws)
+    return _parts(enumeration, factors, _model_only(enumeration), max_bytes, keep_plates)
 
 
 def log_likelihood(enumeration: Enumeration) -> Parts | None:
     """log P(u | v, w); None where model-only latents tie data and latents together."""
     if _model_only(enumeration):
         return None
-    return _parts(enumeration, enumeration.observed, NO_PLATES, None)
+    return _parts(enumeration, enumeration.observed, NO_PLATES, None, NO_PLATES)
 
 
 def joint_graph(enumeration: Enumeration) -> FactorGraph:
@@ -126,7 +131,11 @@ def _model_only(enumeration: Enumeration) -> frozenset[str]:
 
 
 def _parts(
-    enumeration: Enumeration, factors: tuple[Factor, ...], summed: frozenset[str], max_bytes: float | None
+    enumeration: Enumeration,
+    factors: tuple[Factor, ...],
+    summed: frozenset[str],
+    max_bytes: float | None,
+    keep_plates: frozenset[str],
 ) -> Parts:
     conditionals = conditionals_of(enumeration)
     graph = enumeration.graph(*conditionals, *factors)
@@ -135,7 +144,7 @@ def _parts(
     while True:
         part = replace(graph, factors=factors, variables=_mentioned(graph, factors))
         kept = frozenset(part.variables) - summed
-        elimination = eliminate(part, keep=kept, keep_plates=NO_PLATES, max_bytes=max_bytes)
+        elimination = eliminate(part, keep=kept, keep_plates=keep_plates, max_bytes=max_bytes)
         if not elimination.unrollings:
             return Parts(graph, conditionals, elimination.factors)
         first = elimination.unrollings[0]

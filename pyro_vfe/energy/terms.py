@@ -75,8 +75,7 @@ def measured(
     """
     shifted, offsets = _shifted(enumeration)
     measure = _Measure(shifted, keep_plates)
-    q, joint = measure(log_q(shifted, max_bytes)), measure(log_joint(shifted, max_bytes))
-    prior = measure(log_prior(shifted, max_bytes))
+    q, joint, prior = (measure(part(shifted, max_bytes, keep_plates)) for part in (log_q, log_joint, log_prior))
     likelihood = log_likelihood(shifted)
     data = None if likelihood is None else measure(likelihood)
     common = measure(Parts(shifted.graph(), (), offsets))

@@ -1,6 +1,8 @@
 """Factors to numbers: exact sums over plated factor graphs, in pure torch.
 
-log Z  =  log sum_x exp( sum_f f(x) )          marginals, expectations  =  its gradients          mode, samples  =  its steps, undone
+log Z                    =  log sum_x exp( sum_f f(x) )
+marginals, expectations  =  gradients of log Z
+mode, samples            =  the steps that summed it, undone
 """
 
 from pyro_vfe.engine.decoding import SAMPLE, mode, sample

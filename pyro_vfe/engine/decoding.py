@@ -11,6 +11,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from pyro_vfe.engine.logspace import broadcast_contract, picked_at
 from pyro_vfe.engine.ordering import Component, Plan
 from pyro_vfe.engine.paths import Step
 from pyro_vfe.engine.unrolling import stitch
+
+CHUNK = 2**24
+"""Entries of the conditionals that are formed at a time when drawing."""
 
 SAMPLE = "__sample__"
 """The axis of the draws."""
@@ -67,7 +71,24 @@ def sample(graph: FactorGraph, num_samples: int, *, max_bytes: float | None = No
         ImpossibleDataError: Every assignment has probability zero.
     """
     execution = execute_sum(graph, max_bytes=max_bytes)
-    return _decide(execution, num_samples, lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0])
+    at_once = max(1, CHUNK // _entries_per_draw(execution))
+    portions = [min(at_once, num_samples - done) for done in range(0, num_samples, at_once)] or [0]
+    draws = [_decide(execution, portion, _drawn) for portion in portions]
+    return {
+        name: Table(torch.cat([portion[name].values for portion in draws]), table.axes)
+        for name, table in draws[0].items()
+    }
+
+
+def _drawn(logits: Tensor) -> Tensor:
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0] if len(logits) else logits.new_zeros(0, dtype=torch.int64)
+
+
+def _entries_per_draw(execution: Execution) -> int:
+    """Returns the size of the largest table of conditionals that one draw needs."""
+    graph = execution.graph
+    work = ((c.plates, step.summed) for c in execution.plan.components for step in c.steps)
+    return max((prod(graph.size(axis) for axis in (*plates, *summed)) for plates, summed in work), default=1) or 1
 
 
 def _broadcast_entries(plan: Plan) -> int:

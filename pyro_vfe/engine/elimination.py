@@ -148,7 +148,7 @@ def execute_sum(
     keep_plates: frozenset[str] = NO_NAMES,
     max_bytes: float | None = None,
 ) -> Execution:
-    """Returns the executed sum-product elimination; on a GPU it is done again, with care, if a matrix product underflowed."""
+    """Returns the executed sum-product elimination; off the CPU, done again with care if a product underflowed."""
     like = reference_tensor(graph)
     on_cpu = like.device.type == "cpu"
     first = SumProduct(careful=on_cpu)
@@ -204,7 +204,7 @@ def _run_component(component: Component, slots: list[Factor], graph: FactorGraph
 
 
 def without_plates(factor: Factor, plates: Iterable[str], graph: FactorGraph) -> Factor:
-    """Returns the factor multiplied out over plates, its scale applied; a plate whose axis it lacks counts each element."""
+    """Returns the factor, its scale applied, multiplied out over plates, also those whose axis it lacks."""
     gone = frozenset(plates)
     table = weighted(factor.table, factor.scale)
     reduced = [n for n, axis in enumerate(table.axes) if axis in gone]
@@ -252,8 +252,8 @@ def _common_scale(component: Component, graph: FactorGraph) -> Scale:
     for variable in variables[1:]:
         if not same_scale(variable.scale, scale):
             raise VFEError(
-                f"Sites '{variables[0].name}' and '{variable.name}' depend on each other and are summed together, but have"
-                f" the scales {_shown(scale)} and {_shown(variable.scale)}.",
+                f"Sites '{variables[0].name}' and '{variable.name}' depend on each other and are summed together, but"
+                f" have the scales {_shown(scale)} and {_shown(variable.scale)}.",
                 hint="Put both sites under one poutine.scale.",
             )
     return scale

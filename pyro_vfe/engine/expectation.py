@@ -67,12 +67,17 @@ def expected(
         keep_plates: Plates whose elements are kept apart.
         downstream_of: Variables whose downstream costs are returned as well.
     """
-    terms = list(costs)
-    result = _Pass(graph, keep_plates, downstream_of, careful=False).run(conditionals, terms)
-    # 0 * inf is 0 here. Where an infinity met anything the plain products show it, and are made again with care.
+    terms = [_Term(weighted(cost.table, cost.scale), cost.plates) for cost in costs]
+    plain = _Pass(graph, keep_plates, downstream_of, careful=False)
+    result = plain.run(conditionals, terms)
+    # 0 * inf is 0 here. Where an infinity met anything, the plain products are not finite.
     if bool(torch.isfinite(result.total.detach())):
         return result
-    return _Pass(graph, keep_plates, downstream_of, careful=True).run(conditionals, terms)
+    careful = _Pass(graph, keep_plates, downstream_of, careful=True).run(conditionals, terms)
+    if not bool(torch.isfinite(careful.total.detach())):
+        return careful
+    # Every infinity has probability zero: without them value and gradient are those of the plain products.
+    return plain.run(conditionals, [_Term(_without_infinities(term.table), term.plates) for term in terms])
 
 
 class _Pass:
@@ -85,8 +90,8 @@ class _Pass:
         self.careful = careful
         self.downstream: dict[str, Table] = {}
 
-    def run(self, conditionals: Sequence[Factor], costs: Sequence[Factor]) -> Expectation:
-        terms = [_Term(weighted(cost.table, cost.scale), cost.plates) for cost in costs]
+    def run(self, conditionals: Sequence[Factor], terms: Sequence[_Term]) -> Expectation:
+        self.downstream = {}
         waiting: dict[str, list[_Term]] = {}
         position = {conditional.name: i for i, conditional in enumerate(conditionals)}
         done: list[_Term] = []
@@ -175,6 +180,10 @@ class _Pass:
             return term
         axes = tuple(axis for axis in term.table.axes if axis in self.graph.plates)
         return _Term(Table(term.table.values.squeeze(surplus), axes), term.plates)
+
+
+def _without_infinities(table: Table) -> Table:
+    return Table(table.values.masked_fill(table.values.isinf(), 0.0), table.axes)
 
 
 def _added(terms: Sequence[_Term]) -> _Term:

@@ -174,7 +174,8 @@ def weighted(table: Table, scale: Scale) -> Table:
     if isinstance(scale, float | int):
         if scale == 1.0:
             return table
-        return Table(table.values * scale if scale else torch.zeros_like(table.values), table.axes)
+        nothing = table.values.where(torch.zeros((), dtype=torch.bool, device=table.values.device), 0.0)
+        return Table(table.values * scale if scale else nothing, table.axes)
     axes = (*table.axes, *(axis for axis in scale.axes if axis not in table.axes))
     weights = scale.aligned(axes)
     return Table(table.aligned(axes).where(weights != 0, 0.0) * weights, axes)

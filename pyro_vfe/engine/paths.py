@@ -2,9 +2,9 @@ r"""The order in which variables are summed, as pairwise steps, and what each st
 
     flops(i, j -> k)  =  prod over axes(i) | axes(j) of size          entries(k)  =  prod over axes(k) of size
 
-A variable is summed at the step after which no other factor has it. Three candidates compete: variable elimination with
-the cheapest clique first, variable elimination in the program's order (the rows of a grid), and opt_einsum's greedy path.
-Names and sizes only; no tensors.
+A variable is summed at the step after which no other factor has it. Three candidates compete: variable elimination,
+cheapest clique first; variable elimination in the program's order, which suits the rows of a grid; and opt_einsum's
+greedy path. Names and sizes only; no tensors.
 
 References:
     Kjaerulff (1990), Triangulation of graphs: algorithms giving small total state space.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, constraints
 
 
 def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
@@ -179,11 +179,13 @@ def _last_to_batch_dim(values: Tensor, dim: int) -> Tensor:
 def _slim_distribution(fn: Any, own_dims: int) -> Any:
     """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that is not known to be safe."""
     arguments = type(fn).arg_constraints
+    if not isinstance(arguments, dict):
+        return fn
     for name, part in fn.__dict__.items():
         if isinstance(part, Distribution) or (isinstance(part, Tensor) and name not in arguments):
             return fn
     parts = {name: fn.__dict__[name] for name in arguments if isinstance(fn.__dict__.get(name), Tensor)}
-    if not parts or not isinstance(arguments, dict):
+    if not parts or any(constraints.is_dependent(arguments[name]) for name in parts):
         return fn
     event_dims = {name: arguments[name].event_dim for name in parts}
     slimmed = {name: slim(part, own_dims + event_dims[name]) for name, part in parts.items()}

@@ -16,7 +16,7 @@ def graph_of(
     seed: int = 0,
     zeros: float = 0.0,
 ) -> FactorGraph:
-    """Builds a graph of random tables; each factor is its scope, the plates it varies along, and the further plates it is in."""
+    """Builds a graph of random tables; a factor is its scope, the plates it varies along, and others it is in."""
     generator = torch.Generator().manual_seed(seed)
     known = {name: Variable(name, size, frozenset(inside)) for name, (size, inside) in variables.items()}
     made = []

@@ -7,7 +7,7 @@ from engine.graphs import GRAPHS, INF, graph_of, plated_graphs, values_of, with_
 from hypothesis import given, settings
 from torch import Tensor
 
-from pyro_vfe.engine import SAMPLE, FactorGraph, Table, mode, sample
+from pyro_vfe.engine import SAMPLE, FactorGraph, Table, decoding, mode, sample
 from pyro_vfe.errors import ImpossibleDataError
 
 close = torch.testing.assert_close
@@ -31,7 +31,7 @@ def test_the_mode_has_the_largest_entry_of_the_full_joint_table(name: str) -> No
     close(log_joint_at(joint, as_one_draw(mode(POSSIBLE[name])))[0], joint.log_table.max())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(plated_graphs(zeros=False))
 def test_the_mode_of_random_graphs_has_the_largest_entry(graph: FactorGraph) -> None:
     joint = full_joint(graph)
@@ -88,3 +88,11 @@ def test_nothing_is_drawn_from_impossible_data() -> None:
     for decide in (mode, lambda graph: sample(graph, 3)):
         with pytest.raises(ImpossibleDataError, match="'f0'"):
             decide(impossible)
+
+
+def test_draws_are_made_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", 30)
+    draws = sample(GRAPHS["mixture"], 7)
+    assert draws["a"].values.shape == (7,)
+    assert draws["b"].values.shape == (7, 4)
+    assert sample(GRAPHS["mixture"], 0)["b"].values.shape == (0, 4)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from engine.full_joint import copy_of, elements, full_joint
 from engine.graphs import GRAPHS, INF, graph_of, plated_graphs, values_of, with_values
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pyro_vfe.engine import FactorGraph, eliminate, log_normalizer
@@ -24,7 +25,7 @@ def test_log_normalizer_equals_the_full_joint_table(name: str) -> None:
     close(total(GRAPHS[name]), full_joint(GRAPHS[name]).log_normalizer)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(plated_graphs())
 def test_log_normalizer_equals_the_full_joint_table_of_random_graphs(graph: FactorGraph) -> None:
     close(total(graph), full_joint(graph).log_normalizer)
@@ -142,3 +143,25 @@ def test_elements_of_the_oracle_are_the_products_of_plates() -> None:
     graph = GRAPHS["nested plates"]
     assert len(elements(frozenset("ij"), dict(graph.plates))) == 6
     assert copy_of(graph, "b", {"i": 1, "j": 0}) == ("b", (("i", 1),))
+
+
+@settings(max_examples=50, deadline=None)
+@given(plated_graphs(), st.data())
+def test_whatever_is_kept_the_rest_of_the_sum_is_right(graph: FactorGraph, data: st.DataObject) -> None:
+    kept = data.draw(st.sets(st.sampled_from(sorted(graph.variables))) if graph.variables else st.just(set()))
+    left = eliminate(graph, keep=frozenset(kept))
+    copies = {name: v for name, v in left.graph.variables.items() if name.split("[")[0] in kept}
+    close(total(FactorGraph(left.factors, copies, graph.plates)), full_joint(graph).log_normalizer)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plated_graphs(), st.sampled_from(["i", "j", "ij"]))
+def test_kept_plates_add_up_or_name_what_ties_them(graph: FactorGraph, kept: str) -> None:
+    assume(set(kept) <= graph.plates.keys())
+    try:
+        found = log_normalizer(graph, keep_plates=frozenset(kept))
+    except PlateError as error:
+        assert any(f"Site '{name}" in str(error) for name in graph.variables)
+        return
+    assert found.inside.values.shape == tuple(graph.plates[plate] for plate in kept)
+    close(found.total, full_joint(graph).log_normalizer)

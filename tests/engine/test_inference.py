@@ -31,7 +31,7 @@ def test_every_single_and_pair_marginal_equals_the_full_joint_table(name: str) -
         assert_marginal_is_right(graph, scope, table)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(plated_graphs(zeros=False))
 def test_marginals_of_random_graphs_equal_the_full_joint_table(graph: FactorGraph) -> None:
     names = list(graph.variables)

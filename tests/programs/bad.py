@@ -5,6 +5,7 @@ from itertools import count
 import pyro
 import pyro.distributions as dist
 import torch
+
 from programs.case import BadProgram, bernoulli, categorical, empty, simplex, tensor, unit
 from programs.supports import COUNTS, alarm, guide_that_misses_the_or
 

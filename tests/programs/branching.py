@@ -4,9 +4,9 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
-from programs.case import Program, bernoulli, categorical, noise, positive, simplex, tensor, unit
 from torch import Tensor
+
+from programs.case import Program, bernoulli, categorical, noise, positive, simplex, tensor, unit
 
 COUNTS = tensor([1.0, 4.0, 2.0])
 

@@ -3,8 +3,9 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from programs.case import Program, categorical, noise, positive, simplex, tensor
 from torch import Tensor
+
+from programs.case import Program, categorical, noise, positive, simplex, tensor
 
 COUNTS = tensor([1.0, 4.0, 2.0, 7.0])
 PAIRS = tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 2.0]])

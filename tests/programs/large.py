@@ -5,9 +5,10 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from programs.case import Program, bernoulli, categorical, noise, tensor
 from recursions import forward_recursion, ising_transfer_matrix
 from torch import Tensor
+
+from programs.case import Program, bernoulli, categorical, noise, tensor
 
 STEPS = 1000
 INITIAL = tensor([0.5, 0.3, 0.2])

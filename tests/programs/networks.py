@@ -1,12 +1,15 @@
 """Programs that are modules: PyroModule models and guides, amortised by torch.nn networks."""
 
+from itertools import pairwise
+
 import pyro
 import pyro.distributions as dist
 import torch
-from programs.case import Program, noise
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
+
+from programs.case import Program, noise
 
 POINTS = noise(4, 2, seed=21)
 
@@ -14,7 +17,7 @@ POINTS = noise(4, 2, seed=21)
 def network(sizes: tuple[int, ...], seed: int) -> nn.Sequential:
     """A small float64 network whose weights are always the same."""
     layers: list[nn.Module] = []
-    for n, (width, next_width) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for n, (width, next_width) in enumerate(pairwise(sizes)):
         linear = nn.Linear(width, next_width, dtype=torch.float64)
         linear.weight.data = noise(next_width, width, seed=seed + n)
         linear.bias.data = noise(next_width, seed=seed + n + 100)

@@ -7,8 +7,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from oracles import TERMS, oracle
-from programs.case import Program, bernoulli, categorical, noise, positive, simplex, tensor, unit
 from torch import Tensor
+
+from programs.case import Program, bernoulli, categorical, noise, positive, simplex, tensor, unit
 
 COUNTS = tensor([1.0, 4.0, 2.0, 7.0])
 GRID = noise(2, 2, seed=11)

@@ -12,9 +12,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from oracles import oracle
-from programs.case import Program, bernoulli, categorical, empty, noise, positive, real, simplex, tensor, unit
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
+
+from programs.case import Program, bernoulli, categorical, empty, noise, positive, real, simplex, tensor, unit
 
 POINTS = tensor([0.5, -1.0, 2.0])
 COUNTS = tensor([1.0, 4.0, 2.0])
@@ -41,8 +42,8 @@ class SampledProgram:
 
 def real_line() -> WEIGHTED:
     """Nodes and weights of the trapezoid rule on the line."""
-    nodes = torch.linspace(-12.0, 12.0, 121, dtype=torch.float64)
-    return nodes, torch.full_like(nodes, 0.2)
+    nodes = torch.linspace(-24.0, 24.0, 161, dtype=torch.float64)
+    return nodes, torch.full_like(nodes, 0.3)
 
 
 def unit_interval() -> WEIGHTED:

@@ -1,13 +1,14 @@
 """Kinds of finite support, and values that cannot happen."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
-from programs.case import Program, bernoulli, categorical, noise, positive, real, simplex, tensor, unit
 from pyro.distributions import constraints
 from torch import Tensor
+
+from programs.case import Program, bernoulli, categorical, positive, real, simplex, tensor, unit
 
 COUNTS = tensor([1.0, 4.0, 2.0])
 LABELS = torch.tensor([1, 1, 2, 0])
@@ -16,7 +17,7 @@ LABELS = torch.tensor([1, 1, 2, 0])
 class Dice(dist.TorchDistribution):
     """A loaded die with faces 1, 3 and 7: a finite support that is not a range."""
 
-    arg_constraints = {"logits": constraints.real_vector}
+    arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real_vector}
     has_enumerate_support = True
     faces = (1.0, 3.0, 7.0)
 
