@@ -87,10 +87,19 @@ class Row:
     values: dict[str, Tensor]
     """The values of the latent sites."""
 
+    @cached_property
+    def log_joint(self) -> Tensor:
+        """The log-probability of the run."""
+        return _total(site.log_prob for site in self.sites.values())
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """The log-probability of its latents alone."""
+        return _total(site.log_prob for site in self.sites.values() if site.is_latent)
+
     def log_mass(self, of_prior: bool = False) -> Tensor:
-        """The log-probability of the run, or of its latents alone."""
-        scored = [site.log_prob.sum() for site in self.sites.values() if site.is_latent or not of_prior]
-        return torch.stack(scored).sum() if scored else torch.zeros(())
+        """One or the other."""
+        return self.log_prior if of_prior else self.log_joint
 
     def inside(self, plate: str, index: int) -> "Row":
         """The row of one plate index: what the run did there, as a run of its own."""
@@ -109,6 +118,10 @@ class Row:
     def _index(self, element: Element, plate: str) -> int | None:
         site = self.sites[element[0]]
         return site.index_of(element[1], plate) if site.is_in(plate) else None
+
+
+def _total(log_probs: Iterable[Tensor]) -> Tensor:
+    return sum((log_prob.sum() for log_prob in log_probs), torch.zeros(()))
 
 
 class _Assign(Messenger):

@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-MAX_ASSIGNMENTS = 600
+MAX_ASSIGNMENTS = 200
 """Of model or guide; a plate's elements count apart."""
 
 KINDS = {"categorical_2": 2, "categorical_3": 3, "logits_3": 3, "bernoulli": 2, "one_hot_3": 3, "binomial_2": 3}
@@ -82,7 +82,7 @@ def program_specs(draw: Callable[..., Any]) -> ProgramSpec:
     plates = tuple((f"plate_{n}", draw(st.integers(2, 3)), -1 - n) for n in range(count))
     names = [name for name, _, _ in plates]
     model: list[SiteSpec] = []
-    for n in range(draw(st.integers(1, 8))):
+    for n in range(draw(st.integers(2, 8))):
         inside = tuple(name for name in names if draw(st.booleans()))
         site = _site(draw, f"v_{n}", draw(st.sampled_from(sorted(KINDS))), inside, model, draw(st.integers(0, 3)) == 0)
         if assignments((*model, site), plates) <= MAX_ASSIGNMENTS:
@@ -91,7 +91,8 @@ def program_specs(draw: Callable[..., Any]) -> ProgramSpec:
     guide: list[SiteSpec] = []
     for site in order:
         if draw(st.booleans()):
-            guide.append(_site(draw, site.name, site.kind, site.plates, guide, False))
+            zeros = site.zeros and draw(st.integers(0, 5)) > 0
+            guide.append(_site(draw, site.name, site.kind, site.plates, guide, zeros))
     outside = [site.name for site in model if not site.plates]
     factor = (outside[0], outside[-1]) if len(outside) > 1 and draw(st.booleans()) else None
     return ProgramSpec(plates, tuple(model), tuple(guide), factor, draw(st.integers(0, 10_000)))

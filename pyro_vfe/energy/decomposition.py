@@ -23,7 +23,7 @@ from pyro_vfe.energy.impossible import check_possible, culprits
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.render import as_html, as_text
 from pyro_vfe.energy.shares import gap_shares
-from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
+from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured, stacked_terms
 from pyro_vfe.errors import PlateError, PlateKeptError
 from pyro_vfe.program.enumeration import Enumeration
 
@@ -91,23 +91,21 @@ class Decomposition:
     def by(self, plate: str) -> "Decomposition":
         """Returns the decomposition of each element of a plate, shape `(size,)`.
 
-        What belongs to no element (a global draw, say) is left out; the elements sum to the rest.
+        Each element carries its weight (of `poutine.scale`, or of a subsample), so that the elements sum to the whole; only
+        what belongs to no element, a global draw say, is left out.
 
         Args:
-            plate: The name of a plate of the model.
+            plate: The name of a plate, vectorised or sequential.
 
         Raises:
             PlateKeptError: There is no such plate, or a latent outside of it ties its elements together.
         """
-        sizes = self.runs[0].plates if self.runs else {}
-        if plate not in sizes:
-            known = ", ".join(f"'{name}'" for name in sizes) or "none"
-            raise PlateKeptError(
-                f"There is no plate '{plate}' to report by.", hint=f"The plates here are: {known}."
-            )
-        keep = frozenset((plate,))
+        known = self.runs[0].all_plates if self.runs else ()
+        if plate not in known:
+            names = ", ".join(f"'{name}'" for name in known) or "none"
+            raise PlateKeptError(f"There is no plate '{plate}' to report by.", hint=f"The plates here are: {names}.")
         try:
-            inside = [measured(run, keep_plates=keep, max_bytes=self.max_bytes)[0] for run in self.runs]
+            inside = [_by_element(run, plate, self.max_bytes) for run in self.runs]
         except PlateError as error:
             raise PlateKeptError(
                 f"The elements of plate '{plate}' have no free energy of their own: {error}",
@@ -192,14 +190,21 @@ def _stderr(terms: Sequence[Terms]) -> Tensor | None:
     return torch.stack([term.free_energy for term in terms]).std(0) / len(terms) ** 0.5
 
 
+def _by_element(run: Enumeration, plate: str, max_bytes: float | None) -> Terms:
+    """The terms of each element of a plate, vectorised or sequential."""
+    if plate in run.plates:
+        return measured(run, keep_plates=frozenset((plate,)), max_bytes=max_bytes)[0]
+    return stacked_terms([measured(step, max_bytes=max_bytes)[1] for step in run.steps(plate)])
+
+
 def _plates_to_ask_for(enumeration: Enumeration, plate: str) -> str:
     """The plates whose elements no latent outside of them ties together."""
     fit = []
-    for other in enumeration.plates:
+    for other in enumeration.all_plates:
         if other == plate:
             continue
         try:
-            measured(enumeration, keep_plates=frozenset((other,)))
+            _by_element(enumeration, other, None)
         except PlateError:
             continue
         fit.append(f"'{other}'")

@@ -59,6 +59,11 @@ def mean_terms(terms: Sequence[Terms]) -> Terms:
     return Terms(**{name: torch.stack([getattr(term, name) for term in terms]).mean(0) for name in NAMES})
 
 
+def stacked_terms(terms: Sequence[Terms]) -> Terms:
+    """Terms of several elements as one, with one entry per element."""
+    return Terms(**{name: torch.stack([getattr(term, name) for term in terms]) for name in NAMES})
+
+
 def measured(
     enumeration: Enumeration, *, keep_plates: frozenset[str] = NO_PLATES, max_bytes: float | None = None
 ) -> tuple[Terms, Terms]:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
-from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
+from pyro_vfe.errors import NameClashError, PlateError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, Paths, joined
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, check_absences
 from pyro_vfe.program.provenance import Escaped, Provenance
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
-from pyro_vfe.program.supports import finite_support, is_enumerable, support_size, unwrapped
+from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size
 from pyro_vfe.program.tables import Labeller, StructureChanged
 
 SiteKey = tuple[Role, str]
@@ -106,6 +106,33 @@ class Enumeration:
     def draws_tell_of_latents(self) -> bool:
         """Whether the guide draws something that depends on a latent it enumerates: Q(v) is then not Q(v | w)."""
         return any(not self.supports.keys().isdisjoint(factor.table.axes) for factor in self.guide_draws)
+
+    @property
+    def all_plates(self) -> tuple[str, ...]:
+        """The names of all plates, vectorised and sequential."""
+        sequential = (name for site in self.sites.values() for name in site.steps)
+        return tuple(dict.fromkeys((*self.plates, *sequential)))
+
+    def steps(self, plate: str) -> list["Enumeration"]:
+        """The enumeration of each step of a sequential plate by itself.
+
+        Raises:
+            PlateError: A latent of one step, or outside of the plate, is read in another.
+        """
+        count = max((site.steps[plate] for site in self.sites.values() if plate in site.steps), default=-1) + 1
+        home = {site.name: site.steps.get(plate) for site in self.sites.values() if site.kind == "enumerated"}
+        for key, factor in self.factors.items():
+            for name in factor.table.axes:
+                if name in home and home[name] != self.sites[key].steps.get(plate):
+                    raise PlateError(
+                        f"Site '{factor.name}' reads latent '{name}' of another step of plate '{plate}', or from outside.",
+                        hint="Ask for the whole instead.",
+                    )
+        return [self._restricted(plate, step) for step in range(count)]
+
+    def _restricted(self, plate: str, step: int) -> "Enumeration":
+        sites = {key: site for key, site in self.sites.items() if site.steps.get(plate) == step}
+        return replace(self, sites=sites, factors={key: self.factors[key] for key in sites})
 
     def graph(self, *factors: Factor) -> FactorGraph:
         """The given factors as a graph over this run's variables."""
@@ -200,10 +227,15 @@ class _Runner:
             enumerated=frozenset(first.enumerated),
             subsamples=first.subsamples,
             sequential=self.layout.sequential,
+            unread=self.layout.unread,
             provenance=self.provenance,
         )
         second.run(model, args, kwargs)
-        sites = {(site.role, site.name): site for site in (*first.sites.values(), *second.sites.values())}
+        sites: dict[SiteKey, Site] = {
+            (site.role, site.name): site
+            for site in (*first.sites.values(), *second.sites.values())
+            if site.kind != "unread"
+        }
         for name, site in second.sites.items():
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
@@ -229,7 +261,17 @@ class _Runner:
         labeller = Labeller(self.layout, self.provenance, homes, choices, draws)
         absent = absences(sites)
         with self.provenance or _Untracked():
-            return {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}
+            factors = {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}
+        self._check_unread(factors)
+        return factors
+
+    def _check_unread(self, factors: Mapping[SiteKey, Factor]) -> None:
+        if self.provenance is None or not self.layout.unread:
+            return
+        for factor in factors.values():
+            read = self.provenance.of(factor.table.values) & self.layout.unread
+            if read:
+                raise StructureChanged(f"site '{factor.name}' reads '{min(read)}', which nothing read before")
 
 
 class _Untracked:
@@ -334,21 +376,8 @@ def _check_supports(sites: Mapping[SiteKey, Site], supports: Mapping[str, Tensor
             )
         if site.kind != "enumerated":
             continue
-        if not is_enumerable(site.fn) or not _same_values(finite_support(site.fn, name), supports[name]):
-            raise SupportError(
-                f"Latent site '{name}' is {type(guide_site.fn).__name__} with {len(supports[name])} values in the guide "
-                f"and {_described(site.fn)} in the model.",
-                hint="Give both the same support.",
-            )
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one == other).all())
-
-
-def _described(fn: Any) -> str:
-    values = f" with {support_size(fn)} values" if is_enumerable(fn) else ""
-    return f"{type(unwrapped(fn)).__name__}{values}"
+        if not is_enumerable(site.fn) or support_size(site.fn) != len(supports[name]):
+            check_same_support(name, site.fn, guide_site.fn)
 
 
 def _enumeration(

@@ -15,8 +15,8 @@ from pyro_vfe.errors import CostError, EscapeError, PlateError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
-from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, is_pathwise
-from pyro_vfe.program.supports import finite_support, support_size, unwrapped
+from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, is_pathwise, missing_guide_site
+from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
 Program = Callable[..., Any]
 
@@ -61,6 +61,8 @@ class Layout:
     """The batch dim of each latent that is enumerated in parallel, negative."""
     sequential: frozenset[str]
     """Latents on which the program branches: one run per value."""
+    unread: frozenset[str]
+    """Latents of the model without finite support that the guide lacks and nothing depends on."""
     tracked: bool
     """Whether dims are shared, or draws need their readers known, so that runs must be tracked."""
     sites: Mapping[tuple[Role, str], SiteStructure]
@@ -122,10 +124,12 @@ def _ordinary_run(
     findings: _Findings,
 ) -> None:
     """Runs the guide and the model against it once, with sampled values."""
+    families: dict[str, Any] = {}
     provenance = Provenance(on_union=lambda sites, operation: findings.meetings.setdefault(sites, operation))
 
     def draw(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         findings.plates[name] = plates
+        families[name] = fn
         if name in sequential:
             return finite_support(fn, name)[paths.choose(name, support_size(fn))]
         value: Tensor = fn.sample()
@@ -140,6 +144,7 @@ def _ordinary_run(
         enumerated=frozenset(first.enumerated),
         subsamples=first.subsamples,
         sequential=sequential,
+        check_given=lambda name, fn: check_same_support(name, fn, families[name]),
         provenance=provenance,
     )
     second.run(model, args, kwargs)
@@ -153,13 +158,14 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
     scope = provenance.of(log_prob(site.fn, site.value))
     scope |= provenance.of(site.mask) | provenance.of(site.scale)
     enumerated = site.kind == "enumerated"
-    support = finite_support(site.fn, site.name) if enumerated else None
+    finite = enumerated or (site.kind == "unread" and is_enumerable(site.fn))
+    support = finite_support(site.fn, site.name) if finite else None
     return SiteStructure(
         name=site.name,
         role=site.role,
         kind=site.kind,
         family=type(unwrapped(site.fn)).__name__,
-        size=1 if support is None else len(support),
+        size=1 if support is None or not enumerated else len(support),
         scope=scope,
         plates=site.plates,
         support=support,
@@ -183,6 +189,7 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
 def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
     sites = findings.sites
     _check_plates(sites)
+    unread = _unread(sites)
     nesting = max((-plate.dim for site in sites.values() for plate in site.plates), default=0)
     nesting = max(nesting, min_nesting) + extra_nesting
     latents = [
@@ -196,7 +203,8 @@ def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int,
         nesting=nesting,
         dims={name: -1 - nesting - colour for name, colour in colours.items()},
         sequential=sequential,
-        tracked=not own or any(site.needs_score for site in sites.values()),
+        unread=unread,
+        tracked=not own or bool(unread) or any(site.needs_score for site in sites.values()),
         sites=sites,
     )
 
@@ -224,6 +232,15 @@ def _coloured(latents: list[str], findings: _Findings, nesting: int) -> dict[str
             "it is needed.",
         )
     return colours
+
+
+def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
+    """Model-only latents that integrate to one; one that something reads would have to be in the guide."""
+    unread = {site.name: site for site in sites.values() if site.kind == "unread"}
+    for site in sites.values():
+        for name in sorted(site.scope & unread.keys() - {site.name}):
+            raise missing_guide_site(name, unread[name].family, unread[name].support is not None)
+    return frozenset(unread)
 
 
 def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:

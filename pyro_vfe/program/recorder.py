@@ -4,7 +4,7 @@ What value an enumerable latent takes is the choice of the run: a draw, its whol
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pyro.poutine.messenger import Messenger
@@ -15,7 +15,9 @@ from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable
 
 Role = Literal["guide", "model"]
-Kind = Literal["enumerated", "sampled", "observed"]
+Kind = Literal["enumerated", "sampled", "observed", "unread"]
+"""An unread site is a latent that only the model has, that has no finite support, and that nothing depends on: a missing
+value, say. It integrates to one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Site:
     plates: tuple[Plate, ...]
     auxiliary: bool = False
     """Whether the program says that the other program lacks the site."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """For each sequential plate around the site, which step of it this is."""
     follows_model: bool = False
     """Whether a site of the guide takes its weight from the model's site of that name."""
 
@@ -73,6 +77,8 @@ class Recorder(Messenger):  # type: ignore[misc]
         enumerated: frozenset[str] = frozenset(),
         subsamples: Mapping[str, Tensor] | None = None,
         sequential: frozenset[str] = frozenset(),
+        unread: frozenset[str] | None = None,
+        check_given: Callable[[str, Any], None] | None = None,
         provenance: Provenance | None = None,
     ) -> None:
         """Args:
@@ -82,6 +88,8 @@ class Recorder(Messenger):  # type: ignore[misc]
         enumerated: The given sites that stand for an enumerated latent of the guide.
         subsamples: Subsample indices by plate name, so that model and guide look at the same data.
         sequential: Latents that take one value at a time: the program may branch on them.
+        unread: Latents that a model may sample though the guide lacks them, because nothing reads them; None for any.
+        check_given: Called with the name and distribution of each given latent that is enumerated.
         provenance: Marks values with their sites, where the run is tracked.
         """
         super().__init__()
@@ -91,6 +99,8 @@ class Recorder(Messenger):  # type: ignore[misc]
         self.enumerated = set(enumerated)
         self.subsamples = dict(subsamples or {})
         self.sequential = sequential
+        self.unread = unread
+        self.check_given = check_given
         self.provenance = provenance
         self.sites: dict[str, Site] = {}
         self.returned: Any = None
@@ -116,14 +126,16 @@ class Recorder(Messenger):  # type: ignore[misc]
         if msg["is_observed"]:
             return
         if name in self.given:
+            if self.check_given is not None and name in self.enumerated:
+                self.check_given(name, fn)
             msg["value"], msg["done"] = self.given[name], True
         elif msg["value"] is None and _wants_enumeration(msg):
             msg["value"], msg["done"] = self.latent_value(name, self.role, fn, _plates(msg)), True
             self.enumerated.add(name)
             if self.provenance is not None and name not in self.sequential:
                 self.provenance.originate(msg["value"], name)
-        elif msg["value"] is None and self.role == "model":
-            raise _missing_guide_site(name, fn)
+        elif msg["value"] is None and self.role == "model" and self.unread is not None and name not in self.unread:
+            raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn))
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -133,8 +145,8 @@ class Recorder(Messenger):  # type: ignore[misc]
         if msg["infer"].get("_deterministic"):
             return
         self._check_new(name, "site")
-        kind: Kind = "enumerated" if name in self.enumerated else "observed" if msg["is_observed"] else "sampled"
-        if kind == "sampled" and self.role == "guide" and self.provenance is not None and not is_pathwise(fn):
+        kind = self._kind(msg)
+        if self.provenance is not None and (kind == "unread" or (kind == "sampled" and self._needs_score(fn))):
             self.provenance.mark(msg["value"], frozenset((name,)))
         infer = msg["infer"]
         self.sites[name] = Site(
@@ -147,8 +159,19 @@ class Recorder(Messenger):  # type: ignore[misc]
             msg["mask"],
             _plates(msg),
             auxiliary=bool(infer.get("is_auxiliary")),
+            steps=_steps(msg),
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
         )
+
+    def _kind(self, msg: Any) -> Kind:
+        if msg["name"] in self.enumerated:
+            return "enumerated"
+        if msg["is_observed"]:
+            return "observed"
+        return "unread" if self.role == "model" and msg["name"] not in self.given else "sampled"
+
+    def _needs_score(self, fn: Any) -> bool:
+        return self.role == "guide" and not is_pathwise(fn)
 
     def _check_new(self, name: str, what: str) -> None:
         before = self._names.get(name)
@@ -181,10 +204,14 @@ def _plates(msg: Any) -> tuple[Plate, ...]:
     )
 
 
-def _missing_guide_site(name: str, fn: Any) -> MissingGuideSiteError:
-    kind = type(fn).__name__
-    if is_enumerable(fn):
-        fact = f"Latent site '{name}' ({kind}) is set to be sampled (infer enumerate None), and the guide has no such site."
+def _steps(msg: Any) -> dict[str, int]:
+    return {frame.name: frame.counter for frame in msg["cond_indep_stack"] if frame.dim is None}
+
+
+def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideSiteError:
+    """The error for a latent that has to be drawn and that the guide does not draw."""
+    if is_finite:
+        fact = f"Latent site '{name}' ({family}) is set to be sampled (infer enumerate None), and the guide has no such site."
     else:
-        fact = f"Latent site '{name}' is {kind}, which has no finite support, and the guide has no such site."
+        fact = f"Latent site '{name}' is {family}, which has no finite support, and the guide has no such site."
     return MissingGuideSiteError(fact, hint=f"Give the guide a site '{name}', or observe it.")

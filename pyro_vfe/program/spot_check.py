@@ -97,7 +97,8 @@ def _ordinary_run(
         subsamples=first.subsamples,
     )
     second.run(model, args, kwargs)
-    return {(site.role, site.name): site for site in (*first.sites.values(), *second.sites.values())}
+    sites = (*first.sites.values(), *second.sites.values())
+    return {(site.role, site.name): site for site in sites if site.kind != "unread"}
 
 
 def _over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:

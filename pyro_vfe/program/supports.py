@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vfe.errors import CostError, UnenumerableError
+from pyro_vfe.errors import CostError, SupportError, UnenumerableError
 
 _MAX_VALUES = 2**20
 """A site with more joint values than this is refused rather than listed."""
@@ -65,6 +65,27 @@ def finite_support(fn: Any, name: str) -> Tensor:
             hint="Give the elements one support, or sample the site: infer={'enumerate': None}.",
         ) from error
     return values.reshape(values.shape[:1] + fn.event_shape)
+
+
+def check_same_support(name: str, fn: Any, guide_fn: Any) -> None:
+    """Checks that guide and model mean the same values of a latent.
+
+    Raises:
+        SupportError: They do not.
+    """
+    if is_enumerable(fn):
+        values, guide_values = finite_support(fn, name), finite_support(guide_fn, name)
+        if values.shape == guide_values.shape and bool((values == guide_values).all()):
+            return
+    raise SupportError(
+        f"Latent site '{name}' is {_described(guide_fn)} in the guide and {_described(fn)} in the model.",
+        hint="Give both the same support.",
+    )
+
+
+def _described(fn: Any) -> str:
+    values = f" with {support_size(fn)} values" if is_enumerable(fn) else ""
+    return f"{type(unwrapped(fn)).__name__}{values}"
 
 
 def _event_part(fn: Independent) -> torch.Size:
