@@ -58,8 +58,10 @@ def _categorical(fn: Any, index: Tensor) -> Tensor:
     if not _has_probs(fn):
         log_table = fn.logits
     index = index.long().unsqueeze(-1)
-    shape = torch.broadcast_shapes(log_table.shape[:-1], index.shape[:-1])
-    return log_table.expand(*shape, log_table.shape[-1]).gather(-1, index.expand(*shape, 1)).squeeze(-1)
+    if log_table.shape[:-1] != index.shape[:-1]:
+        shape = torch.broadcast_shapes(log_table.shape[:-1], index.shape[:-1])
+        log_table, index = log_table.expand(*shape, log_table.shape[-1]), index.expand(*shape, 1)
+    return log_table.gather(-1, index).squeeze(-1)
 
 
 def _safe_xlogy(x: Tensor, y: Tensor) -> Tensor:

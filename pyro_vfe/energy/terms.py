@@ -80,12 +80,18 @@ def measured(
     """
     shifted, offsets = _shifted(enumeration)
     measure = _Measure(shifted, keep_plates)
-    q, joint, prior = (measure(part(shifted, max_bytes, keep_plates)) for part in (log_q, log_joint, log_prior))
+    q, joint = (measure(part(shifted, max_bytes, keep_plates)) for part in (log_q, log_joint))
     likelihood = log_likelihood(shifted)
     data = None if likelihood is None else measure(likelihood)
     common = measure(Parts(shifted.graph(), (), offsets))
-    evidence = _normalizer(joint_graph(shifted), keep_plates, max_bytes)
     drawn = _log_q_of_draws(shifted, keep_plates, max_bytes, measure)
+    if shifted.guided:
+        prior = measure(log_prior(shifted, max_bytes, keep_plates))
+        evidence = _normalizer(joint_graph(shifted), keep_plates, max_bytes)
+    else:
+        # The model has summed out all its latents: their prior sums to one, and what is left is log p(w, u).
+        prior = measure(Parts(shifted.graph(), (), shifted.model_draws))
+        evidence = joint
     return tuple(  # type: ignore[return-value]
         _assembled(q[i], joint[i], prior[i], None if data is None else data[i], common[i], evidence[i], drawn[i])
         for i in range(2)

@@ -260,26 +260,11 @@ class _Runner:
         choices = dict(self.paths.assignment())
         labeller = Labeller(self.layout, self.provenance, homes, choices, draws)
         absent = absences(sites)
-        with self.provenance or _Untracked():
-            factors = {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}
-        self._check_unread(factors)
-        return factors
-
-    def _check_unread(self, factors: Mapping[SiteKey, Factor]) -> None:
-        if self.provenance is None or not self.layout.unread:
-            return
-        for factor in factors.values():
-            read = self.provenance.of(factor.table.values) & self.layout.unread
+        for site in sites.values() if self.layout.unread else ():
+            read = labeller.reads(site) & self.layout.unread
             if read:
-                raise StructureChanged(f"site '{factor.name}' reads '{min(read)}', which nothing read before")
-
-
-class _Untracked:
-    """Stands where a tracked run has its mode."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+                raise StructureChanged(f"site '{site.name}' reads '{min(read)}', which nothing read before")
+        return {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}
 
 
 def _collected(runs: Mapping[Assignment, _Run], layout: Layout) -> Enumeration:

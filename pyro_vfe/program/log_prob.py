@@ -7,6 +7,8 @@ parameters are dropped before anything is computed: Categorical(table[z]) in a p
 """
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,19 +64,35 @@ def support_table(fn: Any, dim: int) -> Tensor | None:
 
 def exact_log(probs: Tensor) -> Tensor:
     """The log of probabilities; zero gives -inf, with gradient zero."""
-    alive = probs > 0
+    alive = probs != 0  # a negative number is no probability: its log is NaN, and is reported
     return probs.where(alive, 1.0).log().where(alive, -torch.inf)
 
 
 def slim(tensor: Tensor, protected: int) -> Tensor:
     """`tensor` without the repetitions that `expand` made, keeping the rightmost `protected` dims whole."""
-    strides = tensor.stride()
-    if 0 not in strides:
+    strides, shape = tensor.stride(), tensor.shape
+    repeated = [dim for dim in range(tensor.dim() - protected) if strides[dim] == 0 and shape[dim] > 1]
+    if not repeated:
         return tensor
-    for dim in range(tensor.dim() - protected):
-        if strides[dim] == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
+    slim_shape = [1 if dim in repeated else size for dim, size in enumerate(shape)]
+    # What was expanded is often at hand; the gradient of narrowing would fill all the repetitions with zeros.
+    base = tensor._base
+    if base is not None and base.numel() == math.prod(slim_shape) and base.is_contiguous():
+        if base.data_ptr() == tensor.data_ptr() and _keeps_order(strides, slim_shape):
+            return base.reshape(slim_shape)
+    for dim in repeated:
+        tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _keeps_order(strides: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether dims of these strides lie in memory as a contiguous tensor's would."""
+    expected = 1
+    for stride, size in zip(reversed(strides), reversed(shape), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _masked(values: Tensor, mask: Tensor | bool) -> Tensor:
@@ -124,9 +142,25 @@ def _bernoulli_logs(fn: Any, own_dims: int) -> tuple[Tensor, Tensor]:
 
 
 def _exact_categorical(fn: Any, value: Tensor, own_dims: int) -> Tensor:
-    table = _category_table(fn, own_dims)
-    index, table = torch.broadcast_tensors(value.long().unsqueeze(-1), table)
-    return table.gather(-1, index[..., :1]).squeeze(-1)
+    return looked_up(_category_table(fn, own_dims), value.long())
+
+
+def looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """The entries `table[..., index]`, where the batch dims of table `(*batch, K)` and of index broadcast.
+
+    Where no batch dim is in both (data along plates, tables along latents) rows are selected from the table as it is:
+    a gather would first repeat it for every datum, and its gradient would fill all repetitions.
+    """
+    depth = max(table.dim() - 1, index.dim())
+    rows = table.reshape((1,) * (depth + 1 - table.dim()) + tuple(table.shape))
+    index = index.reshape((1,) * (depth - index.dim()) + tuple(index.shape))
+    sizes = rows.shape[:-1]
+    if any(a > 1 and b > 1 for a, b in zip(sizes, index.shape, strict=True)):
+        index, rows = torch.broadcast_tensors(index.unsqueeze(-1), rows)
+        return rows.gather(-1, index[..., :1]).squeeze(-1)
+    selected = rows.movedim(-1, 0).index_select(0, index.flatten())
+    paired = selected.reshape((*index.shape, *sizes)).permute([d + k * depth for d in range(depth) for k in (0, 1)])
+    return paired.reshape([a * b for a, b in zip(index.shape, sizes, strict=True)])
 
 
 def _exact_one_hot(fn: Any, value: Tensor, own_dims: int) -> Tensor:

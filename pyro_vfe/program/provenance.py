@@ -30,6 +30,9 @@ _ESCAPES = frozenset(
 )
 """Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
 
+_INERT = frozenset("dim size shape __get__ stride numel element_size is_floating_point __len__ __hash__ __repr__".split())
+"""Operations that return no tensor; attributes such as `T` come through `__get__` and are looked at again."""
+
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
@@ -61,8 +64,8 @@ class Provenance(TorchFunctionMode):
     def mark(self, tensor: Tensor, sites: Sites) -> None:
         """Adds `sites` to what `tensor` was computed from."""
         known = self.of(tensor)
-        if not sites <= known:
-            tensor._vfe_sites = (self, known | sites)  # type: ignore[attr-defined]
+        if known is not sites and not sites <= known:
+            tensor._vfe_sites = (self, known | sites if known else sites)  # type: ignore[attr-defined]
 
     def originate(self, tensor: Tensor, site: str) -> None:
         """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
@@ -71,17 +74,40 @@ class Provenance(TorchFunctionMode):
 
     def of(self, tensor: object) -> Sites:
         """The sites that `tensor` was computed from, in this run."""
-        owner, sites = getattr(tensor, "_vfe_sites", (None, NO_SITES))
-        return sites if owner is self else NO_SITES
+        mark = getattr(tensor, "_vfe_sites", None)
+        return mark[1] if mark is not None and mark[0] is self else NO_SITES
+
+    def of_distribution(self, fn: object) -> Sites:
+        """The sites of all tensors that a distribution holds, at any depth: what its log-probability can depend on."""
+        return self._held(fn, set())
+
+    def _held(self, holder: object, seen: set[int]) -> Sites:
+        if isinstance(holder, Tensor):
+            return self.of(holder)
+        if id(holder) in seen or isinstance(holder, (int, float, str, bool, torch.Size, type(None))):
+            return NO_SITES
+        seen.add(id(holder))
+        if isinstance(holder, dict):
+            parts = list(holder.values())
+        elif isinstance(holder, (list, tuple, set, frozenset)):
+            parts = list(holder)
+        else:
+            parts = list(getattr(holder, "__dict__", {}).values())
+        return NO_SITES.union(*(self._held(part, seen) for part in parts))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _INERT:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor):
+                self._mark_all(result, self.of(args[0]))
+            return result
         sites = self._gather(args)
         if kwargs:
             sites = sites | self._gather(kwargs.values())
         if not sites:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
         if self._escapes(name, args) and not sites.isdisjoint(self.watched):
             self._check_escape(name, sites & self.watched)
         result = func(*args, **kwargs)
@@ -90,9 +116,7 @@ class Provenance(TorchFunctionMode):
             if self.on_union is not None:
                 self.on_union(sites, name)
         self._mark_all(result, sites)
-        if name == "__setitem__":
-            self._mark_written(args[0], sites)
-        elif name.endswith("_") and not name.endswith("__"):
+        if name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__"):
             self._mark_written(args[0], sites)
         return result
 
@@ -100,9 +124,9 @@ class Provenance(TorchFunctionMode):
         sites = NO_SITES
         for value in values:
             if isinstance(value, Tensor):
-                owner, found = getattr(value, "_vfe_sites", (None, NO_SITES))
-                if owner is self and not found <= sites:
-                    sites = sites | found
+                found = self.of(value)
+                if found and not found <= sites:
+                    sites = sites | found if sites else found
             elif isinstance(value, (list, tuple)):
                 sites = sites | self._gather(value)
             elif isinstance(value, slice):

@@ -57,7 +57,7 @@ class Labeller:
         scale = site.scale
         if isinstance(scale, Tensor) and scale.dim() > self.layout.nesting:
             values, scale = values * scale, 1.0
-        scope = self._scope(site, values)
+        scope = self._scope(site)
         return Factor(
             site.name,
             self.labelled(values, site, scope),
@@ -83,12 +83,17 @@ class Labeller:
         first[0] = 0.0
         return torch.where(torch.as_tensor(absent, device=values.device), first, values)
 
-    def _scope(self, site: Site, values: Tensor) -> Sites | None:
-        """The sites that the values read; None where each dim names its latent by itself."""
+    def _scope(self, site: Site) -> Sites | None:
+        """The sites that the log-probability reads; None where each dim names its latent by itself."""
         if self.provenance is None:
             return None
+        parts = [self.provenance.of(part) for part in (site.value, site.mask, site.scale)]
         own = {site.name} if site.kind == "enumerated" or site.name in self.draws else NO_SITES
-        return self.provenance.of(values) | own
+        return self.provenance.of_distribution(site.fn).union(own, *parts)
+
+    def reads(self, site: Site) -> Sites:
+        """The sites that the log-probability of `site` reads, in a tracked run."""
+        return self._scope(site) or NO_SITES
 
     def labelled(self, values: Tensor, site: Site, scope: Sites | None) -> Table:
         """The table of a tensor whose dims lie as the layout says.
