@@ -118,7 +118,7 @@ def draw(
     draw_counts(top, rates, states)
     middle.fill_between(YEARS, exact, step="mid", color=LIGHT, alpha=0.6, linewidth=0, label="exact posterior")
     middle.step(YEARS, approximate, where="mid", color=DARK, linewidth=1.4, label="mean-field guide")
-    middle.set(title="How probable the active state is", ylabel="probability", ylim=(0, 1.02))
+    middle.set(title="Probability of the active state: mean field is too sure", ylabel="probability", ylim=(0, 1.02))
     middle.legend(loc="center right")
     bottom.bar(YEARS, gap, width=0.8, color=DARK)
     bottom.set(title=f"What mean field costs: {gap.sum():.2f} nats in all", ylabel="gap, nats", xlabel="year")

@@ -1,4 +1,4 @@
-"""Exact variational free energies of discrete-latent Pyro programs: how much of a loss is the model's, how much the guide's."""
+"""How much of a Pyro program's loss is the model's and how much the guide's: exact variational free energies."""
 
 from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.explain import Explanation, explain

@@ -239,7 +239,7 @@ def test_random_programs(spec: ProgramSpec) -> None:
         value = exact.terms[term]
         if value.isfinite():
             assert_equal(getattr(terms, term), value, 1e-10)
-        else:
+        elif term != "accuracy":  # complexity - F is inf - inf there
             assert getattr(terms, term) == value
     if exact.terms["free_energy"].isfinite():
         expected = exact.gradients()

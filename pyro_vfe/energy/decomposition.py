@@ -12,9 +12,10 @@ References:
     Friston (2010), The free-energy principle: a unified brain theory? (the four readings).
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,17 +83,15 @@ class Decomposition:
     @property
     def per_datum(self) -> "Decomposition":
         """The same, divided by the number of data."""
-        scaled = {name: getattr(self, name) / self.num_data for name in NAMES}
+        scaled: dict[str, Any] = {name: getattr(self, name) / self.num_data for name in NAMES}
         stderr = None if self.stderr is None else self.stderr / self.num_data
-        return Decomposition(
-            **scaled, exact=self.exact, stderr=stderr, num_data=1, impossible=self.impossible, plate=self.plate
-        )
+        return replace(self, stderr=stderr, num_data=1, **scaled)
 
     def by(self, plate: str) -> "Decomposition":
         """Returns the decomposition of each element of a plate, shape `(size,)`.
 
-        Each element carries its weight (of `poutine.scale`, or of a subsample), so that the elements sum to the whole; only
-        what belongs to no element, a global draw say, is left out.
+        Each element carries its weight (of `poutine.scale`, or of a subsample), so that the elements sum to the
+        whole; only what belongs to no element, a global draw say, is left out.
 
         Args:
             plate: The name of a plate, vectorised or sequential.
@@ -111,14 +110,7 @@ class Decomposition:
                 f"The elements of plate '{plate}' have no free energy of their own: {error}",
                 hint=f"Ask for the whole, or for one of: {_plates_to_ask_for(self.runs[0], plate)}.",
             ) from error
-        return Decomposition(
-            **_fields(mean_terms(inside)),
-            exact=self.exact,
-            stderr=_stderr(inside),
-            num_data=1,
-            impossible=self.impossible,
-            plate=plate,
-        )
+        return replace(self, stderr=_stderr(inside), num_data=1, plate=plate, **_fields(mean_terms(inside)))
 
     def gap_by_site(self) -> dict[str, Tensor]:
         """Returns each latent site's share of the gap, over its plates (sorted by name); the shares sum to the gap.
@@ -167,8 +159,14 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         check_possible(term, run)
     first = precise[0]
     subsampled = any(first.full_plates[name] != size for name, size in first.plates.items())
+    mean = mean_terms(terms)
     return Decomposition(
-        **_fields(mean_terms(terms)),
+        energy=mean.energy,
+        entropy=mean.entropy,
+        surprise=mean.surprise,
+        gap=mean.gap,
+        complexity=mean.complexity,
+        accuracy=mean.accuracy,
         exact=not first.guide_draws and not subsampled,
         stderr=_stderr(terms),
         num_data=first.num_data,
@@ -180,14 +178,15 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
     )
 
 
-def _fields(terms: Terms) -> dict[str, Tensor]:
+def _fields(terms: Terms) -> dict[str, Any]:
     return {name: getattr(terms, name) for name in NAMES}
 
 
 def _stderr(terms: Sequence[Terms]) -> Tensor | None:
     if len(terms) < 2:
         return None
-    return torch.stack([term.free_energy for term in terms]).std(0) / len(terms) ** 0.5
+    spread: Tensor = torch.stack([term.free_energy for term in terms]).std(0)
+    return spread / math.sqrt(len(terms))
 
 
 def _by_element(run: Enumeration, plate: str, max_bytes: float | None) -> Terms:

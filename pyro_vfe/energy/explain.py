@@ -87,7 +87,9 @@ def _axes(site: SiteStructure, latents: Any) -> tuple[str, ...]:
 
 def _row(site: SiteStructure, layout: Layout) -> tuple[str, ...]:
     plates = ", ".join(
-        f"{plate.name} ({plate.size})" if plate.size == plate.full_size else f"{plate.name} ({plate.size} of {plate.full_size})"
+        f"{plate.name} ({plate.size})"
+        if plate.size == plate.full_size
+        else f"{plate.name} ({plate.size} of {plate.full_size})"
         for plate in site.plates
     )
     values = str(site.size) if site.kind == "enumerated" else "-"
@@ -120,5 +122,3 @@ def _shortened(text: str) -> str:
         return text
     half = _SHOWN_STEPS // 2
     return "\n".join([*lines[:half], f"... {len(lines) - 2 * half} more steps", *lines[-half:]])
-
-

@@ -2,8 +2,8 @@ r"""The variational free energy as a Pyro ELBO.
 
     F(Q, G)  =  E_{Q(v|u)} [ log Q(v|u) - log P(v, u | G) ]
 
-`FreeEnergy` takes the place of `pyro.infer.TraceEnum_ELBO` in SVI: the same arguments, the same numbers where that one is
-exact, and no annotations: every discrete latent with a finite support is enumerated.
+`FreeEnergy` takes the place of `pyro.infer.TraceEnum_ELBO` in SVI: the same arguments, the same numbers where that
+one is exact, and no annotations: every discrete latent with a finite support is enumerated.
 
 References:
     Dayan, Hinton, Neal and Zemel (1995), The Helmholtz machine.
@@ -33,13 +33,15 @@ from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 
 
-class FreeEnergy(ELBO):  # type: ignore[misc]
+class FreeEnergy(ELBO):
     """The free energy F = surprise + gap of a guide and a model, with discrete latents summed exactly.
 
-    A `pyro.infer.ELBO`: pass it to `pyro.infer.SVI` as the loss, or call it on two modules. Discrete latents of the guide
-    are summed under the guide, discrete latents that only the model has are summed inside the model, and what remains is
-    drawn from the guide: by the pathwise gradient where the distribution allows it, otherwise by the score function, with
-    a leave-one-out baseline when there is more than one particle.
+    A `pyro.infer.ELBO`: pass it to `pyro.infer.SVI` as the loss, or call it on two modules. Discrete latents of the
+    guide
+    are summed under the guide, discrete latents that only the model has are summed inside the model, and what remains
+    is
+    drawn from the guide: by the pathwise gradient where the distribution allows it, otherwise by the score function,
+    with a leave-one-out baseline when there is more than one particle.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class FreeEnergy(ELBO):  # type: ignore[misc]
             for a pair of programs, "always", or never (False).
         max_bytes: The most memory that tables may take; by default half of what is free.
         """
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
@@ -95,7 +97,8 @@ class FreeEnergy(ELBO):  # type: ignore[misc]
             **kwargs: Keyword arguments of both programs.
 
         Raises:
-            VFEError: The programs cannot be enumerated, or F is not finite; the message says which site and the way out.
+            VFEError: The programs cannot be enumerated, or F is not finite; the message says which site and the way
+            out.
         """
         with torch.no_grad():
             return float(self._finite_loss(model, guide, args, kwargs))
@@ -128,7 +131,7 @@ class FreeEnergy(ELBO):  # type: ignore[misc]
         """
         loss = self._finite_loss(model, guide, args, kwargs)
         if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)  # type: ignore[no-untyped-call]
+            loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
     def decompose(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Decomposition:
@@ -148,9 +151,7 @@ class FreeEnergy(ELBO):  # type: ignore[misc]
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
         with torch.no_grad():
-            runs = [
-                self._programs.enumerate_given_draws(model, guide, args, kwargs) for _ in range(self.num_particles)
-            ]
+            runs = [self._programs.enumerate_given_draws(model, guide, args, kwargs) for _ in range(self.num_particles)]
             return decomposition(runs, self.max_bytes)
 
     def compute_marginals(
@@ -190,9 +191,7 @@ class FreeEnergy(ELBO):  # type: ignore[misc]
         with torch.no_grad():
             return self._programs.enumerate(model, guide, args, kwargs)
 
-    def _finite_loss(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor:
+    def _finite_loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         vectorized = self.vectorize_particles and self.num_particles > 1
         side_by_side = self.num_particles if vectorized else 1
         runs = [
@@ -220,7 +219,9 @@ def surrogate_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes
         max_bytes: The most memory that intermediate tables may take.
     """
     parts = [free_energy_parts(run, max_bytes) for run in runs]
-    results = [[part.expectation(downstream_of=run.draws) for part in own] for own, run in zip(parts, runs, strict=True)]
+    results = [
+        [part.expectation(downstream_of=run.draws) for part in own] for own, run in zip(parts, runs, strict=True)
+    ]
     count = len(runs) * side_by_side
     total = torch.stack([result.total for own in results for result in own]).sum()
     if count > 1 and runs[0].draws:

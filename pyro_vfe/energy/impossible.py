@@ -1,7 +1,7 @@
 """Free energies that are not finite: which site, at which value, and the way out.
 
-    F = +inf        exactly where Q(v|u) > 0 and P(v, u|G) = 0 for some v
-    surprise = +inf exactly where P(v, u|G) = 0 for every v
+F = +inf        exactly where Q(v|u) > 0 and P(v, u|G) = 0 for some v
+surprise = +inf exactly where P(v, u|G) = 0 for every v
 """
 
 import math
@@ -48,7 +48,9 @@ def impossible_data(enumeration: Enumeration) -> ImpossibleDataError:
         if bool(best.isneginf().any()):
             ruled_out.append(f"'{factor.name}'{_first_place(best.isneginf(), factor, enumeration)}")
     if ruled_out:
-        fact = f"Observed site {', '.join(ruled_out[:_MOST_NAMED])} has probability zero under every value of the latents"
+        fact = (
+            f"Observed site {', '.join(ruled_out[:_MOST_NAMED])} has probability zero under every value of the latents"
+        )
     else:
         fact = "No joint value of the latents explains all observations: each has probability zero"
     return ImpossibleDataError(
@@ -68,17 +70,17 @@ def culprits(enumeration: Enumeration) -> tuple[str, ...]:
             continue
         found = _forbidden(factor, scope, guide, enumeration)
         if found:
-            result.append(f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero")
-    return tuple(result[:_MOST_NAMED]) or ("the guide puts mass where the model, with its own latents summed out, has none",)
+            result.append(
+                f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero"
+            )
+    return tuple(result[:_MOST_NAMED]) or (
+        "the guide puts mass where the model, with its own latents summed out, has none",
+    )
 
 
-def _forbidden(
-    factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration
-) -> str | None:
-    if scope:
-        weights = marginals(guide, [scope])[scope]
-    else:
-        weights = Table(torch.ones((), dtype=factor.table.values.dtype), ())
+def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration) -> str | None:
+    certain = Table(factor.table.values.new_ones(()), ())
+    weights = marginals(guide, [scope])[scope] if scope else certain
     axes = (*dict.fromkeys(a for a in (*weights.axes, *factor.table.axes) if a not in scope), *scope)
     both = (weights.aligned(axes) > 0) & factor.table.aligned(axes).isneginf()
     places = both.nonzero()
@@ -106,8 +108,8 @@ def not_finite(
                 return impossible_data(enumeration)
             return NotFiniteError(
                 f"F is +inf: {'; '.join(culprits(enumeration))}.",
-                hint="Give the guide the same zeros as the model. A site that others determine (an OR, say) is best left "
-                "out of the guide: it is then summed out inside the model.",
+                hint="Give the guide the same zeros as the model. A site that others determine (an OR, say) is best "
+                "left out of the guide: it is then summed out inside the model.",
             )
         return _not_a_number(enumeration, value, programs)
 
@@ -127,7 +129,7 @@ def _not_a_number(
     where = f" It comes from the log-probability of site {', '.join(bad[:_MOST_NAMED])}." if bad else ""
     return NotFiniteError(
         f"F is {value}.{where}{cause}",
-        hint="Set the parameters to finite values (a smaller learning rate keeps them there); this step changed nothing.",
+        hint="Set the parameters to finite values (a smaller learning rate keeps them so); this step changed nothing.",
     )
 
 

@@ -40,9 +40,7 @@ class Parts:
         self, keep_plates: frozenset[str] = NO_PLATES, downstream_of: frozenset[str] = NO_PLATES
     ) -> Expectation:
         """The expectation of the costs under the guide."""
-        return expected(
-            self.graph, self.conditionals, self.costs, keep_plates=keep_plates, downstream_of=downstream_of
-        )
+        return expected(self.graph, self.conditionals, self.costs, keep_plates=keep_plates, downstream_of=downstream_of)
 
 
 def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
@@ -59,9 +57,7 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
     return tuple(result)
 
 
-def log_q(
-    enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES
-) -> Parts:
+def log_q(enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES) -> Parts:
     """log Q(v, w), with guide-only latents summed out."""
     own = frozenset(factor.name for factor in enumeration.guide_latents) - enumeration.guided
     factors = (*enumeration.guide_latents, *enumeration.guide_draws)

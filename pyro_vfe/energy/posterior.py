@@ -18,9 +18,9 @@ from pyro_vfe.energy.responsibilities import over_dims
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import FactorGraph, Table
+from pyro_vfe.engine.inference import expected_tables, marginals
 from pyro_vfe.engine.logspace import weighted
 from pyro_vfe.engine.lookup import read
-from pyro_vfe.engine.inference import expected_tables, marginals
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
@@ -165,7 +165,8 @@ class Posterior:
     def _check_unscaled(self) -> None:
         if any(variable.scale != 1.0 for variable in self._graph.variables.values()):
             raise StructureError(
-                "The model's latents carry weights (a subsampled plate or poutine.scale): they have a free energy, but no "
+                "The model's latents carry weights (a subsampled plate or poutine.scale): they have a free "
+                "energy, but no "
                 "joint distribution with an entropy or log-probability.",
                 hint="Take the posterior of the whole data set, without subsampling or scale.",
             )
@@ -173,9 +174,11 @@ class Posterior:
     def _values(self, name: str, index: Table, *, leading: int) -> Tensor:
         """Values for indices over plates: batch dims lie where the model has them, draws lead."""
         site = self._enumeration.sites["model", name]
-        over_plates = over_dims(Table(index.values.movedim(0, -1), (*index.axes[1:], index.axes[0])), site.plates) if (
-            leading
-        ) else over_dims(index, site.plates)
+        over_plates = (
+            over_dims(Table(index.values.movedim(0, -1), (*index.axes[1:], index.axes[0])), site.plates)
+            if (leading)
+            else over_dims(index, site.plates)
+        )
         if leading:
             over_plates = over_plates.movedim(-1, 0)
         return self._enumeration.supports[name][over_plates]
@@ -202,4 +205,3 @@ class Posterior:
 
 
 _DRAW = "__draw__"
-

@@ -78,7 +78,9 @@ def _number(value: float) -> str:
 def _notes(terms: "Decomposition") -> list[str]:
     notes = []
     if not terms.exact:
-        spread = "" if terms.stderr is None or terms.stderr.dim() else f"; standard error of F {float(terms.stderr):.2g}"
+        spread = (
+            "" if terms.stderr is None or terms.stderr.dim() else f"; standard error of F {float(terms.stderr):.2g}"
+        )
         notes.append(f"not exact: part of it is sampled{spread}")
     notes += list(terms.impossible)
     return notes

@@ -48,9 +48,7 @@ def marginal_distributions(enumeration: Enumeration) -> "OrderedDict[str, torch.
     )
 
 
-def posterior_run(
-    enumeration: Enumeration, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def posterior_run(enumeration: Enumeration, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs the model with its discrete latents drawn from R and returns what it returns."""
     indices = sample(responsibility_graph(enumeration), 1)
     given = {
@@ -68,7 +66,7 @@ def posterior_run(
 
 
 def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
-    """A table over plates as a tensor whose batch dims lie where the plates' dims do; other axes follow on the right."""
+    """A table over plates as a tensor: batch dims lie where the plates' dims do, other axes follow on the right."""
     by_dim = {plate.dim: plate.name for plate in plates}
     depth = max((-dim for dim in by_dim), default=0)
     axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
@@ -83,7 +81,9 @@ def _like(site: Site, probabilities: Table, enumeration: Enumeration) -> torch.d
     while isinstance(fn, (dist.MaskedDistribution, dist.ExpandedDistribution)):
         fn = fn.base_dist
     if isinstance(fn, dist.Bernoulli):
-        return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
+        binary: torch.distributions.Distribution = dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
+        return binary
     if isinstance(fn, (dist.Categorical, dist.OneHotCategorical)):
-        return type(fn)(logits=logits)  # type: ignore[no-any-return]
+        alike: torch.distributions.Distribution = type(fn)(logits=logits)
+        return alike
     return Finite(enumeration.supports[site.name], logits)

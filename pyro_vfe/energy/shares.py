@@ -70,9 +70,7 @@ def _check(enumeration: Enumeration) -> None:
         )
 
 
-def _summed_out(
-    name: str, touching: list[Factor], graph: FactorGraph, max_bytes: float | None
-) -> list[Factor]:
+def _summed_out(name: str, touching: list[Factor], graph: FactorGraph, max_bytes: float | None) -> list[Factor]:
     if not touching:
         return []
     mentioned = {axis for factor in touching for axis in factor.table.axes}
@@ -82,7 +80,8 @@ def _summed_out(
     elimination = eliminate(part, keep=frozenset(variables) - {name}, keep_plates=plates, max_bytes=max_bytes)
     if elimination.unrollings:
         raise StructureError(
-            f"The gap has no shares by site in the guide's order: summing '{name}' out before the latents that the guide "
+            f"The gap has no shares by site in the guide's order: summing '{name}' out before the latents that "
+            f"the guide "
             f"samples earlier would write out plate '{elimination.unrollings[0].plate}'.",
             hint="Let the guide sample latents outside a plate before those inside.",
         )

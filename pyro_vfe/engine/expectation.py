@@ -1,6 +1,7 @@
 r"""Expectations under a directed, normalised distribution, by iterated conditional expectation.
 
-    E[c]  =  sum_{x_1} q(x_1) sum_{x_2} q(x_2 | x_1) ... c(x_1, x_2, ...)          summed from the last variable to the first
+    E[c]  =  sum_{x_1} q(x_1) sum_{x_2} q(x_2 | x_1) ... c(x_1, x_2, ...)          summed from the last variable to
+    the first
 
 What is expected is linear, so each cost keeps its own small scope: when a variable is summed out, only the costs that
 read it are multiplied by its conditional, and those that end up with one scope are merged. Plain autograd through the
@@ -103,6 +104,8 @@ class _Pass:
 
         for term in terms:
             file(term)
+        for i, conditional in enumerate(conditionals):
+            assert all(position.get(axis, -1) <= i for axis in conditional.table.axes), "conditionals out of order"
         for conditional in reversed(conditionals):
             name = conditional.name
             touching = [self._reduced(term) for term in waiting.pop(name, [])]
@@ -138,9 +141,7 @@ class _Pass:
 
     def _summed_out(self, name: str, conditional: Factor, term: _Term) -> _Term:
         weights = Table(conditional.table.values.exp(), conditional.table.axes)
-        axes = tuple(
-            dict.fromkeys(axis for axis in (*term.table.axes, *weights.axes) if axis != name)
-        )
+        axes = tuple(dict.fromkeys(axis for axis in (*term.table.axes, *weights.axes) if axis != name))
         table = term.table
         if self.careful:
             union = (*axes, name)

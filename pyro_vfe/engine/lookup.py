@@ -1,6 +1,6 @@
 """Reading a table at an assignment.
 
-    table[z = z*(n), n]        one number per plate element (and per draw, if the assignment has draws)
+table[z = z*(n), n]        one number per plate element (and per draw, if the assignment has draws)
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,6 +7,7 @@ References:
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vfe.errors import StructureError
@@ -25,12 +27,13 @@ from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 Program = Callable[..., Any]
 
 
-class AutoMeanField(AutoGuide):  # type: ignore[misc]
+class AutoMeanField(AutoGuide):
     """A guide with an independent categorical for each discrete latent site and plate element.
 
-    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters are
-    logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a subsample uses
-    its own rows. They start at zero, uniform, plus noise if asked for.
+    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its
+    parameters are
+    logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a subsample
+    uses its own rows. They start at zero, uniform, plus noise if asked for.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class AutoMeanField(AutoGuide):  # type: ignore[misc]
             give a little noise to break the symmetry there.
         create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
         """
-        super().__init__(model, create_plates=create_plates)
+        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
         self.init_scale = init_scale
         self._latents: dict[str, SiteStructure] = {}
 
@@ -82,19 +85,20 @@ class AutoMeanField(AutoGuide):  # type: ignore[misc]
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]
         return {name: self._sample(site, plates) for name, site in self._latents.items()}
 
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
-        with pyro.poutine.infer_config(config_fn=lambda _: {FOLLOWS_MODEL: True}):
-            with _all_of([plates[plate.name] for plate in site.plates]):
-                logits = getattr(self.logits, site.name)
-                for plate in site.plates:
-                    indices = plates[plate.name]._indices
-                    if indices is not None and len(indices) < logits.shape[plate.dim - 1]:
-                        logits = logits.index_select(plate.dim - 1, indices.to(logits.device))
-                value: Tensor = pyro.sample(site.name, _distribution(site, logits))
-                return value
+        logits = getattr(self.logits, site.name)
+        with ExitStack() as stack:
+            for plate in site.plates:
+                stack.enter_context(plates[plate.name])
+                indices = plates[plate.name]._indices
+                if indices is not None and len(indices) < logits.shape[plate.dim - 1]:
+                    logits = logits.index_select(plate.dim - 1, indices.to(logits.device))
+            infer: Any = {FOLLOWS_MODEL: True}
+            value: Tensor = pyro.sample(site.name, _distribution(site, logits), infer=infer)
+        return value
 
     def probabilities(self, name: str) -> Tensor:
         """Returns Q(v) of a latent's values, shape `(*batch_shape, K)`, detached.
@@ -110,24 +114,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _frame(plate: Plate) -> Any:
-    from pyro.poutine.indep_messenger import CondIndepStackFrame
-
     return CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
-
-
-class _all_of:
-    """Several plates as one context, in the order of their dims."""
-
-    def __init__(self, plates: list[Any]) -> None:
-        self.plates = plates
-
-    def __enter__(self) -> None:
-        for plate in self.plates:
-            plate.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for plate in reversed(self.plates):
-            plate.__exit__(*error)
 
 
 def _distribution(site: SiteStructure, logits: Tensor) -> Any:

@@ -67,9 +67,7 @@ class Paths:
 Assignment = tuple[tuple[str, int], ...]
 
 
-def joined(
-    tables: Mapping[Assignment, Table | None], since: int, sizes: Mapping[str, int], absent: Table
-) -> Table:
+def joined(tables: Mapping[Assignment, Table | None], since: int, sizes: Mapping[str, int], absent: Table) -> Table:
     """One table over the choices of all runs.
 
     Args:

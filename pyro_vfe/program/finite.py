@@ -1,9 +1,9 @@
 """A distribution over a finite table of values.
 
-    p(value_k)  =  softmax(logits)_k
+p(value_k)  =  softmax(logits)_k
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -11,11 +11,13 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+_NO_SHAPE = torch.Size()
+
 
 class Finite(TorchDistribution):
     """A categorical distribution whose k-th outcome is `values[k]`, a tensor of any event shape."""
 
-    arg_constraints = {"logits": constraints.real_vector}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"logits": constraints.real_vector}
     has_enumerate_support = True
 
     def __init__(self, values: Tensor, logits: Tensor, validate_args: bool | None = None) -> None:
@@ -41,7 +43,7 @@ class Finite(TorchDistribution):
         """Returns the distribution with its batch shape expanded."""
         return Finite(self.values, self.logits.expand(*batch_shape, len(self.values)), validate_args=False)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
         """Returns draws, shape `(*sample_shape, *batch_shape, *event_shape)`."""
         return self.values[self._categorical.sample(sample_shape)]
 

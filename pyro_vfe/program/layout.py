@@ -77,6 +77,10 @@ class _Findings:
     meetings: dict[Sites, str] = field(default_factory=dict)
     plates: dict[str, tuple[Plate, ...]] = field(default_factory=dict)
 
+    def met(self, sites: Sites, operation: str) -> None:
+        """Notes that an operation joined these sites in one tensor."""
+        self.meetings.setdefault(sites, operation)
+
 
 def lay_out(
     model: Program,
@@ -125,7 +129,7 @@ def _ordinary_run(
 ) -> None:
     """Runs the guide and the model against it once, with sampled values."""
     families: dict[str, Any] = {}
-    provenance = Provenance(on_union=lambda sites, operation: findings.meetings.setdefault(sites, operation))
+    provenance = Provenance(on_union=findings.met)
 
     def draw(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         findings.plates[name] = plates

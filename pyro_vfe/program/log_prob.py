@@ -77,9 +77,14 @@ def slim(tensor: Tensor, protected: int) -> Tensor:
     slim_shape = [1 if dim in repeated else size for dim, size in enumerate(shape)]
     # What was expanded is often at hand; the gradient of narrowing would fill all the repetitions with zeros.
     base = tensor._base
-    if base is not None and base.numel() == math.prod(slim_shape) and base.is_contiguous():
-        if base.data_ptr() == tensor.data_ptr() and _keeps_order(strides, slim_shape):
-            return base.reshape(slim_shape)
+    if (
+        base is not None
+        and base.numel() == math.prod(slim_shape)
+        and base.is_contiguous()
+        and base.data_ptr() == tensor.data_ptr()
+        and _keeps_order(strides, slim_shape)
+    ):
+        return base.reshape(slim_shape)
     for dim in repeated:
         tensor = tensor.narrow(dim, 0, 1)
     return tensor
@@ -170,9 +175,8 @@ def _exact_one_hot(fn: Any, value: Tensor, own_dims: int) -> Tensor:
 def _exact_bernoulli(fn: Any, value: Tensor, own_dims: int) -> Tensor:
     given = fn.__dict__
     if "probs" not in given:
-        return -torch.nn.functional.binary_cross_entropy_with_logits(
-            *torch.broadcast_tensors(slim(fn.logits, own_dims), value), reduction="none"
-        )
+        logits, value = torch.broadcast_tensors(slim(fn.logits, own_dims), value)
+        return -torch.nn.functional.binary_cross_entropy_with_logits(logits, value, reduction="none")
     success, failure = _bernoulli_logs(fn, own_dims)
     return torch.where(value == 1, success, failure)
 
@@ -211,7 +215,7 @@ def _last_to_batch_dim(values: Tensor, dim: int) -> Tensor:
 
 
 def _slim_distribution(fn: Any, own_dims: int) -> Any:
-    """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that is not known to be safe."""
+    """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that may not be safe."""
     arguments = type(fn).arg_constraints
     if not isinstance(arguments, dict):
         return fn

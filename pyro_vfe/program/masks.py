@@ -1,8 +1,8 @@
 """Latents that a mask removes from guide and model.
 
 Where the model masks a latent that the guide has, the latent does not exist: in both programs it is pinned to its first
-value at no cost. A masked latent that only the model has keeps its prior, which sums to one. Either way the element adds
-nothing to F.
+value at no cost. A masked latent that only the model has keeps its prior, which sums to one. Either way the element
+adds nothing to F.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,8 @@ def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]
         mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
             raise ScaleError(
-                f"Latent site '{name}' is masked in the guide where the model does not mask it: the free energy would not "
+                f"Latent site '{name}' is masked in the guide where the model does not mask it: the free energy "
+                f"would not "
                 "split into surprise and gap.",
                 hint="Put the same poutine.mask around the site in both programs, or in the model alone.",
             )
@@ -74,6 +75,5 @@ def _varies(table: Table, axis: str, where: Table) -> bool:
 
 def _same_mask(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        one, other = torch.broadcast_tensors(one, other)
-        return torch.equal(one, other)
+        return torch.equal(*torch.broadcast_tensors(one, other))
     return one is other

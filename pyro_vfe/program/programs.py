@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
 from pyro_vfe.program.cost import check_cost
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration, enumerate_programs
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.parameters import nan_parameters
 from pyro_vfe.program.recorder import Plate, Recorder, Role
+from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.spot_check import spot_check
 from pyro_vfe.program.tables import StructureChanged
 
@@ -43,7 +44,13 @@ class Programs:
         self._layouts: OrderedDict[object, tuple[Layout, Program, Program]] = OrderedDict()
 
     def layout(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, extra_nesting: int = 0
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        extra_nesting: int = 0,
     ) -> Layout:
         """The layout of a pair, from memory or from an ordinary run."""
         key = (_identity(model), _identity(guide), extra_nesting)
@@ -52,9 +59,7 @@ class Programs:
             self._layouts.move_to_end(key)
             return known[0]
         with undisturbed_randomness():
-            layout = lay_out(
-                model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting
-            )
+            layout = lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
         check_cost(layout, self.max_bytes)
         # The programs are kept beside the layout so that their identities are not given to others.
         self._layouts[key] = (layout, model, guide)

@@ -25,12 +25,48 @@ Sites = frozenset[str]
 NO_SITES: Sites = frozenset()
 
 _ESCAPES = frozenset(
-    "item __bool__ __int__ __float__ __index__ __complex__ __contains__ tolist numpy __array__ is_nonzero "
-    "nonzero argwhere unique unique_consecutive masked_select bincount full arange linspace range eye".split()
+    [
+        "item",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "__contains__",
+        "tolist",
+        "numpy",
+        "__array__",
+        "is_nonzero",
+        "nonzero",
+        "argwhere",
+        "unique",
+        "unique_consecutive",
+        "masked_select",
+        "bincount",
+        "full",
+        "arange",
+        "linspace",
+        "range",
+        "eye",
+    ]
 )
 """Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
 
-_INERT = frozenset("dim size shape __get__ stride numel element_size is_floating_point __len__ __hash__ __repr__".split())
+_INERT = frozenset(
+    [
+        "dim",
+        "size",
+        "shape",
+        "__get__",
+        "stride",
+        "numel",
+        "element_size",
+        "is_floating_point",
+        "__len__",
+        "__hash__",
+        "__repr__",
+    ]
+)
 """Operations that return no tensor; attributes such as `T` come through `__get__` and are looked at again."""
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
@@ -154,7 +190,7 @@ class Provenance(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return any(
-                isinstance(i, Tensor) and i.dtype is torch.bool and self.of(i) or isinstance(i, slice) for i in index
+                (isinstance(i, Tensor) and i.dtype is torch.bool and self.of(i)) or isinstance(i, slice) for i in index
             ) and bool(self._gather(index))
         return False
 

@@ -16,8 +16,8 @@ from pyro_vfe.program.supports import is_enumerable
 
 Role = Literal["guide", "model"]
 Kind = Literal["enumerated", "sampled", "observed", "unread"]
-"""An unread site is a latent that only the model has, that has no finite support, and that nothing depends on: a missing
-value, say. It integrates to one."""
+"""An unread site is a latent that only the model has, that has no finite support, and that nothing depends on: a
+missing value, say. It integrates to one."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ LatentValue = Callable[[str, Role, Any, tuple[Plate, ...]], Tensor]
 """Chooses the value of an enumerable latent from its name, role, distribution and plates."""
 
 
-class Recorder(Messenger):  # type: ignore[misc]
+class Recorder(Messenger):
     """Runs a guide or a model under chosen values and records its sites in order."""
 
     def __init__(
@@ -130,10 +130,11 @@ class Recorder(Messenger):  # type: ignore[misc]
                 self.check_given(name, fn)
             msg["value"], msg["done"] = self.given[name], True
         elif msg["value"] is None and _wants_enumeration(msg):
-            msg["value"], msg["done"] = self.latent_value(name, self.role, fn, _plates(msg)), True
+            value = self.latent_value(name, self.role, fn, _plates(msg))
+            msg["value"], msg["done"] = value, True
             self.enumerated.add(name)
             if self.provenance is not None and name not in self.sequential:
-                self.provenance.originate(msg["value"], name)
+                self.provenance.originate(value, name)
         elif msg["value"] is None and self.role == "model" and self.unread is not None and name not in self.unread:
             raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn))
 
@@ -211,7 +212,10 @@ def _steps(msg: Any) -> dict[str, int]:
 def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideSiteError:
     """The error for a latent that has to be drawn and that the guide does not draw."""
     if is_finite:
-        fact = f"Latent site '{name}' ({family}) is set to be sampled (infer enumerate None), and the guide has no such site."
+        fact = (
+            f"Latent site '{name}' ({family}) is set to be sampled (infer enumerate None), and the guide has no such "
+            "site."
+        )
     else:
         fact = f"Latent site '{name}' is {family}, which has no finite support, and the guide has no such site."
     return MissingGuideSiteError(fact, hint=f"Give the guide a site '{name}', or observe it.")

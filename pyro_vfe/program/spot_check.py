@@ -14,11 +14,12 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.engine.lookup import read
 from pyro_vfe.errors import SpotCheckError
-from pyro_vfe.program.enumeration import Enumeration, enumerate_programs
+from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masks import absences
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.tables import masked, unmasked
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -41,7 +42,7 @@ def spot_check(
         SpotCheckError: Some site differs.
     """
     draws = {site.name: site.value for site in seen.sites.values() if site.role == "guide" and site.kind == "sampled"}
-    subsamples = {name: index for name, index in seen.subsamples.items()}
+    subsamples = dict(seen.subsamples)
     state = torch.get_rng_state()
     enumeration = enumerate_programs(model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, track=True)
     assignment = _random_assignment(enumeration)
@@ -109,16 +110,14 @@ def _over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
     return table.aligned(axes)
 
 
-def _at(
-    value: Tensor, name: str, enumeration: Enumeration, assignment: Mapping[str, Table], layout: Layout
-) -> Tensor:
+def _at(value: Tensor, name: str, enumeration: Enumeration, assignment: Mapping[str, Table], layout: Layout) -> Tensor:
     """A draw made once per value of the latents before it, read at the assignment."""
     site = enumeration.sites["guide", name]
     event_dims = len(site.fn.event_shape)
     batch_dims = value.dim() - event_dims
     if batch_dims <= layout.nesting:
         return value
-    latent_at = {}
+    latent_at: dict[int, str] = {}
     for latent, dim in layout.dims.items():
         if -dim <= batch_dims and value.shape[batch_dims + dim] > 1 and latent in assignment:
             latent_at.setdefault(dim, latent)
@@ -188,5 +187,3 @@ def _shown(values: Tensor) -> str:
     flat = values.detach().flatten()
     shown = ", ".join(f"{float(number):.6g}" for number in flat[:3])
     return f"[{shown}{', ...' if len(flat) > 3 else ''}]" if len(flat) > 1 else shown
-
-

@@ -146,6 +146,7 @@ def unmasked(site: Site) -> tuple[Any, Tensor | bool | None]:
 
 
 def masked(values: Tensor, mask: Tensor | bool | None) -> Tensor:
+    """The values where the mask holds, and zero elsewhere."""
     if mask is None or mask is True:
         return values
     if mask is False:

@@ -1,0 +1,219 @@
+"""The runs of a pair of programs put together as one enumeration.
+
+    table[z = k, ...]  =  the table of the run in which z was k
+
+Where the programs branch there is a run per path of choices; otherwise there is one run, and its tables are taken as
+they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.elimination import same_scale
+from pyro_vfe.engine.factors import Factor, Table, Variable
+from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
+from pyro_vfe.program.branches import Assignment, joined
+from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.layout import Layout
+from pyro_vfe.program.masks import check_absences
+from pyro_vfe.program.recorder import Plate, Site
+from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
+
+
+@dataclass(eq=False)
+class Run:
+    """One path of choices: its sites and their factors."""
+
+    sites: dict[SiteKey, Site]
+    factors: dict[SiteKey, Factor]
+    supports: dict[str, Tensor]
+    subsamples: dict[str, Tensor]
+
+
+def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
+    """Returns all runs as one enumeration.
+
+    Args:
+        runs: Each path of choices with what ran on it.
+        layout: Where each latent went.
+
+    Raises:
+        SupportError: A latent has different values in guide and model, or in different branches.
+        StructureError: Guide and model do not have the same latents in each branch.
+    """
+    last = list(runs.values())[-1]
+    supports: dict[str, Tensor] = {}
+    sites: dict[SiteKey, Site] = {}
+    for run in runs.values():
+        for name, support in run.supports.items():
+            if name in supports and supports[name].shape != support.shape:
+                raise SupportError(
+                    f"Latent site '{name}' has {len(supports[name])} values in one branch of the program and "
+                    f"{len(support)} in another.",
+                    hint="Give the two sites different names.",
+                )
+            supports[name] = support
+        sites.update(run.sites)
+    if len(runs) > 1:
+        sites = {key: sites[key] for key in _common_order(runs)}
+    _check_supports(sites, supports)
+    if len(runs) == 1 and not layout.sequential:
+        factors = last.factors
+    else:
+        factors = _joined_factors(runs, layout, supports, sites)
+    return _enumeration(factors, sites, supports, last.subsamples, layout)
+
+
+def _common_order(runs: Mapping[Assignment, Run]) -> list[SiteKey]:
+    """An order of all sites that agrees with the order of every run: a branch may have sites that another lacks."""
+    sorter: TopologicalSorter[SiteKey] = TopologicalSorter()
+    for run in runs.values():
+        keys = list(run.sites)
+        sorter.add(keys[0])
+        for before, after in pairwise(keys):
+            sorter.add(after, before)
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        (_, one), (_, other), *_ = error.args[1]
+        raise StructureError(
+            f"Sites '{one}' and '{other}' come in one order in one branch of the programs and in the other "
+            f"order in another.",
+            hint="Sample them in the same order in all branches, or give them different names.",
+        ) from error
+
+
+def _joined_factors(
+    runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
+) -> dict[SiteKey, Factor]:
+    """Each site's tables of all runs, as one table with an axis per sequential latent."""
+    sizes = {name: len(support) for name, support in supports.items()}
+    made = [_choices_made(run, layout) for run in runs.values()]
+    result = {}
+    for key, site in sites.items():
+        some = next(run.factors[key] for run in runs.values() if key in run.factors)
+        tables = {path: _table_in(run, key, sites) for path, run in runs.items()}
+        absent = _absent_table(some.table, site, sizes.get(site.name, 1))
+        table = joined(tables, max(count.get(key, 0) for count in made), sizes, absent)
+        result[key] = Factor(site.name, table, some.plates, some.scale)
+    return result
+
+
+def _table_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Table | None:
+    """The site's table in one run; None where the branch lacks the site, or the model lacks the guide's latent."""
+    role, name = key
+    both = ("guide", name) in sites and ("model", name) in sites
+    if not both or sites[key].kind != "enumerated":
+        return run.factors[key].table if key in run.factors else None
+    if ("model", name) in run.factors and ("guide", name) not in run.factors:
+        raise StructureError(
+            f"The model has latent site '{name}' in a branch where the guide, which has it elsewhere, has not.",
+            hint=f"Sample '{name}' in the guide wherever the model does, or leave it out of the guide altogether.",
+        )
+    if role == "guide" and key in run.factors and ("model", name) not in run.factors:
+        readers = [f.name for f in run.factors.values() if f.name != name and name in f.table.axes]
+        if readers:
+            raise StructureError(
+                f"The guide has latent site '{name}' in a branch where the model has not, and '{readers[0]}' reads it.",
+                hint=f"Sample '{name}' in the guide only where the model does.",
+            )
+        return None
+    return run.factors[key].table if key in run.factors else None
+
+
+def _choices_made(run: Run, layout: Layout) -> dict[SiteKey, int]:
+    """For each site of a run, how many sequential latents had their values when it was recorded."""
+    met: set[str] = set()
+    result = {}
+    for key in run.sites:
+        if key[1] in layout.sequential:
+            met.add(key[1])
+        result[key] = len(met)
+    return result
+
+
+def _absent_table(like: Table, site: Site, size: int) -> Table:
+    """What stands for a site in a branch that lacks it: an observation costs nothing, a latent is its first value."""
+    if site.kind != "enumerated" or size == 1:
+        return Table(like.values.new_zeros(()), ())
+    pinned = torch.full((size,), -torch.inf, dtype=like.values.dtype, device=like.values.device)
+    pinned[0] = 0.0
+    return Table(pinned, (site.name,))
+
+
+def _check_supports(sites: Mapping[SiteKey, Site], supports: Mapping[str, Tensor]) -> None:
+    """Guide and model must mean the same values."""
+    for (role, name), site in sites.items():
+        guide_site = sites.get(("guide", name))
+        if role != "model" or guide_site is None or guide_site.kind == "observed":
+            continue
+        if site.kind == "observed":
+            raise StructureError(
+                f"Site '{name}' is observed in the model and sampled in the guide.",
+                hint="Remove it from the guide, or do not observe it.",
+            )
+        if site.kind != "enumerated":
+            continue
+        if not is_enumerable(site.fn) or support_size(site.fn) != len(supports[name]):
+            check_same_support(name, site.fn, guide_site.fn)
+
+
+def _enumeration(
+    factors: Mapping[SiteKey, Factor],
+    sites: Mapping[SiteKey, Site],
+    supports: Mapping[str, Tensor],
+    subsamples: Mapping[str, Tensor],
+    layout: Layout,
+) -> Enumeration:
+    variables: dict[str, Variable] = {}
+    plates: dict[str, Plate] = {}
+    for key, site in sites.items():
+        for plate in site.plates:
+            _check_plate(plates.setdefault(plate.name, plate), plate)
+        if site.kind == "enumerated":
+            factor = factors[key]
+            size = len(supports[site.name])
+            variable = Variable(site.name, size, site.plate_names, factor.scale)
+            _check_scales(variables.setdefault(site.name, variable), variable)
+        elif is_score_draw(key, site, layout):
+            variables[site.name] = Variable(site.name, 1, site.plate_names, factors[key].scale)
+
+    result = Enumeration(
+        variables=variables,
+        plates={name: plate.size for name, plate in plates.items()},
+        supports=supports,
+        sites=sites,
+        factors=factors,
+        subsamples=subsamples,
+        full_plates={name: plate.full_size for name, plate in plates.items()},
+    )
+    check_absences(result.guided, sites, factors.values(), layout)
+    return result
+
+
+def _check_plate(known: Plate, plate: Plate) -> None:
+    if known.size != plate.size:
+        raise NameClashError(
+            f"Plate '{plate.name}' has size {known.size} at one site and {plate.size} at another.",
+            hint="Give the two plates different names, or the same subsample.",
+        )
+
+
+def _check_scales(known: Variable, variable: Variable) -> None:
+    if not same_scale(known.scale, variable.scale):
+        raise ScaleError(
+            f"Latent site '{variable.name}' has different scales in the guide and in the model: the free energy would "
+            "not split into surprise and gap.",
+            hint="Put the site under the same poutine.scale and the same subsampling in both programs.",
+        )
+
+
+def is_score_draw(key: SiteKey, site: Site, layout: Layout) -> bool:
+    """Whether the site is a draw of the guide whose gradient needs the score function."""
+    known = layout.sites.get(key)
+    return site.kind == "sampled" and known is not None and known.needs_score

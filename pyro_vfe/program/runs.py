@@ -1,0 +1,136 @@
+"""Enumerated runs of guide and model: every latent along its own axis with its whole support.
+
+One run of each program makes all tables; where the programs branch on a latent there is one run per value.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.factors import Factor
+from pyro_vfe.program.assembly import Run, assembled, is_score_draw
+from pyro_vfe.program.branches import Assignment, Paths
+from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.layout import Layout, Program
+from pyro_vfe.program.masks import absences
+from pyro_vfe.program.provenance import Escaped, Provenance
+from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.supports import finite_support
+from pyro_vfe.program.tables import Labeller, StructureChanged
+
+
+def enumerate_programs(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    subsamples: Mapping[str, Tensor] | None = None,
+    track: bool = False,
+) -> Enumeration:
+    """Returns the factors of guide and model from one enumerated run (one per value where the programs branch).
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        layout: Where each latent goes.
+        given: Values of draws to use instead of new ones.
+        subsamples: Subsample indices to use instead of new ones.
+        track: Track the run even where the layout does not need it.
+
+    Raises:
+        StructureChanged: The programs no longer fit the layout.
+    """
+    runs: dict[Assignment, Run] = {}
+    paths = Paths()
+    generator_state = torch.get_rng_state() if layout.sequential else None
+    for _ in paths:
+        if generator_state is not None:
+            torch.set_rng_state(generator_state)
+        try:
+            run = _Runner(layout, paths, given or {}, subsamples or {}, track).run(model, guide, args, kwargs)
+        except Escaped as escape:
+            raise StructureChanged(str(escape)) from escape
+        runs[paths.assignment()] = run
+    return assembled(runs, layout)
+
+
+class _Runner:
+    """One run of both programs along one path of choices."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        paths: Paths,
+        given: Mapping[str, Tensor],
+        subsamples: Mapping[str, Tensor],
+        track: bool,
+    ) -> None:
+        self.layout = layout
+        self.paths = paths
+        self.given = given
+        self.subsamples = subsamples
+        self.provenance = Provenance() if track or layout.tracked else None
+        self.supports: dict[str, Tensor] = {}
+
+    def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+        first = Recorder(
+            "guide",
+            self._latent_value,
+            given=self.given,
+            subsamples=self.subsamples,
+            sequential=self.layout.sequential,
+            provenance=self.provenance,
+        )
+        first.run(guide, args, kwargs)
+        second = Recorder(
+            "model",
+            self._latent_value,
+            given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
+            enumerated=frozenset(first.enumerated),
+            subsamples=first.subsamples,
+            sequential=self.layout.sequential,
+            unread=self.layout.unread,
+            provenance=self.provenance,
+        )
+        second.run(model, args, kwargs)
+        sites: dict[SiteKey, Site] = {
+            (site.role, site.name): site
+            for site in (*first.sites.values(), *second.sites.values())
+            if site.kind != "unread"
+        }
+        for name, site in second.sites.items():
+            guide_site = first.sites.get(name)
+            if guide_site is not None and guide_site.follows_model:
+                guide_site.scale = site.scale
+        return Run(sites, self._factors(sites), self.supports, second.subsamples)
+
+    def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        support = finite_support(fn, name)
+        self.supports[name] = support
+        if name in self.layout.sequential:
+            return support[self.paths.choose(name, len(support))]
+        dim = self.layout.dims.get(name)
+        if dim is None:
+            raise StructureChanged(f"latent '{name}' is new")
+        if any(-plate.dim > self.layout.nesting for plate in plates):
+            raise StructureChanged(f"latent '{name}' lies in more plates")
+        return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + support.shape[1:])
+
+    def _factors(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
+        homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
+        draws = frozenset(key[1] for key, site in sites.items() if is_score_draw(key, site, self.layout))
+        choices = dict(self.paths.assignment())
+        labeller = Labeller(self.layout, self.provenance, homes, choices, draws)
+        absent = absences(sites)
+        for site in sites.values() if self.layout.unread else ():
+            read = labeller.reads(site) & self.layout.unread
+            if read:
+                raise StructureChanged(f"site '{site.name}' reads '{min(read)}', which nothing read before")
+        return {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}
