@@ -95,12 +95,10 @@ def fit(title: str, model: Program, guide: Program, u: Tensor, *, lr: float, tol
     svi = SVI(model, guide, pyro.optim.Rprop({"lr": lr, "step_sizes": (1e-6, 2.0)}), loss=elbo)
     history: list[float] = []
     with tqdm(desc=title.ljust(24), bar_format="{desc} {n_fmt:>3} steps  {elapsed}{postfix}") as progress:
-        while len(history) < 6 or max(history[-6:]) - min(history[-6:]) > tolerance:
+        while len(history) < MAX_STEPS and (len(history) < 6 or np.ptp(history[-6:]) > tolerance):
             history.append(svi.step(u))
             progress.set_postfix_str(f"F = {history[-1]:.4f} nats", refresh=False)
             progress.update()
-            if len(history) == MAX_STEPS:
-                break
     return elbo.decompose(model, guide, u)
 
 
@@ -143,12 +141,14 @@ def draw_counts(axes: Axes, rates: np.ndarray, states: np.ndarray) -> None:
 
 def in_words(two: Tensor, three: Tensor, mean_field: Tensor, chain: Tensor, gap: np.ndarray) -> str:
     """Returns what surprises and gaps mean, in sentences."""
-    worst = ", ".join(str(YEARS[t]) for t in sorted(np.argsort(gap)[-4:]))
+    worst = np.sort(np.argsort(gap)[-4:])
+    years = ", ".join(str(YEARS[t]) for t in worst)
     return f"""\
 In words
   Both guides invert the same model, so the surprise is the same in both tables: {two:.4f} nats, the model's share.
   Mean field treats the years' states as independent. This costs {mean_field:.2f} nats that the chain-structured guide
-  does not cost: the chain's gap is {chain:.1g}. Most is lost where the state is in doubt, in {worst}.
+  does not cost: the chain's gap is {chain:.1g}. It is lost where the state is in doubt,
+  {gap[worst].sum() / gap.sum():.0%} of it in the years {years}.
   A better guide can win no more than these {mean_field:.2f} nats. A better model can: with a third state the surprise
   is {three:.4f} nats, {two - three:.2f} less. F alone would not have told which of the two to work on."""
 

@@ -101,14 +101,17 @@ class Decomposition:
         """
         known = self.runs[0].all_plates if self.runs else ()
         if plate not in known:
-            names = ", ".join(f"'{name}'" for name in known) or "none"
-            raise PlateKeptError(f"There is no plate '{plate}' to report by.", hint=f"The plates here are: {names}.")
+            names = ", ".join(f"'{name}'" for name in known)
+            hint = (
+                f"The plates here are: {names}." if names else "There are none; gap_by_site() splits the gap by latent."
+            )
+            raise PlateKeptError(f"There is no plate '{plate}' to report by.", hint=hint)
         try:
             inside = [_by_element(run, plate, self.max_bytes) for run in self.runs]
         except PlateError as error:
             raise PlateKeptError(
                 f"The elements of plate '{plate}' have no free energy of their own: {error}",
-                hint=f"Ask for the whole, or for one of: {_plates_to_ask_for(self.runs[0], plate)}.",
+                hint=_what_to_ask_for(self.runs[0], plate),
             ) from error
         return replace(self, stderr=_stderr(inside), num_data=1, plate=plate, **_fields(mean_terms(inside)))
 
@@ -196,8 +199,8 @@ def _by_element(run: Enumeration, plate: str, max_bytes: float | None) -> Terms:
     return stacked_terms([measured(step, max_bytes=max_bytes)[1] for step in run.steps(plate)])
 
 
-def _plates_to_ask_for(enumeration: Enumeration, plate: str) -> str:
-    """The plates whose elements no latent outside of them ties together."""
+def _what_to_ask_for(enumeration: Enumeration, plate: str) -> str:
+    """The plates whose elements no latent outside of them ties together, as a hint."""
     fit = []
     for other in enumeration.all_plates:
         if other == plate:
@@ -207,4 +210,4 @@ def _plates_to_ask_for(enumeration: Enumeration, plate: str) -> str:
         except PlateError:
             continue
         fit.append(f"'{other}'")
-    return ", ".join(fit) or "no plate (every plate is tied together by a latent above it)"
+    return f"Ask for the whole, or by {' or '.join(fit)}." if fit else "Ask for the whole instead."

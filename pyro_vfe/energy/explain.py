@@ -33,7 +33,7 @@ class Explanation:
         site = self.largest_site
         size = 8 * table_entries(site, self.layout)
         parts = [
-            "\n".join(_aligned([_HEADER, *(_row(site, self.layout) for site in self.layout.sites.values())])),
+            _shortened("\n".join(_aligned([_HEADER, *(_row(s, self.layout) for s in self.layout.sites.values())]))),
             f"largest site table: '{site.name}' of the {site.role}, {readable_bytes(size)}",
             f"elimination of the model's latents: {self.plan.flops:,} flops, {readable_bytes(self.plan.bytes)}, "
             f"largest table over {', '.join(self.plan.largest.scope) or 'nothing'}",
@@ -121,4 +121,4 @@ def _shortened(text: str) -> str:
     if len(lines) <= _SHOWN_STEPS:
         return text
     half = _SHOWN_STEPS // 2
-    return "\n".join([*lines[:half], f"... {len(lines) - 2 * half} more steps", *lines[-half:]])
+    return "\n".join([*lines[:half], f"... {len(lines) - 2 * half} more", *lines[-half:]])

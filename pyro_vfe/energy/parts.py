@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyro_vfe.engine.elimination import eliminate
+from pyro_vfe.engine.elimination import eliminate, same_scale
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
 from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
+from pyro_vfe.errors import ScaleError
 from pyro_vfe.program.enumeration import Enumeration
 
 NO_PLATES: frozenset[str] = frozenset()
@@ -137,6 +138,7 @@ def _parts(
     graph = enumeration.graph(*conditionals, *factors)
     if not summed:
         return Parts(graph, conditionals, factors)
+    _check_weights(graph, factors, summed)
     while True:
         part = replace(graph, factors=factors, variables=_mentioned(graph, factors))
         kept = frozenset(part.variables) - summed
@@ -146,6 +148,34 @@ def _parts(
         first = elimination.unrollings[0]
         graph, conditionals, factors, unrolling = _unrolled(graph, conditionals, factors, first)
         summed = frozenset(copy for name in summed for copy in _copies(name, unrolling))
+
+
+def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozenset[str]) -> None:
+    """A latent summed out of the model may not tie together weighted latents of the guide inside a plate it is above.
+
+    The weights would stand inside its sum as powers, and F would bound nothing.
+    """
+    tied = {name: name for name in graph.variables}
+
+    def root(name: str) -> str:
+        while tied[name] != name:
+            name = tied[name]
+        return name
+
+    for factor in factors:
+        scope = [axis for axis in factor.table.axes if axis in graph.variables]
+        for name in scope if not summed.isdisjoint(scope) else ():
+            tied[root(name)] = root(scope[0])
+    for name in summed:
+        for other in graph.variables.keys() - summed:
+            inside = not graph.variables[other].plates <= graph.variables[name].plates
+            one, two = graph.variables[name].scale, graph.variables[other].scale
+            if inside and root(name) == root(other) and not same_scale(one, two):
+                raise ScaleError(
+                    f"Latent '{name}' is summed out inside the model above plate latents '{other}' of the guide, which "
+                    "carry weights (a subsample or poutine.scale): the weighted sum is no bound on anything.",
+                    hint=f"Give the guide '{name}' too, or leave '{other}' out of it.",
+                )
 
 
 def _mentioned(graph: FactorGraph, factors: Sequence[Factor]) -> dict[str, Variable]:

@@ -74,6 +74,9 @@ class Posterior:
         if bool(self.log_evidence.isneginf()):
             raise impossible_data(self._enumeration)
 
+    def __repr__(self) -> str:
+        return f"Posterior(log_evidence={float(self.log_evidence):.4f} nats, latents={list(self.sites)})"
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the latents, in program order."""
@@ -99,8 +102,16 @@ class Posterior:
         Raises:
             VFEError: A name is unknown or given twice.
         """
+        return self.marginal_table(*names).values
+
+    def marginal_table(self, *names: str) -> Table:
+        """Returns what `marginal` does, with a name for each axis.
+
+        Args:
+            *names: The latents' sites, in the order of the result's last axes.
+        """
         self._check_known(names)
-        return marginals(self._graph, [names], max_bytes=self._max_bytes)[names].values
+        return marginals(self._graph, [names], max_bytes=self._max_bytes)[names]
 
     def marginals(self) -> dict[str, Tensor]:
         """Returns the posterior probabilities of every latent, each of shape `(*plates, K)`, from one backward pass."""
@@ -136,16 +147,19 @@ class Posterior:
         """Returns the log posterior probability of joint assignments, a scalar or `(num_samples,)`, in nats.
 
         Args:
-            assignment: The value of every latent, as `mode` or `sample` give them.
+            assignment: The value of every latent, as `mode` or `sample` give them; one that only some branches of the
+                model have may be left out, and stands at its first value where it does not exist.
 
         Raises:
             VFEError: A latent is missing, or a value is not in its support.
         """
-        missing = [name for name in self.sites if name not in assignment]
+        optional = self._enumeration.optional
+        missing = [name for name in self.sites if name not in assignment and name not in optional]
         if missing:
             raise VFEError(f"The assignment lacks latent '{missing[0]}'.", hint="Give a value for every latent.")
         self._check_unscaled()
-        indices = {name: self._index(name, torch.as_tensor(assignment[name])) for name in self.sites}
+        first = {name: self._enumeration.supports[name][0] for name in optional}
+        indices = {name: self._index(name, torch.as_tensor({**first, **assignment}[name])) for name in self.sites}
         total = -self.log_evidence
         for factor in self._graph.factors:
             table = weighted(factor.table, factor.scale)

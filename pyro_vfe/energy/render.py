@@ -70,6 +70,8 @@ def _over_plate(values: Tensor) -> tuple[str, ...]:
 
 def _number(value: float) -> str:
     """Four decimals; a small positive number keeps its magnitude, and rounding below zero is not shown as a sign."""
+    if -1e-9 < value < 0:
+        value = 0.0
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.1e}"
     return f"{value:,.4f}"
@@ -82,5 +84,9 @@ def _notes(terms: "Decomposition") -> list[str]:
             "" if terms.stderr is None or terms.stderr.dim() else f"; standard error of F {float(terms.stderr):.2g}"
         )
         notes.append(f"not exact: part of it is sampled{spread}")
+    if terms.runs and terms.runs[0].supports and not terms.runs[0].guided:
+        notes.append(
+            "all discrete latents are summed out inside the model: there is nothing for the guide to lose on them"
+        )
     notes += list(terms.impossible)
     return notes

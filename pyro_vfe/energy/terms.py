@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vfe.energy.parts import (
     NO_PLATES,
     Parts,
+    conditionals_of,
     guide_graph,
     joint_graph,
     log_joint,
@@ -31,6 +32,7 @@ from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import marginals
+from pyro_vfe.errors import StructureError
 from pyro_vfe.program.enumeration import Enumeration
 
 
@@ -85,13 +87,10 @@ def measured(
     data = None if likelihood is None else measure(likelihood)
     common = measure(Parts(shifted.graph(), (), offsets))
     drawn = _log_q_of_draws(shifted, keep_plates, max_bytes, measure)
-    if shifted.guided:
-        prior = measure(log_prior(shifted, max_bytes, keep_plates))
-        evidence = _normalizer(joint_graph(shifted), keep_plates, max_bytes)
-    else:
-        # The model has summed out all its latents: their prior sums to one, and what is left is log p(w, u).
-        prior = measure(Parts(shifted.graph(), (), shifted.model_draws))
-        evidence = joint
+    # Where the model sums out all its latents, their prior sums to one and the joint is log p(w, u) already.
+    trivial = not shifted.guided and not shifted.model_draws
+    prior = measure(Parts(shifted.graph(), (), ()) if trivial else log_prior(shifted, max_bytes, keep_plates))
+    evidence = _normalizer(joint_graph(shifted), keep_plates, max_bytes) if shifted.guided else joint
     return tuple(  # type: ignore[return-value]
         _assembled(q[i], joint[i], prior[i], None if data is None else data[i], common[i], evidence[i], drawn[i])
         for i in range(2)
@@ -135,10 +134,17 @@ class _Measure:
 
 def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: frozenset[str]) -> Expectation:
     """The expectation of the costs under Q(v | w), from marginals of the guide's graph with the draws in it."""
-    graph = replace(part.graph, factors=(*part.conditionals, *enumeration.guide_draws))
-    graph = replace(graph, variables={n: v for n, v in graph.variables.items() if n not in enumeration.draws})
-    graph = replace(graph, factors=tuple(_without_axes(f, enumeration.draws) for f in graph.factors))
+    if part.graph.variables.keys() - enumeration.variables.keys():
+        raise StructureError(
+            "The guide draws a site that depends on a latent it enumerates, while latents that only the model has tie the "
+            "elements of a plate together: this free energy has no decomposition here.",
+            hint="Give the guide those latents too.",
+        )
+    factors = (*conditionals_of(enumeration), *enumeration.guide_draws)
     costs = [_without_axes(factor, enumeration.draws) for factor in part.costs]
+    known = enumeration.graph(*factors, *costs)
+    variables = {name: v for name, v in known.variables.items() if name not in enumeration.draws}
+    graph = FactorGraph(tuple(_without_axes(f, enumeration.draws) for f in factors), variables, known.plates)
     scopes = {tuple(graph.scope(cost)) for cost in costs} - {()}
     probabilities = marginals(graph, scopes)
     averaged = [_averaged(cost, graph, probabilities) for cost in costs]

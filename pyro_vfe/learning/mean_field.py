@@ -8,7 +8,7 @@ References:
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +18,8 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_vfe.energy.posterior import posterior
+from pyro_vfe.energy.responsibilities import over_dims
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import SiteStructure, lay_out
@@ -33,23 +35,28 @@ class AutoMeanField(AutoGuide):
     A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its
     parameters are
     logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a subsample
-    uses its own rows. They start at zero, uniform, plus noise if asked for.
+    uses its own rows. They start where `init` says.
     """
 
     def __init__(
         self,
         model: Program,
         *,
+        init: Literal["uniform", "posterior"] = "uniform",
         init_scale: float = 0.0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         """Args:
         model: The generative model; its discrete latents with finite support are found at the first call.
-        init_scale: Standard deviation of the starting logits. Zero is a saddle point where latents are exchangeable:
-            give a little noise to break the symmetry there.
+        init: Where the probabilities start: all equal, or at the exact posterior marginals under the model's parameters
+            as they are at the first call (a good start where the posterior is sharp; the whole data are needed).
+        init_scale: Standard deviation of noise on the starting logits. The uniform start is a saddle point where
+        latents
+            are exchangeable: give a little noise to break the symmetry there.
         create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
         """
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
+        self.init = init
         self.init_scale = init_scale
         self._latents: dict[str, SiteStructure] = {}
 
@@ -68,6 +75,21 @@ class AutoMeanField(AutoGuide):
             for plate in site.plates:
                 self._prototype_frames[plate.name] = _frame(plate)
             setattr(self.logits, site.name, torch.nn.Parameter(self._initial_logits(site)))
+        if self.init == "posterior":
+            self._start_at_posterior(args, kwargs)
+
+    def _start_at_posterior(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(plate.size != plate.full_size for site in self._latents.values() for plate in site.plates):
+            raise StructureError(
+                "AutoMeanField(init='posterior') was first called with a subsampled plate.",
+                hint="Call it once with the whole data, or use init='uniform'.",
+            )
+        with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+            exact = posterior(self.model, *args, **kwargs)
+            for site in self._latents.values():
+                logits = getattr(self.logits, site.name)
+                probabilities = over_dims(exact.marginal_table(site.name), site.plates).to(logits)
+                logits.add_(probabilities.clamp(min=torch.finfo(logits.dtype).tiny).log())
 
     def _initial_logits(self, site: SiteStructure) -> Tensor:
         shape = [1] * max((-plate.dim for plate in site.plates), default=0)

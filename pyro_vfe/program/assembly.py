@@ -66,7 +66,8 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         factors = last.factors
     else:
         factors = _joined_factors(runs, layout, supports, sites)
-    return _enumeration(factors, sites, supports, last.subsamples, layout)
+    optional = frozenset(name for run in runs.values() for name in supports if name not in run.supports)
+    return _enumeration(factors, sites, supports, last.subsamples, optional, layout)
 
 
 def _common_order(runs: Mapping[Assignment, Run]) -> list[SiteKey]:
@@ -168,6 +169,7 @@ def _enumeration(
     sites: Mapping[SiteKey, Site],
     supports: Mapping[str, Tensor],
     subsamples: Mapping[str, Tensor],
+    optional: frozenset[str],
     layout: Layout,
 ) -> Enumeration:
     variables: dict[str, Variable] = {}
@@ -190,6 +192,7 @@ def _enumeration(
         sites=sites,
         factors=factors,
         subsamples=subsamples,
+        optional=optional,
         full_plates={name: plate.full_size for name, plate in plates.items()},
     )
     check_absences(result.guided, sites, factors.values(), layout)

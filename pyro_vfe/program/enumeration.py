@@ -37,6 +37,8 @@ class Enumeration:
     """The sites of the (last) run, as they ran."""
     factors: Mapping[SiteKey, Factor]
     """The factor of each site."""
+    optional: frozenset[str]
+    """Latents that some branch of the programs lacks: pinned there to their first value."""
     full_plates: Mapping[str, int]
     """The size of each plate before subsampling."""
     subsamples: Mapping[str, Tensor]
@@ -117,7 +119,7 @@ class Enumeration:
                     raise PlateError(
                         f"Site '{factor.name}' reads latent '{name}' of another step of plate '{plate}', or "
                         f"from outside.",
-                        hint="Ask for the whole instead.",
+                        hint="",
                     )
         return [self._restricted(plate, step) for step in range(count)]
 

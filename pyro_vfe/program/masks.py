@@ -30,16 +30,43 @@ def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]
             continue
         mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
-            raise ScaleError(
-                f"Latent site '{name}' is masked in the guide where the model does not mask it: the free energy "
-                f"would not "
-                "split into surprise and gap.",
-                hint="Put the same poutine.mask around the site in both programs, or in the model alone.",
-            )
+            raise _masked_differently(name)
         if mask is None:
             continue
         result[name] = ~mask if isinstance(mask, Tensor) else not mask
     return result
+
+
+def mask_draws(sites: Mapping[tuple[Role, str], Site]) -> None:
+    """Takes over the model's mask for each draw of the guide: where the model masks it, it does not exist.
+
+    Raises:
+        ScaleError: The guide masks the draw and the model does not, or the draw is made from an auxiliary site.
+    """
+    for (role, name), site in sites.items():
+        guide_site = sites.get(("guide", name))
+        if role != "model" or site.kind != "sampled" or guide_site is None:
+            continue
+        mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
+        if guide_mask is not None and not _same_mask(mask, guide_mask):
+            raise _masked_differently(name)
+        if mask is None or guide_mask is not None:
+            continue
+        if type(guide_site.fn).__name__ == "Delta" and any(s.auxiliary and s.role == "guide" for s in sites.values()):
+            raise ScaleError(
+                f"Site '{name}' is masked in the model, and the guide makes it from an auxiliary site, whose density "
+                "would count where the site does not exist.",
+                hint=f"Give the guide a site '{name}' with a distribution of its own.",
+            )
+        guide_site.mask = mask
+
+
+def _masked_differently(name: str) -> ScaleError:
+    return ScaleError(
+        f"Site '{name}' is masked in the guide where the model does not mask it: the free energy would not split into "
+        "surprise and gap.",
+        hint="Put the same poutine.mask around the site in both programs, or in the model alone.",
+    )
 
 
 def check_absences(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -129,6 +130,9 @@ class Recorder(Messenger):
             if self.check_given is not None and name in self.enumerated:
                 self.check_given(name, fn)
             msg["value"], msg["done"] = self.given[name], True
+            if self.provenance is not None and self.role == "guide":
+                # A draw of an earlier run may hold one value per value of the latents it was made from.
+                self.provenance.mark(self.given[name], self.provenance.of_distribution(fn))
         elif msg["value"] is None and _wants_enumeration(msg):
             value = self.latent_value(name, self.role, fn, _plates(msg))
             msg["value"], msg["done"] = value, True
@@ -149,13 +153,15 @@ class Recorder(Messenger):
         kind = self._kind(msg)
         if self.provenance is not None and (kind == "unread" or (kind == "sampled" and self._needs_score(fn))):
             self.provenance.mark(msg["value"], frozenset((name,)))
-        infer = msg["infer"]
+        infer, value = msg["infer"], msg["value"]
+        if isinstance(value, (bool, int, float)):
+            value = torch.as_tensor(value)
         self.sites[name] = Site(
             name,
             self.role,
             kind,
             fn,
-            msg["value"],
+            value,
             msg["scale"],
             msg["mask"],
             _plates(msg),

@@ -14,7 +14,7 @@ from pyro_vfe.program.assembly import Run, assembled, is_score_draw
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.masks import absences
+from pyro_vfe.program.masks import absences, mask_draws
 from pyro_vfe.program.provenance import Escaped, Provenance
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
 from pyro_vfe.program.supports import finite_support
@@ -129,6 +129,7 @@ class _Runner:
         choices = dict(self.paths.assignment())
         labeller = Labeller(self.layout, self.provenance, homes, choices, draws)
         absent = absences(sites)
+        mask_draws(sites)
         for site in sites.values() if self.layout.unread else ():
             read = labeller.reads(site) & self.layout.unread
             if read:

@@ -133,7 +133,7 @@ BRANCHING = {
     "two_branches_guided": Program(two_branches, guide_of_a, CALLS),
     "branch_over_a_plate": Program(branch_over_a_plate, args=CALLS, marginals=(("g", "z"),)),
     "branch_over_a_plate_guided": Program(branch_over_a_plate, branch_over_a_plate_guide, CALLS),
-    "branch_in_sequential_plate": Program(branch_in_sequential_plate, args=CALLS, plates=("data",)),
+    "branch_in_sequential_plate": Program(branch_in_sequential_plate, args=CALLS),
     "lookup_in_a_list": Program(lookup_in_a_list, args=CALLS, marginals=(("z",),)),
     "auxiliary_site": Program(two_sites, auxiliary_guide, CALLS),
     "auxiliary_site_without_a_mark": Program(two_sites, auxiliary_guide_without_a_mark, CALLS),
