@@ -33,7 +33,9 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest benchmarks --override-ini python_files='bench_*.py' --benchmark-columns=min,median,rounds --benchmark-sort=name
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --override-ini python_files='bench_*.py' --override-ini pythonpath=benchmarks \
+		--benchmark-columns=min,median,rounds --benchmark-group-by=group --benchmark-json=.benchmarks/latest.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks docs/_build examples/output

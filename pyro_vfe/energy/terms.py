@@ -136,7 +136,8 @@ def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: fr
     """The expectation of the costs under Q(v | w), from marginals of the guide's graph with the draws in it."""
     if part.graph.variables.keys() - enumeration.variables.keys():
         raise StructureError(
-            "The guide draws a site that depends on a latent it enumerates, while latents that only the model has tie the "
+            "The guide draws a site that depends on a latent it enumerates, while latents that only the model "
+            "has tie the "
             "elements of a plate together: this free energy has no decomposition here.",
             hint="Give the guide those latents too.",
         )

@@ -23,7 +23,7 @@ from pyro_vfe.energy.responsibilities import over_dims
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import SiteStructure, lay_out
-from pyro_vfe.program.programs import undisturbed_randomness
+from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 
 Program = Callable[..., Any]

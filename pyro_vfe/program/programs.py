@@ -5,12 +5,10 @@ layout has the programs laid out again.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
@@ -18,6 +16,7 @@ from pyro_vfe.program.cost import check_cost
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.parameters import nan_parameters
+from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.spot_check import spot_check
@@ -187,14 +186,6 @@ def ordinary_draws(
 
     sites = Recorder("guide", draw, subsamples=subsamples).run(guide, args, kwargs)
     return {name: site.value for name, site in sites.items() if site.kind == "sampled"}
-
-
-@contextmanager
-def undisturbed_randomness() -> Iterator[None]:
-    """Runs a block whose draws leave the user's random state as it was."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def _identity(program: Program) -> object:

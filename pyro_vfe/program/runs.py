@@ -6,7 +6,6 @@ One run of each program makes all tables; where the programs branch on a latent 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor
@@ -16,6 +15,7 @@ from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws
 from pyro_vfe.program.provenance import Escaped, Provenance
+from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
 from pyro_vfe.program.supports import finite_support
 from pyro_vfe.program.tables import Labeller, StructureChanged
@@ -49,10 +49,11 @@ def enumerate_programs(
     """
     runs: dict[Assignment, Run] = {}
     paths = Paths()
-    generator_state = torch.get_rng_state() if layout.sequential else None
+    state = random_state() if layout.sequential else None
     for _ in paths:
-        if generator_state is not None:
-            torch.set_rng_state(generator_state)
+        if state is not None:
+            # Runs must agree in what they draw before they branch.
+            set_random_state(state)
         try:
             run = _Runner(layout, paths, given or {}, subsamples or {}, track).run(model, guide, args, kwargs)
         except Escaped as escape:

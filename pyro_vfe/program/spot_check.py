@@ -18,6 +18,7 @@ from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masks import absences
+from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.tables import masked, unmasked
@@ -43,10 +44,10 @@ def spot_check(
     """
     draws = {site.name: site.value for site in seen.sites.values() if site.role == "guide" and site.kind == "sampled"}
     subsamples = dict(seen.subsamples)
-    state = torch.get_rng_state()
+    state = random_state()
     enumeration = enumerate_programs(model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, track=True)
     assignment = _random_assignment(enumeration)
-    torch.set_rng_state(state)
+    set_random_state(state)
     ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
     absent = absences(ordinary)
     for key, site in ordinary.items():
