@@ -14,8 +14,7 @@ _ITEM_BYTES = 8
 
 def table_entries(site: SiteStructure, layout: Layout) -> int:
     """The number of entries of a site's log table: one per joint value of its scope and plate element."""
-    sizes = {other.name: other.size for other in layout.sites.values() if other.kind == "enumerated"}
-    values = math.prod(sizes.get(name, 1) for name in site.scope | {site.name})
+    values = math.prod(layout.sizes.get(name, 1) for name in site.scope | {site.name})
     return values * math.prod(plate.size for plate in site.plates)
 
 

@@ -76,12 +76,12 @@ class Enumeration:
         """The enumeration with other tables."""
         return replace(self, factors=factors, variables=variables)
 
-    @property
+    @cached_property
     def draws(self) -> frozenset[str]:
         """The draws that count as variables with one value."""
         return frozenset(name for name in self.variables if name not in self.supports)
 
-    @property
+    @cached_property
     def guided(self) -> frozenset[str]:
         """The latents that both programs have: what F compares Q and P on."""
         return frozenset(f.name for f in self.guide_latents) & frozenset(f.name for f in self.model_latents)
@@ -94,7 +94,7 @@ class Enumeration:
         shared = frozenset.intersection(*(site.plate_names for site in seen)) if seen else frozenset()
         return math.prod(self.full_plates[name] for name in shared - {PARTICLES})
 
-    @property
+    @cached_property
     def draws_tell_of_latents(self) -> bool:
         """Whether the guide draws something that depends on a latent it enumerates: Q(v) is then not Q(v | w)."""
         return any(not self.supports.keys().isdisjoint(factor.table.axes) for factor in self.guide_draws)

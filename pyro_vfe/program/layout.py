@@ -7,13 +7,13 @@ needs two colours), and every later run is tracked to tell which latent of a col
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from pyro_vfe.errors import CostError, EscapeError, PlateError
 from pyro_vfe.program.branches import Paths
-from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
 from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, is_pathwise, missing_guide_site
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
@@ -67,6 +67,11 @@ class Layout:
     """Whether dims are shared, or draws need their readers known, so that runs must be tracked."""
     sites: Mapping[tuple[Role, str], SiteStructure]
     """All sites that some ordinary run met."""
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of values of each enumerated latent."""
+        return {site.name: site.size for site in self.sites.values() if site.kind == "enumerated"}
 
 
 @dataclass
@@ -152,15 +157,11 @@ def _ordinary_run(
         provenance=provenance,
     )
     second.run(model, args, kwargs)
-    with provenance:
-        for site in (*first.sites.values(), *second.sites.values()):
-            structure = _structure(site, provenance)
-            findings.sites.setdefault((site.role, site.name), structure)
+    for site in (*first.sites.values(), *second.sites.values()):
+        findings.sites.setdefault((site.role, site.name), _structure(site, provenance))
 
 
 def _structure(site: Site, provenance: Provenance) -> SiteStructure:
-    scope = provenance.of(log_prob(site.fn, site.value))
-    scope |= provenance.of(site.mask) | provenance.of(site.scale)
     enumerated = site.kind == "enumerated"
     finite = enumerated or (site.kind == "unread" and is_enumerable(site.fn))
     support = finite_support(site.fn, site.name) if finite else None
@@ -170,7 +171,7 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
         kind=site.kind,
         family=type(unwrapped(site.fn)).__name__,
         size=1 if support is None or not enumerated else len(support),
-        scope=scope,
+        scope=site.reads(provenance),
         plates=site.plates,
         support=support,
         pathwise=is_pathwise(site.fn),

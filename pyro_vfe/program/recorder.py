@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError
-from pyro_vfe.program.provenance import Provenance
+from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
 from pyro_vfe.program.supports import is_enumerable
 
 Role = Literal["guide", "model"]
@@ -52,6 +52,12 @@ class Site:
     """For each sequential plate around the site, which step of it this is."""
     follows_model: bool = False
     """Whether a site of the guide takes its weight from the model's site of that name."""
+
+    def reads(self, provenance: Provenance) -> Sites:
+        """The sites that the log-probability depends on, itself included where it is enumerated."""
+        parts = [provenance.of(part) for part in (self.value, self.mask, self.scale)]
+        own = {self.name} if self.kind == "enumerated" else NO_SITES
+        return provenance.of_distribution(self.fn).union(own, *parts)
 
     @property
     def plate_names(self) -> frozenset[str]:

@@ -131,8 +131,8 @@ class _Runner:
         labeller = Labeller(self.layout, self.provenance, homes, choices, draws)
         absent = absences(sites)
         mask_draws(sites)
-        for site in sites.values() if self.layout.unread else ():
-            read = labeller.reads(site) & self.layout.unread
+        for site in sites.values() if self.provenance is not None and self.layout.unread else ():
+            read = site.reads(self.provenance) & self.layout.unread
             if read:
                 raise StructureChanged(f"site '{site.name}' reads '{min(read)}', which nothing read before")
         return {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}

@@ -87,13 +87,8 @@ class Labeller:
         """The sites that the log-probability reads; None where each dim names its latent by itself."""
         if self.provenance is None:
             return None
-        parts = [self.provenance.of(part) for part in (site.value, site.mask, site.scale)]
-        own = {site.name} if site.kind == "enumerated" or site.name in self.draws else NO_SITES
-        return self.provenance.of_distribution(site.fn).union(own, *parts)
-
-    def reads(self, site: Site) -> Sites:
-        """The sites that the log-probability of `site` reads, in a tracked run."""
-        return self._scope(site) or NO_SITES
+        own = {site.name} if site.name in self.draws else NO_SITES
+        return site.reads(self.provenance).union(own)
 
     def labelled(self, values: Tensor, site: Site, scope: Sites | None) -> Table:
         """The table of a tensor whose dims lie as the layout says.
