@@ -25,7 +25,7 @@ from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.render import as_html, as_text
 from pyro_vfe.energy.shares import gap_shares
 from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured, stacked_terms
-from pyro_vfe.errors import PlateError, PlateKeptError
+from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError
 from pyro_vfe.program.enumeration import Enumeration
 
 if TYPE_CHECKING:
@@ -124,7 +124,13 @@ class Decomposition:
         Raises:
             PlateError: The guide samples a latent of a plate before a latent outside of it that ties its elements.
             CostError: The elimination that this order forces would not fit.
+            NotFiniteError: The gap is infinite.
         """
+        if bool(self.gap.isinf().any()):
+            raise NotFiniteError(
+                f"The gap is infinite and has no shares: {'; '.join(self.impossible)}.",
+                hint="Give the guide the same zeros as the model.",
+            )
         shares = [gap_shares(run, self.max_bytes) for run in self.runs]
         return {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
 

@@ -189,7 +189,7 @@ class FreeEnergy(ELBO):
         if self.num_particles != 1:
             raise VFEError(f"{what} was asked of {self.num_particles} particles.", hint="Use num_particles=1.")
         with torch.no_grad():
-            return self._programs.enumerate(model, guide, args, kwargs)
+            return self._programs.enumerate_given_draws(model, guide, args, kwargs)
 
     def _finite_loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         vectorized = self.vectorize_particles and self.num_particles > 1

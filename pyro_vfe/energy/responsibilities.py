@@ -36,7 +36,8 @@ def responsibility_graph(enumeration: Enumeration) -> FactorGraph:
             "Latents that only the model has tie the elements of a plate of guide latents together.",
             hint="Use vfe.posterior(model, ...) for the exact posterior, or give the guide those latents too.",
         )
-    return enumeration.graph(*joint.factors, *conditionals_of(enumeration), *negative(provided.costs))
+    guide = (*conditionals_of(enumeration), *enumeration.guide_draws)
+    return enumeration.graph(*joint.factors, *guide, *negative(provided.costs))
 
 
 def marginal_distributions(enumeration: Enumeration) -> "OrderedDict[str, torch.distributions.Distribution]":

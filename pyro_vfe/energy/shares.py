@@ -83,7 +83,7 @@ def _summed_out(name: str, touching: list[Factor], graph: FactorGraph, max_bytes
             f"The gap has no shares by site in the guide's order: summing '{name}' out before the latents that "
             f"the guide "
             f"samples earlier would write out plate '{elimination.unrollings[0].plate}'.",
-            hint="Let the guide sample latents outside a plate before those inside.",
+            hint="Let the guide sample latents outside a plate before those inside, or ask for the whole gap.",
         )
     return list(elimination.factors)
 

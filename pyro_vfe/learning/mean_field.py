@@ -8,12 +8,14 @@ References:
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
@@ -74,7 +76,7 @@ class AutoMeanField(AutoGuide):
         for site in self._latents.values():
             for plate in site.plates:
                 self._prototype_frames[plate.name] = _frame(plate)
-            setattr(self.logits, site.name, torch.nn.Parameter(self._initial_logits(site)))
+            deep_setattr(self.logits, _attribute(site.name), torch.nn.Parameter(self._initial_logits(site)))
         if self.init == "posterior":
             self._start_at_posterior(args, kwargs)
 
@@ -87,7 +89,7 @@ class AutoMeanField(AutoGuide):
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
             for site in self._latents.values():
-                logits = getattr(self.logits, site.name)
+                logits = _logits(self, site.name)
                 probabilities = over_dims(exact.marginal_table(site.name), site.plates).to(logits)
                 logits.add_(probabilities.clamp(min=torch.finfo(logits.dtype).tiny).log())
 
@@ -111,12 +113,12 @@ class AutoMeanField(AutoGuide):
         return {name: self._sample(site, plates) for name, site in self._latents.items()}
 
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
-        logits = getattr(self.logits, site.name)
+        logits = _logits(self, site.name)
         with ExitStack() as stack:
             for plate in site.plates:
                 stack.enter_context(plates[plate.name])
                 indices = plates[plate.name]._indices
-                if indices is not None and len(indices) < logits.shape[plate.dim - 1]:
+                if indices is not None:
                     logits = logits.index_select(plate.dim - 1, indices.to(logits.device))
             infer: Any = {FOLLOWS_MODEL: True}
             value: Tensor = pyro.sample(site.name, _distribution(site, logits), infer=infer)
@@ -128,7 +130,17 @@ class AutoMeanField(AutoGuide):
         Args:
             name: The latent's site.
         """
-        return getattr(self.logits, name).detach().softmax(-1)  # type: ignore[no-any-return]
+        return _logits(self, name).detach().softmax(-1)
+
+
+def _attribute(name: str) -> str:
+    """The attribute path of a site: its name, with `_` behind parts that modules use themselves."""
+    return ".".join(f"{part}_" if hasattr(PyroModule, part) else part for part in name.split("."))
+
+
+def _logits(guide: AutoMeanField, name: str) -> Tensor:
+    logits: Tensor = attrgetter(_attribute(name))(guide.logits)
+    return logits
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -33,6 +33,7 @@ class Run:
     factors: dict[SiteKey, Factor]
     supports: dict[str, Tensor]
     subsamples: dict[str, Tensor]
+    lost: frozenset[tuple[str, str, str]]
 
 
 def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
@@ -67,7 +68,8 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     else:
         factors = _joined_factors(runs, layout, supports, sites)
     optional = frozenset(name for run in runs.values() for name in supports if name not in run.supports)
-    return _enumeration(factors, sites, supports, last.subsamples, optional, layout)
+    lost = frozenset().union(*(run.lost for run in runs.values()))
+    return _enumeration(factors, sites, supports, last.subsamples, optional, lost, layout)
 
 
 def _common_order(runs: Mapping[Assignment, Run]) -> list[SiteKey]:
@@ -170,6 +172,7 @@ def _enumeration(
     supports: Mapping[str, Tensor],
     subsamples: Mapping[str, Tensor],
     optional: frozenset[str],
+    lost: frozenset[tuple[str, str, str]],
     layout: Layout,
 ) -> Enumeration:
     variables: dict[str, Variable] = {}
@@ -182,7 +185,7 @@ def _enumeration(
             size = len(supports[site.name])
             variable = Variable(site.name, size, site.plate_names, factor.scale)
             _check_scales(variables.setdefault(site.name, variable), variable)
-        elif is_score_draw(key, site, layout):
+        elif site.needs_score:
             variables[site.name] = Variable(site.name, 1, site.plate_names, factors[key].scale)
 
     result = Enumeration(
@@ -193,6 +196,7 @@ def _enumeration(
         factors=factors,
         subsamples=subsamples,
         optional=optional,
+        lost=lost,
         full_plates={name: plate.full_size for name, plate in plates.items()},
     )
     check_absences(result.guided, sites, factors.values(), layout)
@@ -214,9 +218,3 @@ def _check_scales(known: Variable, variable: Variable) -> None:
             "not split into surprise and gap.",
             hint="Put the site under the same poutine.scale and the same subsampling in both programs.",
         )
-
-
-def is_score_draw(key: SiteKey, site: Site, layout: Layout) -> bool:
-    """Whether the site is a draw of the guide whose gradient needs the score function."""
-    known = layout.sites.get(key)
-    return site.kind == "sampled" and known is not None and known.needs_score

@@ -39,6 +39,8 @@ class Enumeration:
     """The factor of each site."""
     optional: frozenset[str]
     """Latents that some branch of the programs lacks: pinned there to their first value."""
+    lost: frozenset[tuple[str, str, str]]
+    """Program, site and latent where a site reads a latent and does not vary with it: to be checked against a run."""
     full_plates: Mapping[str, int]
     """The size of each plate before subsampling."""
     subsamples: Mapping[str, Tensor]

@@ -1,8 +1,8 @@
 """One ordinary run of guide and model, and what it tells: who reads whom, and hence which dim each latent takes.
 
-Latents that meet in one tensor need different dims. Few latents get a dim each: an axis then names its latent by
-itself. Many latents share dims by greedy colouring of the graph of meetings, in program order (a chain of any length
-needs two colours), and every later run is tracked to tell which latent of a colour was read.
+Latents that meet in one tensor need different dims. Few latents get a dim each. Many latents share dims by greedy
+colouring of the graph of meetings, in program order: a chain of any length needs two colours. Every later run is
+tracked to tell which latent of a colour was read, so that a program may change how it is wired from call to call.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vfe.errors import CostError, EscapeError, PlateError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
-from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, is_pathwise, missing_guide_site
+from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, missing_guide_site
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
 Program = Callable[..., Any]
@@ -42,13 +42,6 @@ class SiteStructure:
     plates: tuple[Plate, ...]
     support: Tensor | None
     """The values of an enumerable latent, shape `(K, *event_shape)`."""
-    pathwise: bool
-    """Whether draws carry gradients to the site's parameters."""
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether the site is a draw of the guide whose gradient needs the score function."""
-        return self.kind == "sampled" and self.role == "guide" and not self.pathwise
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,6 @@ class Layout:
     """Latents on which the program branches: one run per value."""
     unread: frozenset[str]
     """Latents of the model without finite support that the guide lacks and nothing depends on."""
-    tracked: bool
-    """Whether dims are shared, or draws need their readers known, so that runs must be tracked."""
     sites: Mapping[tuple[Role, str], SiteStructure]
     """All sites that some ordinary run met."""
 
@@ -156,7 +147,14 @@ def _ordinary_run(
         check_given=lambda name, fn: check_same_support(name, fn, families[name]),
         provenance=provenance,
     )
-    second.run(model, args, kwargs)
+    try:
+        second.run(model, args, kwargs)
+    except Escaped as escape:
+        for name in escape.sites & second.sites.keys():
+            if second.sites[name].kind == "unread":
+                fn = second.sites[name].fn
+                raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn)) from escape
+        raise
     for site in (*first.sites.values(), *second.sites.values()):
         findings.sites.setdefault((site.role, site.name), _structure(site, provenance))
 
@@ -174,7 +172,6 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
         scope=site.reads(provenance),
         plates=site.plates,
         support=support,
-        pathwise=is_pathwise(site.fn),
     )
 
 
@@ -209,7 +206,6 @@ def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int,
         dims={name: -1 - nesting - colour for name, colour in colours.items()},
         sequential=sequential,
         unread=unread,
-        tracked=not own or bool(unread) or any(site.needs_score for site in sites.values()),
         sites=sites,
     )
 

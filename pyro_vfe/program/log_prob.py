@@ -131,9 +131,13 @@ def _category_table(fn: Any, own_dims: int) -> Tensor:
         return exact_log(slim(fn.probs, own_dims + 1))
     if "probs" not in given:
         return slim(fn.logits, own_dims + 1)
-    # Both are cached, so one was derived. A softmax is exactly zero only far below where torch clamps probabilities.
+    if fn._param is given["probs"]:
+        return exact_log(slim(fn.probs, own_dims + 1))
+    # Both are cached and expanded, so one was derived, and torch derives logits from clamped probabilities.
     probs, logits = slim(fn.probs, own_dims + 1), slim(fn.logits, own_dims + 1)
-    return logits.masked_fill((probs == 0) & (logits > -50), -torch.inf)
+    epsilon = torch.finfo(probs.dtype).eps
+    clamped = (probs < epsilon) & (logits > math.log(epsilon) - 1e-3)
+    return torch.where(clamped, exact_log(probs), logits)
 
 
 def _bernoulli_logs(fn: Any, own_dims: int) -> tuple[Tensor, Tensor]:
@@ -175,8 +179,8 @@ def _exact_one_hot(fn: Any, value: Tensor, own_dims: int) -> Tensor:
 def _exact_bernoulli(fn: Any, value: Tensor, own_dims: int) -> Tensor:
     given = fn.__dict__
     if "probs" not in given:
-        logits, value = torch.broadcast_tensors(slim(fn.logits, own_dims), value)
-        return -torch.nn.functional.binary_cross_entropy_with_logits(logits, value, reduction="none")
+        logits = slim(fn.logits, own_dims)
+        return torch.nn.functional.logsigmoid(torch.where(value == 1, logits, -logits))
     success, failure = _bernoulli_logs(fn, own_dims)
     return torch.where(value == 1, success, failure)
 

@@ -6,6 +6,7 @@ layout has the programs laid out again.
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
@@ -27,12 +28,22 @@ Check = Literal["first", "always", False]
 _MAX_PAIRS = 64
 
 
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """What is kept of a pair of programs; the programs too, so that their identities are not given to others."""
+
+    layout: Layout
+    lost: frozenset[tuple[str, str, str]]
+    """Reads without variation that the spot check has found to be right."""
+    programs: tuple[Program, Program]
+
+
 class Programs:
     """Enumerates pairs of programs, remembering how each pair is laid out."""
 
     def __init__(self, *, check: Check = "first", max_bytes: float | None = None, min_nesting: int = 0) -> None:
         """Args:
-        check: When enumerated tables are compared with an ordinary run: at the first call for a pair, at every call,
+        check: When enumerated tables are compared with ordinary runs: at the first call for a pair, at every call,
             or never.
         max_bytes: The most that one table may take; half of the free memory by default.
         min_nesting: Batch dims to reserve for plates even where the programs use fewer.
@@ -40,7 +51,11 @@ class Programs:
         self.check = check
         self.max_bytes = max_bytes
         self.min_nesting = min_nesting
-        self._layouts: OrderedDict[object, tuple[Layout, Program, Program]] = OrderedDict()
+        self._pairs: OrderedDict[object, _Pair] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is known of programs is found again after copying or loading."""
+        return {**self.__dict__, "_pairs": OrderedDict()}
 
     def layout(
         self,
@@ -51,19 +66,14 @@ class Programs:
         *,
         extra_nesting: int = 0,
     ) -> Layout:
-        """The layout of a pair, from memory or from an ordinary run."""
-        key = (_identity(model), _identity(guide), extra_nesting)
-        known = self._layouts.get(key)
-        if known is not None:
-            self._layouts.move_to_end(key)
-            return known[0]
+        """The layout of a pair, from ordinary runs.
+
+        Raises:
+            CostError: A table would not fit.
+        """
         with undisturbed_randomness():
             layout = lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
         check_cost(layout, self.max_bytes)
-        # The programs are kept beside the layout so that their identities are not given to others.
-        self._layouts[key] = (layout, model, guide)
-        if len(self._layouts) > _MAX_PAIRS:
-            self._layouts.popitem(last=False)
         return layout
 
     def enumerate(
@@ -92,30 +102,42 @@ class Programs:
             StructureError: The programs' structure changes from run to run.
             SpotCheckError: The enumerated tables differ from an ordinary run.
         """
-        extra = 1 if particles > 1 else 0
-        key = (_identity(model), _identity(guide), extra)
-        new = key not in self._layouts
-        try:
-            layout, enumeration = self._run(model, guide, args, kwargs, given, subsamples, particles)
-        except ValueError as error:
-            raise _explained(error, model, guide) from error
-        except (StructureChanged, RuntimeError, IndexError) as error:
-            # What was known of the programs does not fit them any more, or never did: look at them once again.
-            if new and not isinstance(error, StructureChanged):
-                raise _cannot_broadcast(error) from error
-            self._layouts.pop(key, None)
-            new = True
+        call = _Call(model, guide, args, kwargs, given or {}, subsamples or {}, particles)
+        known = self._pairs.get(call.key)
+        if known is not None:
             try:
-                layout, enumeration = self._run(model, guide, args, kwargs, given, subsamples, particles)
-            except StructureChanged as again:
-                raise _unstable(again) from again
-        if self.check == "always" or (self.check == "first" and new):
-            with undisturbed_randomness():
-                wrapped = [_in_particles(program, particles, layout.nesting) for program in (model, guide)]
-                try:
-                    spot_check(wrapped[0], wrapped[1], args, kwargs, layout, enumeration)
-                except StructureChanged as error:
-                    raise _unstable(error) from error
+                enumeration = call.enumeration(known.layout)
+                if enumeration.lost <= known.lost:
+                    self._pairs.move_to_end(call.key)
+                    if self.check == "always":
+                        call.spot_check(known.layout, enumeration)
+                    return enumeration
+            except Exception:  # The programs do not fit what was known of them, or fail: a new look tells which.
+                del self._pairs[call.key]
+        try:
+            return self._enumerate_anew(call)
+        except ValueError as error:
+            explanation = _explained(error, model, guide)
+            if explanation is None:
+                raise
+            raise explanation from error
+
+    def _enumerate_anew(self, call: "_Call") -> Enumeration:
+        extra = 1 if call.particles > 1 else 0
+        layout = self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra)
+        try:
+            enumeration = call.enumeration(layout)
+            if self.check:
+                call.spot_check(layout, enumeration)
+        except StructureChanged as error:
+            raise _unstable(error) from error
+        except VFEError:
+            raise
+        except Exception as error:
+            raise _cannot_broadcast(error) from error
+        self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide))
+        if len(self._pairs) > _MAX_PAIRS:
+            self._pairs.popitem(last=False)
         return enumeration
 
     def enumerate_given_draws(
@@ -132,28 +154,47 @@ class Programs:
         draws = ordinary_draws(guide, args, kwargs, enumeration.subsamples)
         return self.enumerate(model, guide, args, kwargs, given=draws, subsamples=enumeration.subsamples)
 
-    def _run(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        given: Mapping[str, Tensor] | None,
-        subsamples: Mapping[str, Tensor] | None,
-        particles: int,
-    ) -> tuple[Layout, Enumeration]:
-        layout = self.layout(model, guide, args, kwargs, extra_nesting=1 if particles > 1 else 0)
-        model, guide = (_in_particles(program, particles, layout.nesting) for program in (model, guide))
-        return layout, enumerate_programs(
-            model, guide, args, kwargs, layout, given=given, subsamples=subsamples, track=self.check == "always"
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A pair of programs with the arguments of one call."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    given: Mapping[str, Tensor]
+    subsamples: Mapping[str, Tensor]
+    particles: int
+
+    @property
+    def key(self) -> object:
+        return _identity(self.model), _identity(self.guide), self.particles > 1
+
+    def enumeration(self, layout: Layout) -> Enumeration:
+        """One enumerated run."""
+        model, guide = self._in_particles(layout)
+        return enumerate_programs(
+            model, guide, self.args, self.kwargs, layout, given=self.given, subsamples=self.subsamples
+        )
+
+    def spot_check(self, layout: Layout, enumeration: Enumeration) -> None:
+        """Ordinary runs beside the enumerated one."""
+        model, guide = self._in_particles(layout)
+        with undisturbed_randomness():
+            spot_check(model, guide, self.args, self.kwargs, layout, enumeration)
+
+    def _in_particles(self, layout: Layout) -> tuple[Program, Program]:
+        return tuple(  # type: ignore[return-value]
+            _in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
         )
 
 
-def _explained(error: ValueError, model: Program, guide: Program) -> ValueError:
-    """The error of a distribution that was given NaN, with the parameters it came from; others as they are."""
+def _explained(error: ValueError, model: Program, guide: Program) -> NotFiniteError | None:
+    """For the error of a distribution that was given NaN: the parameters it came from."""
     names = [] if isinstance(error, VFEError) else nan_parameters(model, guide)
     if not names:
-        return error
+        return None
     return NotFiniteError(
         f"The parameters {', '.join(names)} hold NaN ({str(error).splitlines()[0]}).",
         hint="Set them to finite values (a smaller learning rate keeps them there); this step changed nothing.",
@@ -162,9 +203,11 @@ def _explained(error: ValueError, model: Program, guide: Program) -> ValueError:
 
 def _cannot_broadcast(error: Exception) -> StructureError:
     return StructureError(
-        f"The programs run with sampled values but not with enumerated ones: {error}.",
+        f"The programs run with sampled values but not with enumerated ones: {type(error).__name__}: {error}.",
         hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
-        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0.",
+        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0; "
+        "join latents "
+        "by torch.stack(torch.broadcast_tensors(...), -1).",
     )
 
 

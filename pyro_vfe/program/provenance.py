@@ -37,6 +37,8 @@ _ESCAPES = frozenset(
         "numpy",
         "__array__",
         "is_nonzero",
+        "equal",
+        "allclose",
         "nonzero",
         "argwhere",
         "unique",
@@ -51,6 +53,24 @@ _ESCAPES = frozenset(
     ]
 )
 """Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
+
+_INTEGER_ARGUMENTS = frozenset(
+    [
+        "select",
+        "narrow",
+        "roll",
+        "repeat",
+        "tril",
+        "triu",
+        "zeros",
+        "ones",
+        "rand",
+        "randn",
+        "repeat_interleave",
+        "split",
+    ]
+)
+"""Operations whose later arguments are sizes or positions: a tensor there is read as a Python integer."""
 
 _INERT = frozenset(
     [
@@ -94,7 +114,11 @@ class Provenance(TorchFunctionMode):
         super().__init__()
         self.on_union = on_union
         self.watched: set[str] = set()
-        """Sites whose values may not leave torch: those that are enumerated along a dim."""
+        """Sites whose values may not leave torch: those that are enumerated along a dim, or not in the guide."""
+        self.draws: set[str] = set()
+        """Draws whose gradient needs their readers known."""
+        self.controls: Sites = NO_SITES
+        """Draws that have left torch: whatever comes later may depend on them."""
         self._unions: set[Sites] = set()
 
     def mark(self, tensor: Tensor, sites: Sites) -> None:
@@ -128,7 +152,9 @@ class Provenance(TorchFunctionMode):
         elif isinstance(holder, (list, tuple, set, frozenset)):
             parts = list(holder)
         else:
-            parts = list(getattr(holder, "__dict__", {}).values())
+            cells = getattr(holder, "__closure__", None) or ()
+            parts = [*getattr(holder, "__dict__", {}).values(), *(cell.cell_contents for cell in cells)]
+            parts += [getattr(holder, name, None) for name in ("func", "args", "keywords")]
         return NO_SITES.union(*(self._held(part, seen) for part in parts))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,8 +170,8 @@ class Provenance(TorchFunctionMode):
             sites = sites | self._gather(kwargs.values())
         if not sites:
             return func(*args, **kwargs)
-        if self._escapes(name, args) and not sites.isdisjoint(self.watched):
-            self._check_escape(name, sites & self.watched)
+        if self._escapes(name, args) and _by_the_program():
+            self._escape(name, sites)
         result = func(*args, **kwargs)
         if len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
@@ -183,8 +209,12 @@ class Provenance(TorchFunctionMode):
                 self.mark(target._base, sites)
 
     def _escapes(self, name: str, args: Any) -> bool:
-        if name in _ESCAPES:
+        if name in _ESCAPES or (name == "where" and len(args) == 1):
             return True
+        if name in _INTEGER_ARGUMENTS:
+            return bool(self._gather(args if name in ("zeros", "ones", "rand", "randn") else args[1:]))
+        if name == "__format__":
+            return bool(args[1])
         if name in ("tensor", "as_tensor"):
             return bool(args) and isinstance(args[0], (list, tuple))
         if name in ("__getitem__", "__setitem__"):
@@ -194,14 +224,18 @@ class Provenance(TorchFunctionMode):
             ) and bool(self._gather(index))
         return False
 
-    def _check_escape(self, operation: str, sites: Sites) -> None:
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
-            frame = frame.f_back
-        # Argument checks inside torch.distributions and Pyro look at values without branching on them.
-        if frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-            return
-        raise Escaped(sites, operation.strip("_"), user_line())
+    def _escape(self, operation: str, sites: Sites) -> None:
+        if not sites.isdisjoint(self.watched):
+            raise Escaped(sites & self.watched, operation.strip("_"), user_line())
+        self.controls |= sites & self.draws
+
+
+def _by_the_program() -> bool:
+    """Whether the program itself asked: checks inside torch.distributions and Pyro look at values without branching."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
+        frame = frame.f_back
+    return frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES)
 
 
 def user_line() -> str:

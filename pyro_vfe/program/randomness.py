@@ -1,8 +1,10 @@
 """The user's random state: looking at a program must not change what it will draw."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -10,8 +12,13 @@ from torch import Tensor
 @contextmanager
 def undisturbed_randomness() -> Iterator[None]:
     """Runs a block whose draws leave the user's random state as it was."""
-    with torch.random.fork_rng(devices=range(_devices())):
-        yield
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(_devices())):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
 
 
 def random_state() -> list[Tensor]:

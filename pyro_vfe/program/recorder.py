@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vfe.errors import MissingGuideSiteError, NameClashError
+from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
 from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
 from pyro_vfe.program.supports import is_enumerable
 
@@ -50,6 +50,8 @@ class Site:
     """Whether the program says that the other program lacks the site."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """For each sequential plate around the site, which step of it this is."""
+    controls: Sites = NO_SITES
+    """Draws that had left torch before the site ran: it may depend on them."""
     follows_model: bool = False
     """Whether a site of the guide takes its weight from the model's site of that name."""
 
@@ -57,7 +59,12 @@ class Site:
         """The sites that the log-probability depends on, itself included where it is enumerated."""
         parts = [provenance.of(part) for part in (self.value, self.mask, self.scale)]
         own = {self.name} if self.kind == "enumerated" else NO_SITES
-        return provenance.of_distribution(self.fn).union(own, *parts)
+        return provenance.of_distribution(self.fn).union(own, self.controls, *parts)
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether the site is a draw of the guide whose gradient needs the score function."""
+        return self.kind == "sampled" and self.role == "guide" and not is_pathwise(self.fn)
 
     @property
     def plate_names(self) -> frozenset[str]:
@@ -128,6 +135,7 @@ class Recorder(Messenger):
         if type(fn).__name__ == "_Subsample":
             self._check_new(name, "plate")
             if msg["value"] is None and name in self.subsamples:
+                _check_size(name, fn, self.subsamples[name])
                 msg["value"] = self.subsamples[name]
             return
         if msg["is_observed"]:
@@ -151,7 +159,7 @@ class Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if type(fn).__name__ == "_Subsample":
-            self.subsamples[name] = msg["value"]
+            _check_same_subsample(name, self.subsamples.setdefault(name, msg["value"]), msg["value"])
             return
         if msg["infer"].get("_deterministic"):
             return
@@ -159,6 +167,7 @@ class Recorder(Messenger):
         kind = self._kind(msg)
         if self.provenance is not None and (kind == "unread" or (kind == "sampled" and self._needs_score(fn))):
             self.provenance.mark(msg["value"], frozenset((name,)))
+            (self.provenance.watched if kind == "unread" else self.provenance.draws).add(name)
         infer, value = msg["infer"], msg["value"]
         if isinstance(value, (bool, int, float)):
             value = torch.as_tensor(value)
@@ -173,6 +182,7 @@ class Recorder(Messenger):
             _plates(msg),
             auxiliary=bool(infer.get("is_auxiliary")),
             steps=_steps(msg),
+            controls=NO_SITES if self.provenance is None else self.provenance.controls,
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
         )
 
@@ -219,6 +229,23 @@ def _plates(msg: Any) -> tuple[Plate, ...]:
 
 def _steps(msg: Any) -> dict[str, int]:
     return {frame.name: frame.counter for frame in msg["cond_indep_stack"] if frame.dim is None}
+
+
+def _check_size(name: str, fn: Any, subsample: Tensor) -> None:
+    size = fn.size if fn.subsample_size is None else fn.subsample_size
+    if len(subsample) != size:
+        raise StructureError(
+            f"Plate '{name}' has {len(subsample)} elements in the guide and {size} in the model.",
+            hint="Make both of one size; a guide that was set up for one data set does not fit another.",
+        )
+
+
+def _check_same_subsample(name: str, known: Any, value: Any) -> None:
+    if known is not value and not torch.equal(torch.as_tensor(known), torch.as_tensor(value)):
+        raise StructureError(
+            f"Plate '{name}' has one subsample in the guide and another in the model.",
+            hint="Pass the same indices to both (for an autoguide: create_plates), or let the guide draw them.",
+        )
 
 
 def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideSiteError:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor
-from pyro_vfe.program.assembly import Run, assembled, is_score_draw
+from pyro_vfe.program.assembly import Run, assembled
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, Program
@@ -30,7 +30,6 @@ def enumerate_programs(
     *,
     given: Mapping[str, Tensor] | None = None,
     subsamples: Mapping[str, Tensor] | None = None,
-    track: bool = False,
 ) -> Enumeration:
     """Returns the factors of guide and model from one enumerated run (one per value where the programs branch).
 
@@ -42,7 +41,6 @@ def enumerate_programs(
         layout: Where each latent goes.
         given: Values of draws to use instead of new ones.
         subsamples: Subsample indices to use instead of new ones.
-        track: Track the run even where the layout does not need it.
 
     Raises:
         StructureChanged: The programs no longer fit the layout.
@@ -55,7 +53,7 @@ def enumerate_programs(
             # Runs must agree in what they draw before they branch.
             set_random_state(state)
         try:
-            run = _Runner(layout, paths, given or {}, subsamples or {}, track).run(model, guide, args, kwargs)
+            run = _Runner(layout, paths, given or {}, subsamples or {}).run(model, guide, args, kwargs)
         except Escaped as escape:
             raise StructureChanged(str(escape)) from escape
         runs[paths.assignment()] = run
@@ -71,13 +69,13 @@ class _Runner:
         paths: Paths,
         given: Mapping[str, Tensor],
         subsamples: Mapping[str, Tensor],
-        track: bool,
     ) -> None:
         self.layout = layout
         self.paths = paths
         self.given = given
         self.subsamples = subsamples
-        self.provenance = Provenance() if track or layout.tracked else None
+        self.provenance = Provenance()
+        self.lost: set[tuple[str, str, str]] = set()
         self.supports: dict[str, Tensor] = {}
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
@@ -110,7 +108,8 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
-        return Run(sites, self._factors(sites), self.supports, second.subsamples)
+        factors = self._factors(sites)
+        return Run(sites, factors, self.supports, second.subsamples, frozenset(self.lost))
 
     def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         support = finite_support(fn, name)
@@ -126,12 +125,12 @@ class _Runner:
 
     def _factors(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
         homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
-        draws = frozenset(key[1] for key, site in sites.items() if is_score_draw(key, site, self.layout))
+        draws = frozenset(site.name for site in sites.values() if site.needs_score)
         choices = dict(self.paths.assignment())
-        labeller = Labeller(self.layout, self.provenance, homes, choices, draws)
+        labeller = Labeller(self.layout, self.provenance, homes, choices, draws, self.lost)
         absent = absences(sites)
         mask_draws(sites)
-        for site in sites.values() if self.provenance is not None and self.layout.unread else ():
+        for site in sites.values() if self.layout.unread else ():
             read = site.reads(self.provenance) & self.layout.unread
             if read:
                 raise StructureChanged(f"site '{site.name}' reads '{min(read)}', which nothing read before")

@@ -35,6 +35,8 @@ class Labeller:
     """The index that each sequentially enumerated latent takes in this run."""
     draws: frozenset[str] = NO_SITES
     """Draws that count as variables with one value, so that terms know which of them they read."""
+    lost: set[tuple[str, str, str]] = field(default_factory=set)
+    """Program, site and latent where the site reads the latent and does not vary with it."""
     _latents_at: dict[int, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,12 +60,20 @@ class Labeller:
         if isinstance(scale, Tensor) and scale.dim() > self.layout.nesting:
             values, scale = values * scale, 1.0
         scope = self._scope(site)
+        table = self.labelled(values, site, scope)
+        if scope is not None:
+            self._note_lost(site, scope, table)
         return Factor(
             site.name,
-            self.labelled(values, site, scope),
+            table,
             site.plate_names,
             self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale),
         )
+
+    def _note_lost(self, site: Site, scope: Sites, table: Table) -> None:
+        for name in scope.difference(table.axes):
+            if name in self.homes and name != site.name:
+                self.lost.add((site.role, site.name, name))
 
     def _values(self, site: Site, fn: Any) -> Tensor:
         if site.kind == "enumerated" and site.name not in self.layout.sequential:
