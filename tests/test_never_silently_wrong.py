@@ -1,0 +1,235 @@
+"""Programs that could pass unseen with a wrong number: each must give the right one, or an error."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import gradients, oracle
+from programs.case import bernoulli, categorical, empty, simplex, tensor, unit
+from torch import Tensor
+
+import pyro_vfe as vfe
+from pyro_vfe.errors import VFEError
+
+RATES = tensor([1.0, 5.0, 9.0])
+SAMPLED: dict[str, Any] = {"enumerate": None}
+
+
+def loss_of(model: Callable[..., Any], guide: Callable[..., Any] = empty, *args: Any) -> float:
+    return vfe.FreeEnergy(strict_enumeration_warning=False).loss(model, guide, *args)
+
+
+def branches_on_a_draw() -> None:
+    z = pyro.sample("z", dist.Bernoulli(0.5), infer=SAMPLED)
+    rate = 1.0 if z.item() == 0 else 5.0
+    pyro.sample("u", dist.Poisson(tensor(rate)), obs=tensor(4.0))
+
+
+def guide_of_the_draw() -> None:
+    pyro.sample("z", dist.Bernoulli(unit("p")), infer=SAMPLED)
+
+
+def test_a_draw_that_leaves_torch_still_gets_its_score() -> None:
+    guide_of_the_draw()
+    exact = oracle(branches_on_a_draw, lambda: bernoulli("z", unit("p"))).gradients()["p"]
+    elbo = vfe.FreeEnergy(strict_enumeration_warning=False)
+    draws = [
+        gradients(elbo.differentiable_loss(branches_on_a_draw, guide_of_the_draw))["p"].detach() for _ in range(400)
+    ]
+    spread = torch.stack(draws)
+    assert abs(float(spread.mean() - exact)) < 5 * float(spread.std()) / len(draws) ** 0.5
+    assert float(spread.std()) > 0
+
+
+def reads_a_missing_value_in_python() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("u", dist.Poisson(tensor(1.0 if x > 0 else 10.0)), obs=tensor(4.0))
+
+
+def test_a_latent_missing_from_the_guide_is_missed_also_when_python_reads_it() -> None:
+    with pytest.raises(VFEError, match="'x' is Normal.*the guide has no such site"):
+        loss_of(reads_a_missing_value_in_python)
+
+
+def test_a_latent_that_turns_into_a_draw_gets_its_score_from_then_on() -> None:
+    def model(infer: dict[str, Any]) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer=infer)
+        pyro.sample("u", dist.Poisson(RATES[z.long()]), obs=tensor(4.0))
+
+    def guide(infer: dict[str, Any]) -> None:
+        pyro.sample("z", dist.Bernoulli(unit("p")), infer=infer)
+
+    elbo = vfe.FreeEnergy(strict_enumeration_warning=False)
+    exact = gradients(elbo.differentiable_loss(model, guide, {}))["p"]
+    spread = torch.stack([gradients(elbo.differentiable_loss(model, guide, SAMPLED))["p"].detach() for _ in range(400)])
+    assert abs(float(spread.mean() - exact)) < 5 * float(spread.std()) / 20
+
+
+READERS = {
+    "equal": lambda z: RATES[0] if torch.equal(z, torch.tensor(1)) else RATES[1],
+    "allclose": lambda z: RATES[0] if torch.allclose(z.double(), tensor(1.0)) else RATES[1],
+    "where": lambda z: RATES[len(torch.where(z.reshape(-1) == 1)[0])],
+    "any": lambda z: 1.0 + (z == 1).any().double(),
+    "max": lambda z: RATES[z].max(),
+    "select": lambda z: RATES.select(0, z),
+    "format": lambda z: RATES[int(f"{z:d}")],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_latent_read_in_an_odd_way_is_read_right_or_refused(reader: str, seed: int) -> None:
+    def model() -> None:
+        z = categorical("z", tensor([0.2, 0.3, 0.5]))
+        pyro.sample("u", dist.Poisson(READERS[reader](z)), obs=tensor(4.0))
+
+    torch.manual_seed(seed)
+    try:
+        loss = loss_of(model)
+    except VFEError:
+        return
+    assert loss == pytest.approx(float(oracle(model, empty).terms["surprise"].detach()))
+
+
+NEIGHBOURS = {
+    "mean": lambda z: 1 + z.double().mean(-1, keepdim=True),
+    "cumsum": lambda z: 1.0 + z.cumsum(-1),
+    "max": lambda z: 1.0 + z.max(-1, keepdim=True).values,
+    "flip": lambda z: 1.0 + 2 * z + z.flip(-1),
+}
+
+
+@pytest.mark.parametrize("reader", NEIGHBOURS)
+@pytest.mark.parametrize("seed", range(4))
+def test_reading_the_neighbours_in_a_plate_is_refused(reader: str, seed: int) -> None:
+    def model() -> None:
+        with pyro.plate("data", 2):
+            z = categorical("z", tensor([0.3, 0.7]))
+            pyro.sample("u", dist.Poisson(NEIGHBOURS[reader](z).expand(z.shape)), obs=tensor([1.0, 4.0]))
+
+    torch.manual_seed(seed)
+    with pytest.raises(VFEError, match="'u'"):
+        loss_of(model)
+
+
+def test_a_path_that_arguments_open_later_is_looked_at_anew() -> None:
+    def model(u: Tensor) -> None:
+        z = categorical("z", tensor([0.2, 0.3, 0.5]))
+        rate = RATES[z]
+        if u > 3:
+            rate = RATES[0] if (z == 1).any() else RATES[1]
+        pyro.sample("u", dist.Poisson(rate), obs=u)
+
+    elbo = vfe.FreeEnergy()
+    elbo.loss(model, empty, tensor(2.0))
+    expected = float(oracle(model, empty, tensor(4.0)).terms["surprise"].detach())
+    assert elbo.loss(model, empty, tensor(4.0)) == pytest.approx(expected)
+
+
+def test_indices_that_the_model_chooses_must_be_those_of_the_guide() -> None:
+    def model(index: Tensor, u: Tensor) -> None:
+        with pyro.plate("data", 8, subsample=index):
+            z = categorical("z", tensor([0.2, 0.3, 0.5]))
+            pyro.sample("u", dist.Poisson(RATES[z]), obs=u[index])
+
+    u, index = torch.arange(8.0), torch.tensor([1, 4, 6])
+    guide = vfe.AutoMeanField(model, init_scale=1.0)
+    with pytest.raises(VFEError, match="'data' has one subsample in the guide and another in the model"):
+        loss_of(model, guide, index, u)
+
+
+def test_a_guide_of_one_data_set_does_not_fit_another() -> None:
+    def model(u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            z = categorical("z", tensor([0.2, 0.3, 0.5]))
+            pyro.sample("u", dist.Poisson(RATES[z]), obs=u)
+
+    guide, elbo = vfe.AutoMeanField(model), vfe.FreeEnergy()
+    elbo.loss(model, guide, torch.arange(8.0))
+    for size in (1, 4):
+        with pytest.raises(VFEError, match=f"'data' has 8 elements in the guide and {size} in the model"):
+            elbo.loss(model, guide, torch.arange(float(size)))
+
+
+def test_shares_of_an_infinite_gap_are_refused() -> None:
+    def model() -> None:
+        categorical("a", tensor([0.5, 0.5, 0.0]))
+
+    terms = vfe.FreeEnergy().decompose(model, lambda: categorical("a", simplex("q", 3)))
+    assert terms.gap == torch.inf
+    with pytest.raises(VFEError, match="a = 2"):
+        terms.gap_by_site()
+
+
+def test_a_posterior_draw_is_one_joint_value_also_of_what_depends_on_latents() -> None:
+    def model() -> tuple[Tensor, Tensor, Tensor]:
+        v = categorical("v", tensor([0.2, 0.3, 0.5]))
+        k = categorical("k", tensor([0.4, 0.6]))
+        w = pyro.sample("w", dist.Normal(100.0 * v, 5.0))
+        pyro.sample("u", dist.Normal(w + k, 1.0), obs=tensor(100.0))
+        return v, w, k
+
+    def guide() -> None:
+        v = categorical("v", simplex("q", 3))
+        pyro.sample("w", dist.Normal(100.0 * v, 1.0))
+
+    elbo = vfe.FreeEnergy()
+    for _ in range(5):
+        v, w, k = elbo.sample_posterior(model, guide)
+        assert v.shape == w.shape == k.shape == ()
+        assert abs(float(w) - 100 * float(v)) < 10
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_a_small_probability_stays_what_it_is_when_logits_were_looked_at(look: bool) -> None:
+    def model() -> None:
+        fn = dist.Categorical(tensor([1.0, 1e-30]))
+        if look:
+            assert fn.logits.shape == (2,)
+        pyro.sample("u", fn, obs=torch.tensor(1))
+
+    assert loss_of(model) == pytest.approx(69.0775527898)
+
+
+def test_infinite_logits_are_certainties() -> None:
+    def model() -> None:
+        z = bernoulli("z", 0.3)
+        pyro.sample("u", dist.Bernoulli(logits=tensor([-torch.inf, 1.0])[z.long()]), obs=tensor(0.0))
+
+    expected = -torch.log(tensor(0.7) + 0.3 * torch.sigmoid(tensor(-1.0)))
+    assert loss_of(model) == pytest.approx(float(expected))
+
+
+def test_a_missing_value_may_appear_at_a_later_call() -> None:
+    def model(u: Tensor | None = None) -> None:
+        z = bernoulli("z", 0.3)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=u)
+
+    elbo = vfe.FreeEnergy()
+    assert elbo.loss(model, empty, tensor(0.3)) > 0
+    assert elbo.loss(model, empty) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, KeyError, ValueError, TypeError])
+def test_the_programs_own_errors_come_through_as_they_are(error: type[Exception]) -> None:
+    def model() -> None:
+        bernoulli("z", 0.3)
+        raise error("mine")
+
+    with pytest.raises(error, match="mine") as caught:
+        loss_of(model)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("name", ["type", "forward", "module.weight", "train"])
+def test_a_site_may_have_any_name(name: str) -> None:
+    def model() -> None:
+        z = categorical(name, tensor([0.2, 0.3, 0.5]))
+        pyro.sample("u", dist.Poisson(RATES[z]), obs=tensor(4.0))
+
+    guide = vfe.AutoMeanField(model, init="posterior")
+    assert float(vfe.FreeEnergy().decompose(model, guide).gap) == pytest.approx(0.0, abs=1e-12)
+    assert guide.probabilities(name).shape == (3,)
