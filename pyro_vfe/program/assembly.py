@@ -77,7 +77,8 @@ def _common_order(runs: Mapping[Assignment, Run]) -> list[SiteKey]:
     sorter: TopologicalSorter[SiteKey] = TopologicalSorter()
     for run in runs.values():
         keys = list(run.sites)
-        sorter.add(keys[0])
+        for key in keys[:1]:
+            sorter.add(key)
         for before, after in pairwise(keys):
             sorter.add(after, before)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vfe.errors import CostError, EscapeError, PlateError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
-from pyro_vfe.program.recorder import Kind, Plate, Recorder, Role, Site, missing_guide_site
+from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
 Program = Callable[..., Any]
@@ -135,26 +135,16 @@ def _ordinary_run(
         value: Tensor = fn.sample()
         return value
 
-    first = Recorder("guide", draw, sequential=sequential, provenance=provenance)
-    first.run(guide, args, kwargs)
-    second = Recorder(
-        "model",
+    first, second = record_both(
+        model,
+        guide,
+        args,
+        kwargs,
         draw,
-        given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
-        enumerated=frozenset(first.enumerated),
-        subsamples=first.subsamples,
         sequential=sequential,
         check_given=lambda name, fn: check_same_support(name, fn, families[name]),
         provenance=provenance,
     )
-    try:
-        second.run(model, args, kwargs)
-    except Escaped as escape:
-        for name in escape.sites & second.sites.keys():
-            if second.sites[name].kind == "unread":
-                fn = second.sites[name].fn
-                raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn)) from escape
-        raise
     for site in (*first.sites.values(), *second.sites.values()):
         findings.sites.setdefault((site.role, site.name), _structure(site, provenance))
 

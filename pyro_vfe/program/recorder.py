@@ -4,6 +4,7 @@ What value an enumerable latent takes is the choice of the run: a draw, its whol
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
-from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
+from pyro_vfe.program.provenance import NO_SITES, Escaped, Provenance, Sites
 from pyro_vfe.program.supports import is_enumerable
 
 Role = Literal["guide", "model"]
@@ -122,12 +123,15 @@ class Recorder(Messenger):
 
     def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
         """Runs `program` once and returns its sites by name, in order."""
-        with self:
-            if self.provenance is None:
+        try:
+            with self, self.provenance or nullcontext():
                 self.returned = program(*args, **kwargs)
-            else:
-                with self.provenance:
-                    self.returned = program(*args, **kwargs)
+        except Escaped as escape:
+            for name in escape.sites & self.sites.keys():
+                if self.sites[name].kind == "unread":
+                    fn = self.sites[name].fn
+                    raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn)) from escape
+            raise
         return self.sites
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -205,6 +209,40 @@ class Recorder(Messenger):
                 fact = f"a site and a plate of the {self.role} are both called '{name}'"
             raise NameClashError(f"The name '{name}' stands for two things: {fact}.", hint="Rename one of them.")
         self._names[name] = what
+
+
+def record_both(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    latent_value: LatentValue,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    subsamples: Mapping[str, Tensor] | None = None,
+    sequential: frozenset[str] = frozenset(),
+    unread: frozenset[str] | None = None,
+    check_given: Callable[[str, Any], None] | None = None,
+    provenance: Provenance | None = None,
+) -> tuple[Recorder, Recorder]:
+    """Runs the guide, then the model against it, and returns both records; the arguments are those of `Recorder`."""
+    first = Recorder(
+        "guide", latent_value, given=given, subsamples=subsamples, sequential=sequential, provenance=provenance
+    )
+    first.run(guide, args, kwargs)
+    second = Recorder(
+        "model",
+        latent_value,
+        given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
+        enumerated=frozenset(first.enumerated),
+        subsamples=first.subsamples,
+        sequential=sequential,
+        unread=unread,
+        check_given=check_given,
+        provenance=provenance,
+    )
+    second.run(model, args, kwargs)
+    return first, second
 
 
 def is_pathwise(fn: Any) -> bool:

@@ -16,7 +16,7 @@ from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws
 from pyro_vfe.program.provenance import Escaped, Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
-from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.supports import finite_support
 from pyro_vfe.program.tables import Labeller, StructureChanged
 
@@ -79,26 +79,18 @@ class _Runner:
         self.supports: dict[str, Tensor] = {}
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-        first = Recorder(
-            "guide",
+        first, second = record_both(
+            model,
+            guide,
+            args,
+            kwargs,
             self._latent_value,
             given=self.given,
             subsamples=self.subsamples,
             sequential=self.layout.sequential,
-            provenance=self.provenance,
-        )
-        first.run(guide, args, kwargs)
-        second = Recorder(
-            "model",
-            self._latent_value,
-            given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
-            enumerated=frozenset(first.enumerated),
-            subsamples=first.subsamples,
-            sequential=self.layout.sequential,
             unread=self.layout.unread,
             provenance=self.provenance,
         )
-        second.run(model, args, kwargs)
         sites: dict[SiteKey, Site] = {
             (site.role, site.name): site
             for site in (*first.sites.values(), *second.sites.values())

@@ -19,7 +19,7 @@ from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masks import absences
 from pyro_vfe.program.randomness import random_state, set_random_state
-from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.tables import masked, unmasked
 
@@ -105,16 +105,7 @@ def _ordinary_run(
         return enumeration.supports[name][index.to(enumeration.supports[name].device)]
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
-    first = Recorder("guide", chosen, given=given, subsamples=subsamples)
-    first.run(guide, args, kwargs)
-    second = Recorder(
-        "model",
-        chosen,
-        given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
-        enumerated=frozenset(first.enumerated),
-        subsamples=first.subsamples,
-    )
-    second.run(model, args, kwargs)
+    first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples)
     sites = (*first.sites.values(), *second.sites.values())
     return {(site.role, site.name): site for site in sites if site.kind != "unread"}
 
