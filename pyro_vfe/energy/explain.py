@@ -1,11 +1,12 @@
 """What the engine sees in a pair of programs, before any table is made."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vfe.engine.cost import readable_bytes
-from pyro_vfe.engine.ordering import Plan, plan
+from pyro_vfe.engine.cost import readable_bytes, table_limit
+from pyro_vfe.engine.ordering import Plan, listed, plan
 from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape
 from pyro_vfe.program.cost import table_entries
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
@@ -24,6 +25,9 @@ class Explanation:
     plan: Plan
     """How the model's latents are summed out for the surprise."""
 
+    max_bytes: float
+    """What a computation may take before it is refused."""
+
     @property
     def largest_site(self) -> SiteStructure:
         """The site with the largest table."""
@@ -34,12 +38,16 @@ class Explanation:
         size = 8 * table_entries(site, self.layout)
         parts = [
             _shortened("\n".join(_aligned([_HEADER, *(_row(s, self.layout) for s in self.layout.sites.values())]))),
-            f"largest site table: '{site.name}' of the {site.role}, {readable_bytes(size)}",
-            f"elimination of the model's latents: {self.plan.flops:,} flops, {readable_bytes(self.plan.bytes)}, "
-            f"largest table over {', '.join(self.plan.largest.scope) or 'nothing'}",
+            f"largest site table: '{site.name}' of the {site.role}, {self._cost(size)}",
+            f"elimination of the model's latents: {self.plan.flops:,} flops, {self._cost(self.plan.bytes)}, "
+            f"largest table over {listed(self.plan.largest.scope) or 'nothing'}",
             _shortened(str(self.plan)),
         ]
         return "\n\n".join(part for part in parts if part)
+
+    def _cost(self, size: float) -> str:
+        verdict = "" if size <= self.max_bytes else f" (above the limit of {readable_bytes(self.max_bytes)})"
+        return readable_bytes(size) + verdict
 
 
 _HEADER = ("site", "program", "values", "plates", "handled", "reads")
@@ -54,14 +62,14 @@ def explain(model: Program, guide: Program, *args: Any, max_bytes: float | None 
         model: The generative model.
         guide: The guide.
         *args: Arguments of both programs.
-        max_bytes: The most memory that a table may take; by default half of what is free.
+        max_bytes: The limit to hold the costs against; by default half of what is free.
         **kwargs: Keyword arguments of both programs.
 
     Raises:
-        VFEError: The programs cannot be enumerated, or would not fit.
+        VFEError: The programs cannot be enumerated. One that would merely not fit is explained.
     """
-    layout = Programs(check=False, max_bytes=max_bytes).layout(model, guide, args, kwargs)
-    return Explanation(layout, plan(_structure(layout)))
+    layout = Programs(check=False, max_bytes=math.inf).layout(model, guide, args, kwargs)
+    return Explanation(layout, plan(_structure(layout)), table_limit(max_bytes))
 
 
 def _structure(layout: Layout) -> Structure:
@@ -94,8 +102,7 @@ def _row(site: SiteStructure, layout: Layout) -> tuple[str, ...]:
     )
     values = str(site.size) if site.kind == "enumerated" else "-"
     reads = sorted(site.scope - {site.name})
-    shown = ", ".join(reads[:4]) + (f", ... ({len(reads)})" if len(reads) > 4 else "")
-    return site.name, site.role, values, plates or "-", _handled(site, layout), shown or "-"
+    return site.name, site.role, values, plates or "-", _handled(site, layout), listed(reads, 4) or "-"
 
 
 def _handled(site: SiteStructure, layout: Layout) -> str:

@@ -102,11 +102,15 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (", ".join(s.summed) or "-", ", ".join(s.axes) or "1", f"{s.flops:,}", f"{8 * s.entries:,}")
-            for s in self.steps
+            (listed(s.summed) or "-", listed(s.axes) or "1", f"{s.flops:,}", f"{8 * s.entries:,}") for s in self.steps
         ]
         rows.append(("total", "", f"{self.flops:,}", f"{self.bytes:,}"))
         return aligned_rows([("sum over", "leaves", "flops", "bytes"), *rows])
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Returns names separated by commas, the first few of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> str:

@@ -2,10 +2,7 @@
 
 import math
 
-import torch
-
-from pyro_vfe.engine import cost
-from pyro_vfe.engine.cost import readable_bytes
+from pyro_vfe.engine.cost import readable_bytes, table_limit
 from pyro_vfe.errors import CostError
 from pyro_vfe.program.layout import Layout, SiteStructure
 
@@ -24,7 +21,7 @@ def check_cost(layout: Layout, max_bytes: float | None) -> None:
     Raises:
         CostError: One does not; its site, latents and size are named.
     """
-    limit = cost.default_limit(torch.device("cpu")) if max_bytes is None else max_bytes
+    limit = table_limit(max_bytes)
     for site in layout.sites.values():
         size = table_entries(site, layout) * _ITEM_BYTES
         if size > limit:
