@@ -233,3 +233,24 @@ def test_a_site_may_have_any_name(name: str) -> None:
     guide = vfe.AutoMeanField(model, init="posterior")
     assert float(vfe.FreeEnergy().decompose(model, guide).gap) == pytest.approx(0.0, abs=1e-12)
     assert guide.probabilities(name).shape == (3,)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_latent_lies_in_the_same_plates_in_both_programs(swapped: bool) -> None:
+    def inside() -> None:
+        with pyro.plate("data", 3):
+            z = categorical("z", tensor([0.2, 0.3, 0.5]))
+            pyro.sample("u", dist.Poisson(RATES[z]), obs=tensor([1.0, 2.0, 9.0]))
+
+    def outside() -> None:
+        z = categorical("z", tensor([0.2, 0.3, 0.5]))
+        with pyro.plate("data", 3):
+            pyro.sample("u", dist.Poisson(RATES[z]), obs=tensor([1.0, 2.0, 9.0]))
+
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            categorical("z", simplex("q", 3))
+
+    model, guide = (outside, guide) if swapped else (inside, lambda: categorical("z", simplex("q", 3)))
+    with pytest.raises(VFEError, match="'z' lies in the plates"):
+        loss_of(model, guide)

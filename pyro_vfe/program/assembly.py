@@ -19,7 +19,7 @@ from pyro_vfe.engine.factors import Factor, Table, Variable
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
-from pyro_vfe.program.layout import Layout
+from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.masks import check_absences
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
@@ -185,7 +185,7 @@ def _enumeration(
             factor = factors[key]
             size = len(supports[site.name])
             variable = Variable(site.name, size, site.plate_names, factor.scale)
-            _check_scales(variables.setdefault(site.name, variable), variable)
+            _check_same(variables.setdefault(site.name, variable), variable)
         elif site.needs_score:
             variables[site.name] = Variable(site.name, 1, site.plate_names, factors[key].scale)
 
@@ -212,7 +212,10 @@ def _check_plate(known: Plate, plate: Plate) -> None:
         )
 
 
-def _check_scales(known: Variable, variable: Variable) -> None:
+def _check_same(known: Variable, variable: Variable) -> None:
+    """Guide and model must have a latent in the same plates and with the same weight."""
+    if known.plates != variable.plates:
+        raise different_plates(variable.name, known.plates, variable.plates)
     if not same_scale(known.scale, variable.scale):
         raise ScaleError(
             f"Latent site '{variable.name}' has different scales in the guide and in the model: the free energy would "

@@ -5,14 +5,14 @@ colouring of the graph of meetings, in program order: a chain of any length need
 tracked to tell which latent of a colour was read, so that a program may change how it is wired from call to call.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.errors import CostError, EscapeError, PlateError
+from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
@@ -236,13 +236,27 @@ def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
 
 def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
     """A latent's plates must enclose every site that reads it: anything else is no legal program for enumeration."""
-    homes = {site.name: site.plates for site in sites.values() if site.kind == "enumerated"}
+    homes: dict[str, tuple[Plate, ...]] = {}
+    for site in sites.values():
+        if site.kind == "enumerated":
+            home = homes.setdefault(site.name, site.plates)
+            one, other = ({plate.name for plate in plates} for plates in (home, site.plates))
+            if one != other:
+                raise different_plates(site.name, one, other)
     for site in sites.values():
         around = {plate.name for plate in site.plates}
         for name in sorted(site.scope & homes.keys()):
             for plate in homes[name]:
                 if plate.name not in around:
                     raise plate_violation(site.name, site.role, name, plate.name)
+
+
+def different_plates(name: str, guide: Iterable[str], model: Iterable[str]) -> StructureError:
+    """The error for a latent whose plates are not the same in guide and model."""
+    return StructureError(
+        f"Latent site '{name}' lies in the plates {sorted(guide)} in the guide and in {sorted(model)} in the model.",
+        hint="Sample it in the same plates in both.",
+    )
 
 
 def plate_violation(reader: str, role: Role, latent: str, plate: str) -> PlateError:
