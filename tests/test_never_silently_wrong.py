@@ -254,3 +254,25 @@ def test_a_latent_lies_in_the_same_plates_in_both_programs(swapped: bool) -> Non
     model, guide = (outside, guide) if swapped else (inside, lambda: categorical("z", simplex("q", 3)))
     with pytest.raises(VFEError, match="'z' lies in the plates"):
         loss_of(model, guide)
+
+
+def plain_model() -> None:
+    z = categorical("z", tensor([0.2, 0.3, 0.5]))
+    pyro.sample("u", dist.Poisson(RATES[z]), obs=tensor(4.0))
+
+
+def test_a_guide_may_not_weigh_the_values_of_a_latent() -> None:
+    def guide() -> None:
+        z = categorical("z", simplex("q", 3))
+        pyro.factor("weight", RATES[z], has_rsample=False)
+
+    with pytest.raises(VFEError, match="'weight' of the guide weighs the values of latent 'z'"):
+        loss_of(plain_model, guide)
+
+
+def test_a_draw_that_the_model_lacks_is_pointed_out() -> None:
+    def guide() -> None:
+        pyro.sample("zz", dist.Normal(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match="The guide samples 'zz', which the model lacks"):
+        loss_of(plain_model, guide)

@@ -5,6 +5,7 @@ colouring of the graph of meetings, in program order: a chain of any length need
 tracked to tell which latent of a colour was read, so that a program may change how it is wired from call to call.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,8 @@ class SiteStructure:
     scope: Sites
     """The latents that its log-probability reads, itself included."""
     plates: tuple[Plate, ...]
+    auxiliary: bool
+    """Whether the program says that the other program lacks the site."""
     support: Tensor | None
     """The values of an enumerable latent, shape `(K, *event_shape)`."""
 
@@ -161,6 +164,7 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
         size=1 if support is None or not enumerated else len(support),
         scope=site.reads(provenance),
         plates=site.plates,
+        auxiliary=site.auxiliary,
         support=support,
     )
 
@@ -181,6 +185,7 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
 def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
     sites = findings.sites
     _check_plates(sites)
+    _check_guide_only(sites)
     unread = _unread(sites)
     nesting = max((-plate.dim for site in sites.values() for plate in site.plates), default=0)
     nesting = max(nesting, min_nesting) + extra_nesting
@@ -232,6 +237,26 @@ def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
         for name in sorted(site.scope & unread.keys() - {site.name}):
             raise missing_guide_site(name, unread[name].family, unread[name].support is not None)
     return frozenset(unread)
+
+
+def _check_guide_only(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
+    """A draw or factor of the guide counts in log Q with nothing beside it in the model."""
+    for site in sites.values():
+        if site.role != "guide" or ("model", site.name) in sites or site.kind == "enumerated":
+            continue
+        read = sorted(name for name in site.scope if name in {other.name for other in sites.values() if other.size > 1})
+        if site.kind == "observed" and read:
+            raise StructureError(
+                f"Site '{site.name}' of the guide weighs the values of latent '{read[0]}' by a factor: Q is then not "
+                "normalised, and F is no bound.",
+                hint="Put the weight into the distribution of the latent itself.",
+            )
+        if site.kind == "sampled" and not site.auxiliary:
+            warnings.warn(
+                f"The guide samples '{site.name}', which the model lacks: its log-probability counts in F with nothing "
+                "beside it. If that is meant, mark it with infer={'is_auxiliary': True}.",
+                stacklevel=2,
+            )
 
 
 def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
