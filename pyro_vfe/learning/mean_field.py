@@ -24,7 +24,7 @@ from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.energy.responsibilities import over_dims
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.finite import Finite
-from pyro_vfe.program.layout import SiteStructure, lay_out
+from pyro_vfe.program.layout import SiteStructure, discrete_latents
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 
@@ -64,8 +64,7 @@ class AutoMeanField(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with undisturbed_randomness(), pyro.poutine.block():
-            layout = lay_out(_nothing, self.model, args, kwargs)
-        self._latents = {site.name: site for site in layout.sites.values() if site.kind == "enumerated"}
+            self._latents = discrete_latents(self.model, args, kwargs)
         if not self._latents:
             raise StructureError(
                 "AutoMeanField found no discrete latent with a finite support in the model.",
@@ -141,10 +140,6 @@ def _attribute(name: str) -> str:
 def _logits(guide: AutoMeanField, name: str) -> Tensor:
     logits: Tensor = attrgetter(_attribute(name))(guide.logits)
     return logits
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """A program without sites."""
 
 
 def _frame(plate: Plate) -> Any:

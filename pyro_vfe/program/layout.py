@@ -105,6 +105,29 @@ def lay_out(
         CostError: Too many latents meet in one tensor.
         PlateError: A latent is read from outside one of its plates.
     """
+    findings, sequential = _explored(model, guide, args, kwargs)
+    return _arranged(findings, sequential, min_nesting, extra_nesting)
+
+
+def discrete_latents(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, SiteStructure]:
+    """Returns the latents of a program whose values can be listed, in all its branches.
+
+    Args:
+        program: A model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    findings, _ = _explored(_without_sites, program, args, kwargs)
+    return {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}
+
+
+def _without_sites(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _explored(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[_Findings, frozenset[str]]:
+    """Runs along all paths until it is known which latents the programs branch on."""
     sequential: frozenset[str] = frozenset()
     while True:
         findings = _Findings()
@@ -114,7 +137,7 @@ def lay_out(
         except Escaped as escape:
             sequential |= _can_be_sequential(escape, findings)
             continue
-        return _arranged(findings, sequential, min_nesting, extra_nesting)
+        return findings, sequential
 
 
 def _ordinary_run(
