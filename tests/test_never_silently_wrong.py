@@ -1,6 +1,7 @@
 """Programs that could pass unseen with a wrong number: each must give the right one, or an error."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -276,3 +277,16 @@ def test_a_draw_that_the_model_lacks_is_pointed_out() -> None:
 
     with pytest.warns(UserWarning, match="The guide samples 'zz', which the model lacks"):
         loss_of(plain_model, guide)
+
+
+@pytest.mark.parametrize("plated", [False, True])
+def test_a_scale_that_reads_a_latent_is_part_of_its_table(plated: bool) -> None:
+    def model() -> None:
+        with pyro.plate("data", 2) if plated else nullcontext():
+            z = categorical("z", tensor([0.2, 0.3, 0.5]))
+            with pyro.poutine.scale(scale=1.0 + z):
+                pyro.sample("u", dist.Poisson(RATES[z]), obs=tensor([4.0, 4.0]) if plated else tensor(4.0))
+
+    log_likelihood = dist.Poisson(RATES).log_prob(tensor(4.0))
+    one = -torch.logsumexp(tensor([0.2, 0.3, 0.5]).log() + (1.0 + torch.arange(3)) * log_likelihood, 0)
+    assert loss_of(model) == pytest.approx(float(one) * (2 if plated else 1))

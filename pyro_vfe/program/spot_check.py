@@ -21,7 +21,7 @@ from pyro_vfe.program.masks import absences
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
-from pyro_vfe.program.tables import masked, unmasked
+from pyro_vfe.program.tables import masked, scale_reads_latents, unmasked
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run; with fewer than so many values every value of every latent is tried."""
@@ -55,11 +55,14 @@ def spot_check(
         assignment = _assignment(enumeration, first, shift)
         set_random_state(state)
         ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
-        _compare(enumeration, ordinary, assignment)
+        _compare(enumeration, ordinary, assignment, layout.nesting)
 
 
 def _compare(
-    enumeration: Enumeration, ordinary: Mapping[tuple[Role, str], Site], assignment: Mapping[str, Table]
+    enumeration: Enumeration,
+    ordinary: Mapping[tuple[Role, str], Site],
+    assignment: Mapping[str, Table],
+    nesting: int,
 ) -> None:
     absent = absences(ordinary)
     for key, site in ordinary.items():
@@ -68,6 +71,8 @@ def _compare(
             continue  # The model lacks the guide's latent in this branch: it is pinned there.
         enumerated = _entries(enumeration, key, site, assignment)
         expected = _ordinary_log_prob(site)
+        if key in enumeration.sites and scale_reads_latents(enumeration.sites[key], nesting):
+            expected = expected * site.scale
         if site.name in absent and enumerated is not None:
             present = ~torch.as_tensor(absent[site.name])
             enumerated, expected = masked(enumerated, present), masked(expected, present)
@@ -161,8 +166,6 @@ def _ordinary_log_prob(site: Site) -> Tensor:
     values = log_prob(fn, site.value)
     if site.kind != "enumerated":
         values = masked(values, mask)
-    if isinstance(site.scale, Tensor) and site.scale.dim() > max((-plate.dim for plate in site.plates), default=0):
-        values = values * site.scale
     return values
 
 

@@ -57,7 +57,7 @@ class Labeller:
         elif absent is not None and absent is not False:
             values = self._pinned(values, site, absent)
         scale = site.scale
-        if isinstance(scale, Tensor) and scale.dim() > self.layout.nesting:
+        if scale_reads_latents(site, self.layout.nesting):
             values, scale = values * scale, 1.0
         scope = self._scope(site)
         table = self.labelled(values, site, scope)
@@ -138,6 +138,12 @@ class Labeller:
         if outside:
             raise plate_violation(site.name, site.role, name, min(outside))
         return name
+
+
+def scale_reads_latents(site: Site, nesting: int) -> bool:
+    """Whether the site's scale varies with an enumerated latent: it is then part of the table."""
+    scale = site.scale
+    return isinstance(scale, Tensor) and any(size > 1 for size in scale.shape[: max(0, scale.dim() - nesting)])
 
 
 def unmasked(site: Site) -> tuple[Any, Tensor | bool | None]:
