@@ -55,7 +55,7 @@ class Decomposition:
     """E_Q[log P(u|v)]: how well the guide's account predicts the data."""
 
     exact: bool
-    """Whether nothing was sampled and no plate subsampled."""
+    """Whether nothing was drawn at random (a point estimate is not) and no plate subsampled."""
 
     stderr: Tensor | None
     """The standard error of the free energy over particles; None where it is exact or there is one particle."""
@@ -176,7 +176,7 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         gap=mean.gap,
         complexity=mean.complexity,
         accuracy=mean.accuracy,
-        exact=not first.guide_draws and not subsampled,
+        exact=not first.is_sampled and not subsampled,
         stderr=_stderr(terms),
         num_data=first.num_data,
         impossible=tuple(

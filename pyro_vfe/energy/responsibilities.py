@@ -8,6 +8,7 @@ References:
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -37,7 +38,13 @@ def responsibility_graph(enumeration: Enumeration) -> FactorGraph:
             hint="Use vfe.posterior(model, ...) for the exact posterior, or give the guide those latents too.",
         )
     guide = (*conditionals_of(enumeration), *enumeration.guide_draws)
-    return enumeration.graph(*joint.factors, *guide, *negative(provided.costs))
+    # Where the model gives the guide's values no probability, its own tables say so already.
+    divided = (replace(f, table=_finite(f.table)) for f in negative(provided.costs))
+    return enumeration.graph(*joint.factors, *guide, *divided)
+
+
+def _finite(table: Table) -> Table:
+    return Table(table.values.masked_fill(table.values.isinf(), 0.0), table.axes)
 
 
 def marginal_distributions(enumeration: Enumeration) -> "OrderedDict[str, torch.distributions.Distribution]":

@@ -35,6 +35,8 @@ def gap_shares(enumeration: Enumeration, max_bytes: float | None = None) -> dict
         StructureError: The guide has latents that the model lacks, draws that depend on its latents, or no finite gap.
     """
     _check(enumeration)
+    if not enumeration.guide_latents:
+        return {}
     joint = log_joint(enumeration, max_bytes)
     graph, remaining = joint.graph, list(joint.costs)
     if graph.variables.keys() - enumeration.variables.keys():

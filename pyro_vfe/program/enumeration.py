@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Variable
 from pyro_vfe.errors import PlateError
 from pyro_vfe.program.recorder import Role, Site
+from pyro_vfe.program.supports import unwrapped
 
 SiteKey = tuple[Role, str]
 
@@ -95,6 +96,12 @@ class Enumeration:
         seen = [site for site in seen if type(site.fn).__name__ != "Unit"] or seen
         shared = frozenset.intersection(*(site.plate_names for site in seen)) if seen else frozenset()
         return math.prod(self.full_plates[name] for name in shared - {PARTICLES})
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the guide draws anything at random; a point estimate, a Delta, is not."""
+        draws = (site for site in self.sites.values() if site.role == "guide" and site.kind == "sampled")
+        return any(type(unwrapped(site.fn)).__name__ != "Delta" for site in draws)
 
     @cached_property
     def draws_tell_of_latents(self) -> bool:

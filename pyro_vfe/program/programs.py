@@ -134,7 +134,7 @@ class Programs:
         except VFEError:
             raise
         except Exception as error:
-            raise _cannot_broadcast(error) from error
+            raise (_explained(error, call.model, call.guide) or _cannot_broadcast(error)) from error
         self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide))
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
@@ -190,7 +190,7 @@ class _Call:
         )
 
 
-def _explained(error: ValueError, model: Program, guide: Program) -> NotFiniteError | None:
+def _explained(error: Exception, model: Program, guide: Program) -> NotFiniteError | None:
     """For the error of a distribution that was given NaN: the parameters it came from."""
     names = [] if isinstance(error, VFEError) else nan_parameters(model, guide)
     if not names:
