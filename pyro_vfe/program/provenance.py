@@ -186,9 +186,9 @@ class Provenance(TorchFunctionMode):
         sites = NO_SITES
         for value in values:
             if isinstance(value, Tensor):
-                found = self.of(value)
-                if found and not found <= sites:
-                    sites = sites | found if sites else found
+                mark = getattr(value, "_vfe_sites", None)
+                if mark is not None and mark[0] is self and mark[1] is not sites:
+                    sites = sites | mark[1] if sites else mark[1]
             elif isinstance(value, (list, tuple)):
                 sites = sites | self._gather(value)
             elif isinstance(value, slice):

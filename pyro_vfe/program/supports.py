@@ -6,11 +6,12 @@
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Categorical, Independent
 
 from pyro_vfe.errors import CostError, SupportError, UnenumerableError
 
@@ -57,6 +58,8 @@ def finite_support(fn: Any, name: str) -> Tensor:
     fn = unwrapped(fn)
     if isinstance(fn, Independent):
         return _product_support(fn, name)
+    if isinstance(fn, Categorical):
+        return _first_integers(fn._num_events, fn._param.device).clone()
     try:
         values = fn.enumerate_support(expand=False)
     except NotImplementedError as error:
@@ -65,6 +68,12 @@ def finite_support(fn: Any, name: str) -> Tensor:
             hint="Give the elements one support, or sample the site: infer={'enumerate': None}.",
         ) from error
     return values.reshape(values.shape[:1] + fn.event_shape)
+
+
+@lru_cache(maxsize=256)
+def _first_integers(count: int, device: torch.device) -> Tensor:
+    """0, ..., count - 1: chains ask for it at every step, and copying is quicker than counting."""
+    return torch.arange(count, device=device)
 
 
 def check_same_support(name: str, fn: Any, guide_fn: Any) -> None:
