@@ -147,7 +147,12 @@ class _Pass:
             union = (*axes, name)
             possible = weights.aligned(union) > 0
             table = Table(torch.where(possible, table.aligned(union), 0.0), union)
-        return _Term(Table(linear_contract(weights, table, axes), axes), term.plates | conditional.plates)
+        if set(weights.axes) == set(table.axes):
+            # One small dot product per element: faster as multiply and sum than as that many matrix products.
+            values = (weights.aligned((*axes, name)) * table.aligned((*axes, name))).sum(-1)
+        else:
+            values = linear_contract(weights, table, axes)
+        return _Term(Table(values, axes), term.plates | conditional.plates)
 
     def _downstream(self, name: str, terms: Sequence[_Term]) -> Table:
         """The costs after `name`, summed over other plates and averaged over other variables."""
