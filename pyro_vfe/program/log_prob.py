@@ -48,11 +48,13 @@ def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
 def support_table(fn: Any, dim: int) -> Tensor | None:
     """The log-probabilities of the whole support of `fn` along batch dim `dim`, without a gather.
 
-    Returns None for the kinds of distribution that have no such table; score their support with `log_prob`.
+    Returns None where there is no such table; score the support with `log_prob` then.
     """
     while type(fn).__name__ == "ExpandedDistribution":
         fn = fn.base_dist
     kind = type(fn).__name__
+    if len(fn.batch_shape) >= -dim and fn.batch_shape[dim] > 1:
+        return None  # A draw made once per value of this latent stands along the same dim: score value by value.
     if kind in ("Categorical", "OneHotCategorical", "OneHotCategoricalStraightThrough"):
         categorical = getattr(fn, "_categorical", fn)
         return _last_to_batch_dim(_category_table(categorical, 0), dim)
