@@ -10,8 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import Oracle, oracle
 from oracles import Posterior as Table
-from oracles import oracle
 from programs import PROGRAMS, Program
 from programs.case import bernoulli, categorical, empty, noise, simplex, tensor, unit
 from programs.plates import COUNTS, global_over_local, halved, mixture, scaled
@@ -22,7 +22,7 @@ from pyro_vfe.errors import CostError, ImpossibleDataError, MissingGuideSiteErro
 
 WHOLE = (
     *("chain", "tree", "collider", "mixture", "nested", "global_over_local", "crossing", "sequential_under_global"),
-    *("masked_latents", "missing_labels", "factors", "mixed", "bits", "plated_words", "left_right_chain", "alarm"),
+    *("masked_latents", "missing_labels", "factors", "mixed", "bits", "left_right_chain", "alarm"),
     *("zeros_in_logits", "impossible_binomial", "branch_over_a_plate", "pyro_module"),
 )
 MARGINALS = [(name, sites) for name in WHOLE for sites in PROGRAMS[name].marginals]
@@ -56,7 +56,7 @@ def test_evidence_mode_and_entropy_equal_those_of_the_full_joint_table(name: str
 @pytest.mark.parametrize("name", WHOLE)
 def test_log_prob_equals_that_of_the_full_joint_table_for_every_assignment(name: str) -> None:
     posterior, expected = posterior_of(PROGRAMS[name]), table_of(name)
-    for row, prob in list(zip(expected.rows, expected.probs, strict=True))[:: 1 + len(expected.rows) // 25]:
+    for row, prob in list(zip(expected.rows, expected.probs, strict=True))[:: 1 + len(expected.rows) // 12]:
         equal(posterior.log_prob(row.values), prob.log())
 
 
@@ -80,7 +80,7 @@ def test_all_marginals_at_once_equal_those_one_by_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_samples_have_the_probabilities_of_the_full_joint_table(name: str) -> None:
-    """Of each latent element and of each pair of elements, within 5 standard deviations of a binomial count."""
+    """Of each latent element and each pair: 5 standard deviations of a count, plus one for rare values."""
     expected, count = table_of(name), 4000
     draws = posterior_of(PROGRAMS[name]).sample(count)
     shapes = {site: value.shape for site, value in expected.rows[0].values.items()}
@@ -94,7 +94,7 @@ def test_samples_have_the_probabilities_of_the_full_joint_table(name: str) -> No
             probs[tuple(row.assignment.get(element, 0) for element in pair)] += prob
         assert set(found) <= {key for key, prob in probs.items() if prob > 0}
         for key, prob in probs.items():
-            assert abs(found[key] - count * prob) <= 5 * (count * prob * (1 - prob)) ** 0.5 + 1e-9, (pair, key)
+            assert abs(found[key] - count * prob) < 5 * (count * prob * (1 - prob) + 1) ** 0.5, (pair, key)
 
 
 def _flat(values: Tensor, expected: Table, site: str) -> Tensor:
@@ -112,11 +112,13 @@ def _support_of(expected: Table, site: str) -> Tensor:
         if site in row.values:
             shape = row.sites[site].log_prob.shape
             flat = row.values[site].reshape(max(1, shape.numel()), -1)
-            values.update({row.assignment[site, n]: value for n, value in enumerate(flat) if (site, n) in row.assignment})
+            values.update(
+                {row.assignment[site, n]: value for n, value in enumerate(flat) if (site, n) in row.assignment}
+            )
     return torch.stack([values[index] for index in sorted(values)])
 
 
-@pytest.mark.parametrize("name", ["chain", "crossing", "mixed", "plated_words", "masked_latents"])
+@pytest.mark.parametrize("name", ["chain", "crossing", "mixed", "bits", "masked_latents"])
 def test_the_log_probability_of_samples_is_that_of_each_assignment(name: str) -> None:
     posterior = posterior_of(PROGRAMS[name])
     draws = posterior.sample(7)
@@ -207,31 +209,35 @@ GUIDED = (
 )
 
 
-def responsibilities(program: Program) -> dict[frozenset[Any], float]:
+@cache
+def exact_of(name: str) -> Oracle:
+    program = PROGRAMS[name]
+    return oracle(program.model, program.guide, *program.args)
+
+
+def responsibilities(exact: Oracle) -> dict[frozenset[Any], float]:
     """R(v) = Q(v_guide) P(v_model | v_guide, u), by assignment of the model's latents."""
-    exact = oracle(program.model, program.guide, *program.args, **program.kwargs)
     found: dict[frozenset[Any], float] = Counter()
+    masses = [(row.assignment, row.log_mass().exp().item()) for row in exact.model]
     for guide_row in exact.guide:
         q = guide_row.log_mass().exp().item()
+        chosen = guide_row.assignment.items()
         agreeing = [
-            row
-            for row in exact.model
-            if all(row.assignment.get(key, value) == value for key, value in guide_row.assignment.items())
+            (held, mass) for held, mass in masses if all(held.get(key, value) == value for key, value in chosen)
         ]
-        masses = torch.stack([row.log_mass().exp() for row in agreeing])
-        for row, mass in zip(agreeing, masses, strict=True) if q else ():
-            found[frozenset(row.assignment.items())] += q * (mass / masses.sum()).item()
+        total = sum(mass for _, mass in agreeing)
+        for held, mass in agreeing if q else ():
+            found[frozenset(held.items())] += q * mass / total
     return found
 
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_compute_marginals_averages_the_models_own_latents_over_the_guide(name: str) -> None:
-    program = PROGRAMS[name]
-    expected = responsibilities(program)
-    guided = {name for row in oracle(empty, program.guide, *program.args).guide for name, _ in row.assignment}
+    program, exact = PROGRAMS[name], exact_of(name)
+    expected = responsibilities(exact)
+    guided = {site for row in exact.guide for site, _ in row.assignment}
     found = vfe.FreeEnergy().compute_marginals(program.model, program.guide, *program.args)
-    names = {name for assignment in expected for (name, _), _ in assignment}
-    assert set(found) == names - guided
+    assert set(found) == {site for row in exact.model for site, _ in row.assignment} - guided
     for site, marginal in found.items():
         probs = marginal.log_prob(marginal.enumerate_support()).exp().movedim(0, -1)
         flat = probs.reshape(-1, probs.shape[-1])
@@ -257,8 +263,8 @@ def returning_guide(counts: Tensor) -> None:
 
 @pytest.mark.parametrize("guide", [empty, returning_guide])
 def test_sample_posterior_returns_what_the_model_returns_at_posterior_draws(guide: Callable[..., Any]) -> None:
-    points, elbo, count = noise(3, seed=4), vfe.FreeEnergy(), 500
-    expected = responsibilities(Program(returning, guide, (points,)))
+    points, elbo, count = noise(3, seed=4), vfe.FreeEnergy(), 200
+    expected = responsibilities(oracle(returning, guide, points))
     found: dict[frozenset[Any], int] = Counter()
     for _ in range(count):
         g, z = elbo.sample_posterior(returning, guide, points)
@@ -268,32 +274,23 @@ def test_sample_posterior_returns_what_the_model_returns_at_posterior_draws(guid
         found[frozenset(values.items())] += 1
     assert set(found) <= set(expected)
     for assignment, prob in expected.items():
-        assert abs(found[assignment] - count * prob) < 5 * (count * prob * (1 - prob)) ** 0.5
+        assert abs(found[assignment] - count * prob) < 5 * (count * prob * (1 - prob) + 1) ** 0.5
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_sample_posterior_runs_for_every_guide(name: str) -> None:
-    program = PROGRAMS[name]
+def test_sample_posterior_draws_only_what_the_guide_and_the_data_allow(name: str) -> None:
+    program, exact = PROGRAMS[name], exact_of(name)
     recorded: list[dict[str, Any]] = []
 
     def model(*args: Any) -> None:
         with pyro.poutine.trace() as seen:
             program.model(*args)
-        recorded.append({k: v["value"] for k, v in seen.trace.nodes.items() if v["type"] == "sample"})
+        recorded.append({site: node["value"] for site, node in seen.trace.nodes.items() if node["type"] == "sample"})
 
     vfe.FreeEnergy().sample_posterior(model, program.guide, *program.args)
-    values = {site: value for site, value in recorded[-1].items() if site in _latents(program)}
-    exact = oracle(program.model, program.guide, *program.args)
-    row = next(row for row in exact.model if _same(row.values, values))
-    assert responsibilities(program)[frozenset(row.assignment.items())] > 0
-
-
-def _latents(program: Program) -> set[str]:
-    return {name for row in oracle(program.model, program.guide, *program.args).model for name in row.values}
-
-
-def _same(row: dict[str, Tensor], values: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, values[name].to(value)) for name, value in row.items() if name in values)
+    drawn, expected = recorded[-1], responsibilities(exact)
+    rows = [row for row in exact.model if all(torch.equal(v, drawn[site].to(v)) for site, v in row.values.items())]
+    assert sum(expected[frozenset(row.assignment.items())] for row in rows) > 0
 
 
 def test_marginals_and_samples_are_of_one_particle() -> None:

@@ -25,7 +25,14 @@ import pyro_vfe as vfe
 from pyro_vfe.errors import VFEError
 
 LEARNABLE = ("mixture", "mixture_guided", "chain", "chain_mean_field", "global_guided", "subsampled_guided")
-TWICE = ("mixture_of_one_datum", "mixed_globals_guided", "global_guided", "alarm_or_summed_out", "branch_in_both", "crossing_site_alone")
+TWICE = (
+    "mixture_of_one_datum",
+    "mixed_globals_guided",
+    "global_guided",
+    "alarm_or_summed_out",
+    "branch_in_both",
+    "crossing_site_alone",
+)
 
 
 def parameters() -> dict[str, Tensor]:
@@ -291,12 +298,14 @@ def test_more_steps_lower_the_free_energy_to_the_maximum_likelihood() -> None:
     labels = torch.tensor([0] * 6 + [1] * 4)
     svi = SVI(model, empty, pyro.optim.Adam({"lr": 0.1}), loss=vfe.FreeEnergy())
     losses = [svi.step(labels) for _ in range(150)]
-    assert losses[-1] == pytest.approx(-(6 * tensor(0.6).log() + 4 * tensor(0.4).log()).item(), rel=1e-8)
+    assert losses[-1] == pytest.approx(-(6 * tensor(0.6).log() + 4 * tensor(0.4).log()).item(), rel=1e-6)
 
 
 def test_positive_parameters_stay_in_their_range() -> None:
     svi = SVI(mixture, mixture_guide, pyro.optim.Adam({"lr": 0.5}), loss=vfe.FreeEnergy())
-    first = [svi.step(COUNTS) for _ in range(20)][0]
+    first = svi.evaluate_loss(COUNTS)
+    for _ in range(20):
+        svi.step(COUNTS)
     assert svi.evaluate_loss(COUNTS) < first
     assert bool((positive("rates", 3) > 0).all())
     assert simplex("weights", 3).sum().item() == pytest.approx(1.0)
