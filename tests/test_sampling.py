@@ -55,41 +55,41 @@ def normal_data(means: Tensor) -> None:
 
 
 def w_above_plate() -> Tensor:
-    w = drawn("w", simplex("w_probs", 3))
+    w = drawn("w", simplex("w_probs", 2))
     with pyro.plate("data", 2):
-        v = summed("v", simplex("v_probs", 3, 2, seed=1)[w])
-        normal_data(real("means", 3, 2, seed=2)[w, v])
+        v = summed("v", simplex("v_probs", 2, 3, seed=1)[w])
+        normal_data(real("means", 2, 3, seed=2)[w, v])
     return w
 
 
 def w_above_plate_guide() -> None:
-    drawn("w", simplex("q_w", 3, seed=3))
+    drawn("w", simplex("q_w", 2, seed=3))
 
 
 def w_in_plate() -> None:
     with pyro.plate("data", 2):
-        w = drawn("w", simplex("w_probs", 3))
-        v = summed("v", simplex("v_probs", 3, 2, seed=1)[w])
-        normal_data(real("means", 3, 2, seed=2)[w, v])
+        w = drawn("w", simplex("w_probs", 2))
+        v = summed("v", simplex("v_probs", 2, 3, seed=1)[w])
+        normal_data(real("means", 2, 3, seed=2)[w, v])
 
 
 def w_in_plate_guide() -> None:
     with pyro.plate("data", 2):
-        drawn("w", simplex("q_w", 2, 3, seed=3))
+        drawn("w", simplex("q_w", 2, 2, seed=3))
 
 
 def v_before_w_guide() -> None:
     """The draw depends on a latent that the guide enumerates."""
     with pyro.plate("data", 2):
-        v = summed("v", simplex("q_v", 2, 2, seed=4))
-        drawn("w", simplex("q_w", 2, 3, seed=3)[v])
+        v = summed("v", simplex("q_v", 2, 3, seed=4))
+        drawn("w", simplex("q_w", 3, 2, seed=3)[v])
 
 
 def w_before_v_guide() -> None:
     """A latent that the guide enumerates depends on the draw."""
     with pyro.plate("data", 2):
-        w = drawn("w", simplex("q_w", 2, 3, seed=3))
-        summed("v", simplex("q_v", 3, 2, seed=4)[w])
+        w = drawn("w", simplex("q_w", 2, 2, seed=3))
+        summed("v", simplex("q_v", 2, 3, seed=4)[w])
 
 
 def chain() -> Tensor:
@@ -276,11 +276,11 @@ def far(program: Program, reads_the_draw: bool = True) -> Program:
 
 
 @pytest.mark.parametrize("vectorized", [False, True], ids=["loop", "vectorized"])
-@pytest.mark.parametrize(("name", "parameter"), [("w_above_plate", "q_w"), ("chain", "q_1"), ("w_depends_on_w", "q_a")])
+@pytest.mark.parametrize(("name", "parameter"), [("w_above_plate", "q_w"), ("w_depends_on_w", "q_a")])
 def test_the_leave_one_out_baseline_lowers_the_variance(name: str, parameter: str, vectorized: bool) -> None:
     model, guide = DISCRETE[name]
     model, particles = far(model), 6
-    _, single = estimates(model, guide, {}, 60)
+    _, single = estimates(model, guide, {}, 40)
     _, several = estimates(model, guide, {"num_particles": particles, "vectorize_particles": vectorized}, 12)
     without_baseline = single[parameter].var(0).sum() / particles
     assert several[parameter].var(0).sum() < 0.1 * without_baseline
@@ -316,7 +316,7 @@ def test_particles_do_not_change_what_is_exact() -> None:
 
 
 def test_every_estimate_of_F_is_one_of_its_values_given_the_draw() -> None:
-    """w has three values, so F has: log q(w) - log p(w, u)."""
+    """w has two values, so F has: log q(w) - log p(w, u)."""
     losses, _ = estimates(w_above_plate, w_above_plate_guide, {}, 60)
     w_probs, q = simplex("w_probs").detach(), simplex("q_w").detach()
     v_probs, means = simplex("v_probs").detach(), real("means").detach()

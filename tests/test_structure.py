@@ -52,7 +52,6 @@ WIRINGS = {
     "star": [-1] + [0] * (NODES - 1),
     "skipping": [-1, 0, *range(NODES - 2)],
     "forest": [n - 4 for n in range(NODES)],
-    "apart": [-1] * NODES,
 }
 
 
@@ -172,8 +171,8 @@ def test_a_chain_may_grow_and_shrink_between_calls() -> None:
 
     elbo = vfe.FreeEnergy()
     for steps in (2, 24, 5, 13, 12, 1):
-        expected = -tree_evidence([n - 1 for n in range(steps)]).item()
-        assert elbo.loss(model, empty, steps) == pytest.approx(expected, rel=1e-12)
+        expected = -tree_evidence([n - 1 for n in range(steps)])
+        assert elbo.loss(model, empty, steps) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_a_program_that_draws_its_structure_at_random_is_refused() -> None:
@@ -245,7 +244,7 @@ def test_what_tracking_cannot_see_is_right_or_refused(name: str, count: int) -> 
         try:
             assert vfe.FreeEnergy(check="always").loss(model, empty) == pytest.approx(expected, rel=1e-12)
         except (SpotCheckError, StructureError) as refusal:
-            assert "'" in str(refusal) or "enumerated" in str(refusal)
+            assert "'u_" in str(refusal) or "enumerated" in str(refusal)
 
 
 def test_numbers_taken_from_a_latent_are_enumerated_one_by_one() -> None:
@@ -319,20 +318,14 @@ def written_in_place(a: Tensor, b: Tensor) -> Tensor:
     return (x * tensor([1.0, 3.0])).sum(-1)
 
 
-def stacked(a: Tensor, b: Tensor) -> Tensor:
-    return torch.stack(torch.broadcast_tensors(a.double(), b.double()), -1) @ tensor([1.0, 3.0])
-
-
 LOOKUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in_place": written_in_place,
-    "stack": stacked,
+    "stack": lambda a, b: torch.stack(torch.broadcast_tensors(a.double(), b.double()), -1) @ tensor([1.0, 3.0]),
     "index": lambda a, b: TABLE[a, b],
     "embedding": lambda a, b: (functional.embedding(a, TABLE) * functional.one_hot(b, 2)).sum(-1),
     "one_hot": lambda a, b: ((functional.one_hot(a, 3).double() @ TABLE) * functional.one_hot(b, 2)).sum(-1),
     "where": lambda a, b: torch.where(b > 0, TABLE[a, 1], TABLE[a, 0]),
-    "arithmetic": lambda a, b: TABLE[a, 0] * (1 - b) + TABLE[a, 1] * b,
     "einsum": lambda a, b: torch.einsum("...i,...j,ij->...", _hot(a, 3), _hot(b, 2), TABLE),
-    "add_in_place": lambda a, b: (TABLE[a, 0] * torch.ones(b.shape)).add_(b.double()),
 }
 
 
