@@ -122,7 +122,8 @@ class Decomposition:
         the guide, in the order in which the guide samples: the chain rule of the KL divergence.
 
         Raises:
-            PlateError: The guide samples a latent of a plate before a latent outside of it that ties its elements.
+            StructureError: The guide samples a latent of a plate before a latent outside of it that ties its elements,
+                or has latents of its own, or draws something that depends on a latent.
             CostError: The elimination that this order forces would not fit.
             NotFiniteError: The gap is infinite.
         """

@@ -48,6 +48,7 @@ class FreeEnergy(ELBO):
         self,
         num_particles: int = 1,
         max_plate_nesting: float = math.inf,
+        max_iarange_nesting: int | None = None,
         vectorize_particles: bool = False,
         strict_enumeration_warning: bool = True,
         ignore_jit_warnings: bool = False,
@@ -61,6 +62,7 @@ class FreeEnergy(ELBO):
         """Args:
         num_particles: How many draws of what is sampled are averaged.
         max_plate_nesting: Batch dims to reserve for plates; found from the programs by default.
+        max_iarange_nesting: Pyro's deprecated name of the same, here so that arguments keep their positions.
         vectorize_particles: Draw all particles in one run, in a plate of their own.
         strict_enumeration_warning: Warn when the programs have no discrete latent to enumerate.
         ignore_jit_warnings: As in Pyro's ELBOs; nothing is traced here.
@@ -74,6 +76,7 @@ class FreeEnergy(ELBO):
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
             vectorize_particles=vectorize_particles,
             strict_enumeration_warning=strict_enumeration_warning,
             ignore_jit_warnings=ignore_jit_warnings,
@@ -84,8 +87,10 @@ class FreeEnergy(ELBO):
         if num_particles < 1:
             raise VFEError(f"num_particles is {num_particles}.", hint="Use at least one particle.")
         self.max_bytes = max_bytes
-        nesting = 0 if math.isinf(max_plate_nesting) else int(max_plate_nesting)
-        self._programs = Programs(check=check, max_bytes=max_bytes, min_nesting=nesting)
+        nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
+        self._programs = Programs(
+            check=check, max_bytes=max_bytes, min_nesting=0 if math.isinf(nesting) else int(nesting)
+        )
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Returns F in nats, an average over particles where something is sampled.
