@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_vfe.energy.impossible import impossible_data
 from pyro_vfe.energy.parts import joint_graph, normalized
-from pyro_vfe.energy.responsibilities import over_dims
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import FactorGraph, Table
@@ -25,6 +24,7 @@ from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.tables import batch_axes, over_dims
 
 
 def posterior(
@@ -188,11 +188,7 @@ class Posterior:
     def _values(self, name: str, index: Table, *, leading: int) -> Tensor:
         """Values for indices over plates: batch dims lie where the model has them, draws lead."""
         site = self._enumeration.sites["model", name]
-        over_plates = (
-            over_dims(Table(index.values.movedim(0, -1), (*index.axes[1:], index.axes[0])), site.plates)
-            if (leading)
-            else over_dims(index, site.plates)
-        )
+        over_plates = over_dims(index, site.plates)
         if leading:
             over_plates = over_plates.movedim(-1, 0)
         return self._enumeration.supports[name][over_plates]
@@ -210,8 +206,7 @@ class Posterior:
                 hint=f"See posterior.support('{name}').",
             )
         index = hit.to(torch.int64).argmax(-1)
-        by_dim = {plate.dim: plate.name for plate in site.plates}
-        names = [by_dim.get(dim, f"_{dim}") for dim in range(-max((-d for d in by_dim), default=0), 0)]
+        names = batch_axes(site.plates)
         axes = [_DRAW] * (index.dim() - len(names)) + names
         keep = [axis for axis, size in zip(axes, index.shape, strict=True) if not axis.startswith("_") or axis == _DRAW]
         squeezed = index.reshape([s for axis, s in zip(axes, index.shape, strict=True) if axis in keep])

@@ -24,6 +24,7 @@ from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.tables import over_dims
 
 
 def responsibility_graph(enumeration: Enumeration) -> FactorGraph:
@@ -71,15 +72,6 @@ def posterior_run(enumeration: Enumeration, model: Program, args: tuple[Any, ...
     recorder = Recorder("model", drawn, given=given, subsamples=enumeration.subsamples)
     recorder.run(model, args, kwargs)
     return recorder.returned
-
-
-def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
-    """A table over plates as a tensor: batch dims lie where the plates' dims do, other axes follow on the right."""
-    by_dim = {plate.dim: plate.name for plate in plates}
-    depth = max((-dim for dim in by_dim), default=0)
-    axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
-    rest = [axis for axis in table.axes if axis not in by_dim.values()]
-    return table.aligned((*axes, *rest))
 
 
 def _like(site: Site, probabilities: Table, enumeration: Enumeration) -> torch.distributions.Distribution:

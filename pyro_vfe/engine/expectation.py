@@ -92,6 +92,7 @@ class _Pass:
         self.downstream: dict[str, Table] = {}
 
     def run(self, conditionals: Sequence[Factor], terms: Sequence[_Term]) -> Expectation:
+        """Sums the variables out from the last to the first."""
         self.downstream = {}
         waiting: dict[str, list[_Term]] = {}
         position = {conditional.name: i for i, conditional in enumerate(conditionals)}

@@ -81,6 +81,7 @@ class _Slices:
         self._made: dict[tuple[int, int], Table] = {}
 
     def scale(self, scale: Scale, element: int) -> Scale:
+        """The scale of one element."""
         if not isinstance(scale, Table) or self.plate not in scale.axes:
             return scale
         key = (id(scale), element)

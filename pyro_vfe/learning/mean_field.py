@@ -21,12 +21,12 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vfe.energy.posterior import posterior
-from pyro_vfe.energy.responsibilities import over_dims
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import SiteStructure, discrete_latents
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
+from pyro_vfe.program.tables import over_dims
 
 Program = Callable[..., Any]
 

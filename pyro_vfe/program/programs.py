@@ -169,6 +169,7 @@ class _Call:
 
     @property
     def key(self) -> object:
+        """What the pair is remembered by."""
         return _identity(self.model), _identity(self.guide), self.particles > 1
 
     def enumeration(self, layout: Layout) -> Enumeration:

@@ -79,6 +79,7 @@ class _Runner:
         self.supports: dict[str, Tensor] = {}
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+        """Runs guide and model once and returns their sites with their factors."""
         first, second = record_both(
             model,
             guide,

@@ -21,7 +21,7 @@ from pyro_vfe.program.masks import absences
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
-from pyro_vfe.program.tables import masked, scale_reads_latents, unmasked
+from pyro_vfe.program.tables import batch_axes, masked, over_dims, scale_reads_latents, unmasked
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run; with fewer than so many values every value of every latent is tried."""
@@ -106,21 +106,13 @@ def _ordinary_run(
     subsamples: Mapping[str, Tensor],
 ) -> dict[tuple[Role, str], Site]:
     def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
-        index = _over_dims(assignment[name], plates)
+        index = over_dims(assignment[name], plates)
         return enumeration.supports[name][index.to(enumeration.supports[name].device)]
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
     first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples)
     sites = (*first.sites.values(), *second.sites.values())
     return {(site.role, site.name): site for site in sites if site.kind != "unread"}
-
-
-def _over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
-    """A table over plates as a tensor whose batch dims lie where the plates' do."""
-    by_dim = {plate.dim: plate.name for plate in plates}
-    depth = max((-dim for dim in by_dim), default=0)
-    axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
-    return table.aligned(axes)
 
 
 def _at(value: Tensor, name: str, enumeration: Enumeration, assignment: Mapping[str, Table], layout: Layout) -> Tensor:
@@ -155,10 +147,7 @@ def _entries(
     factor = enumeration.factors.get(key)
     if factor is None:
         return None
-    by_dim = {plate.dim: plate.name for plate in site.plates}
-    depth = max((-dim for dim in by_dim), default=0)
-    axes = [by_dim.get(dim, f"_{dim}") for dim in range(-depth, 0)]
-    return read(factor.table, assignment, axes)
+    return read(factor.table, assignment, batch_axes(site.plates))
 
 
 def _ordinary_log_prob(site: Site) -> Tensor:

@@ -16,7 +16,7 @@ from pyro_vfe.errors import StructureError
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import log_prob, support_table
 from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
-from pyro_vfe.program.recorder import Site
+from pyro_vfe.program.recorder import Plate, Site
 
 
 class StructureChanged(Exception):
@@ -144,6 +144,18 @@ def scale_reads_latents(site: Site, nesting: int) -> bool:
     """Whether the site's scale varies with an enumerated latent: it is then part of the table."""
     scale = site.scale
     return isinstance(scale, Tensor) and any(size > 1 for size in scale.shape[: max(0, scale.dim() - nesting)])
+
+
+def batch_axes(plates: tuple[Plate, ...]) -> list[str]:
+    """A name for each batch dim of a site in these plates, left to right: the plate's, or a stand-in for a gap."""
+    by_dim = {plate.dim: plate.name for plate in plates}
+    return [by_dim.get(dim, f"_{dim}") for dim in range(min(by_dim, default=0), 0)]
+
+
+def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
+    """A table over plates as a tensor: batch dims lie where the plates' dims do, other axes follow on the right."""
+    axes = batch_axes(plates)
+    return table.aligned((*axes, *(axis for axis in table.axes if axis not in axes)))
 
 
 def unmasked(site: Site) -> tuple[Any, Tensor | bool | None]:
