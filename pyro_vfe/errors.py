@@ -58,3 +58,7 @@ class NotFiniteError(VFEError):
 
 class PlateKeptError(PlateError):
     """A plate for which results per element do not exist."""
+
+
+class ShapeError(VFEError):
+    """Tensors whose shapes do not fit together."""

@@ -1,0 +1,284 @@
+r"""A Markov chain as one distribution, whose last batch dimension is time.
+
+    log p(z)  =  sum_t log p(z_t | z_t-1) ,        log_prob(z)[..., t]  =  log p(z_t | z_t-1)        (t = 0: log p(z_0))
+
+Every quantity per step has the shape of the chain, and sums over time to that of the path: log_prob, the entropy
+H(z_t | z_t-1), and KL(p || q). The tables stay as they were given: a plate repeats nothing.
+
+References:
+    Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition.
+    Cover and Thomas (2006), Elements of information theory, sections 2.5 and 4.2 (chain rules, entropy rate).
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vfe.errors import ShapeError
+from pyro_vfe.program.log_prob import exact_log, slim
+
+
+class MarkovChain(TorchDistribution):
+    """A chain of states 0 to K - 1; the last batch dimension is time.
+
+    `with pyro.plate("time", T): z = pyro.sample("z", MarkovChain(initial, transition))` draws a chain of shape
+    `(..., T)`. The elements along time are not independent, although they lie in a plate: the plate's job here is to
+    give the chain its length and to let emissions be written for all steps at once.
+
+    >>> initial, transition = torch.tensor([0.5, 0.5]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    >>> chain = MarkovChain(initial, transition, num_steps=3)
+    >>> chain.log_prob(torch.tensor([0, 0, 1])).exp()
+    tensor([0.5000, 0.9000, 0.1000])
+    """
+
+    arg_constraints: ClassVar = {
+        "initial": constraints.simplex,
+        "transition": constraints.independent(constraints.simplex, 1),
+    }
+    has_enumerate_support = True
+
+    initial: Tensor
+    """Probabilities of the first state, normalised, `(*batch, K)`; repeated by no plate."""
+
+    transition: Tensor
+    """Probabilities of the next state (last axis) given the one before, normalised: `(K, K)` or `(*batch, S, K, K)`
+    with S either 1 or T - 1; repeated by no plate."""
+
+    def __init__(
+        self,
+        initial: Tensor,
+        transition: Tensor,
+        *,
+        num_steps: int | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        """Args:
+            initial: Probabilities of the first state, `(*batch, K)`. Normalised along the last axis, as Categorical
+                does.
+            transition: Probabilities of the next state (last axis) given the one before, `(K, K)`, or
+                `(*batch, S, K, K)` where the third axis from the right is always time: S = 1 (the same at each step),
+                S = T - 1 (entry t leads from step t to t + 1) or, where `num_steps` says T, S = T (entry t leads into
+                step t, entry 0 is not read: what `transition[x]` is for another chain x).
+            num_steps: The length T. By default S + 1 where S > 1, and else 1, which a plate or `expand` makes any T.
+            validate_args: Whether to check the probabilities, and the values that are scored.
+
+        Raises:
+            ShapeError: If the shapes do not fit together.
+            ValueError: If some probability is negative, or all in a row are zero.
+        """
+        _check_tables(initial, transition)
+        given_steps = transition.shape[-3] if transition.dim() > 2 else 1
+        default = given_steps + 1 if given_steps != 1 else 1
+        length = default if num_steps is None else num_steps
+        _check_length(transition, given_steps, length)
+        self._length_is_fixed = num_steps is not None or given_steps != 1
+        if given_steps == length > 1:
+            transition = transition[..., 1:, :, :]
+        self.initial = _normalised(slim(initial, 1))
+        self.transition = _normalised(slim(transition, 2))
+        batches = _broadcast(
+            "the batch dimensions of initial and transition", initial.shape[:-1], transition.shape[:-3]
+        )
+        super().__init__(torch.Size((*batches, length)), validate_args=validate_args)
+
+    @property
+    def num_states(self) -> int:
+        """The number of states K."""
+        return self.initial.shape[-1]
+
+    @property
+    def num_steps(self) -> int:
+        """The length T."""
+        return self.batch_shape[-1]
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """The states 0 to K - 1."""
+        return constraints.integer_interval(0, self.num_states - 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: "MarkovChain | None" = None) -> "MarkovChain":
+        """Returns the chain with a larger batch shape; the tables are not repeated.
+
+        Args:
+            batch_shape: The shape to expand to. The last size is the number of steps: it may grow from 1 where no
+                `num_steps` was given and the transition is the same at each step.
+
+        Raises:
+            ShapeError: If the batch shape does not expand to this one.
+        """
+        new = self._get_checked_instance(MarkovChain, _instance)  # type: ignore[no-untyped-call]
+        shape = torch.Size(batch_shape)
+        self._check_expandable(shape)
+        new.initial, new.transition = self.initial, self.transition
+        new._length_is_fixed = self._length_is_fixed
+        super(MarkovChain, new).__init__(shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_initial(self) -> Tensor:
+        """Returns the log-probabilities of the first state, `(*b, K)`: exact at zero, repeated by no plate."""
+        return exact_log(self.initial)
+
+    def log_transition(self) -> Tensor:
+        """Returns the log-probabilities of the next state, `(*b, S, K, K)` with S either 1 or T - 1.
+
+        Exact at zero, repeated by no plate; entry t leads from step t to step t + 1.
+        """
+        return exact_log(self._steps())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns log p(z_t | z_t-1) in nats for each step, of the shape to which `value` and the chain broadcast.
+
+        Exact at zero: an impossible step is -inf, with gradient zero.
+
+        Args:
+            value: States, `(*sample, *batch, T)`. A chain of yet open length takes that of the value.
+
+        Raises:
+            ShapeError: If the value has one step and the chain several: a state repeated along time is no path that
+                anyone means.
+            ValueError: If a value is not a state.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        value = value.long()
+        shape = _broadcast("the value and the chain", value.shape, self.batch_shape)
+        self._check_steps(value, shape)
+        first = _entries(self.log_initial(), value[..., 0])
+        moves = value[..., :-1] * self.num_states + value[..., 1:]
+        later = _entries(self.log_transition().flatten(-2), moves)
+        return _along_time(first, later).expand(shape)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Returns states drawn from the chain, int64 `(*sample_shape, *batch, T)`."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        lanes = shape[:-1]
+        dtype = torch.promote_types(self.initial.dtype, torch.float32)
+        levels = torch.rand((self.num_steps, prod(lanes)), dtype=dtype, device=self.initial.device)
+        first, later = _thresholds(self.initial.to(dtype)), _thresholds(self._steps().to(dtype))
+        later = later.movedim(-3, 0)
+        first_row = _rows(first).expand(lanes).flatten()
+        later_row = _rows(later[0, ..., 0]).expand(lanes).flatten() * self.num_states
+        first, later = first.flatten(0, -2), later.flatten(1, -2)
+        path = [_drawn(first[first_row], levels[0])]
+        for t in range(1, self.num_steps):
+            row = later_row + path[-1]
+            path.append(_drawn(later[t - 1 if len(later) > 1 else 0][row], levels[t]))
+        return torch.stack(path, -1).reshape(shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Returns the states of one step, `(K, *batch, T)`, or `(K, 1, ..., 1)` where not expanded.
+
+        These are not the `K**T` paths: who enumerates a chain sums each step given the one before.
+        """
+        values = torch.arange(self.num_states, device=self.initial.device)
+        values = values.reshape((-1,) + (1,) * len(self.batch_shape))
+        return values.expand(-1, *self.batch_shape) if expand else values
+
+    def _steps(self) -> Tensor:
+        """Returns the transition with its time axis, `(*b, S, K, K)`."""
+        return self.transition if self.transition.dim() > 2 else self.transition[None]
+
+    def _check_expandable(self, shape: torch.Size) -> None:
+        old = self.batch_shape
+        if len(shape) < len(old) or any(a not in (1, b) for a, b in zip(old[-2::-1], shape[-2::-1], strict=False)):
+            raise ShapeError(
+                f"A MarkovChain of batch shape {tuple(old)} does not expand to {tuple(shape)}.",
+                hint="Sizes can grow from 1 only; the last one is the number of steps.",
+            )
+        if shape[-1] != old[-1] and (self._length_is_fixed or old[-1] != 1):
+            raise ShapeError(
+                f"A MarkovChain of {old[-1]} steps does not expand to {shape[-1]} steps.",
+                hint="The last batch dimension is time. Only a transition that is the same at each step, (K, K) or "
+                "(*batch, 1, K, K), given without num_steps, fits any number; where entry t of the transition leads "
+                "into step t, pass num_steps.",
+            )
+
+    def _check_steps(self, value: Tensor, shape: torch.Size) -> None:
+        steps = value.shape[-1] if value.dim() else 1
+        if steps != shape[-1]:
+            raise ShapeError(
+                f"The value has one step, shape {tuple(value.shape)}, and the MarkovChain has {shape[-1]}: to repeat "
+                "one state along time would score constant paths.",
+                hint="Give a whole path. If this comes from Pyro's own enumeration (TraceEnum_ELBO), which takes the "
+                "steps for independent, use pyro_vfe's FreeEnergy or posterior.",
+            )
+        if steps != self.num_steps:
+            self._check_expandable(shape)
+
+
+def _check_tables(initial: Tensor, transition: Tensor) -> None:
+    if initial.dim() < 1 or transition.dim() < 2 or transition.shape[-2:] != (initial.shape[-1],) * 2:
+        raise ShapeError(
+            f"MarkovChain got initial of shape {tuple(initial.shape)} and transition of shape "
+            f"{tuple(transition.shape)}.",
+            hint="With K states they are (*batch, K), and (K, K) or (*batch, S, K, K).",
+        )
+    if initial.shape[-1] == 0:
+        raise ShapeError("MarkovChain got tables of no states.", hint="A chain has at least one state.")
+
+
+def _check_length(transition: Tensor, given_steps: int, length: int) -> None:
+    if length < 1:
+        raise ShapeError(f"MarkovChain got num_steps={length}.", hint="A chain has at least one step.")
+    if given_steps in (1, length - 1, length):
+        return
+    as_batch = " If it is a batch of transitions, insert a time dimension: transition[:, None]."
+    raise ShapeError(
+        f"MarkovChain got a transition of shape {tuple(transition.shape)}, with {given_steps} entries along time, and "
+        f"num_steps={length}.",
+        hint=f"The third axis from the right is time; it has 1, {length - 1} or {length} entries here."
+        + (as_batch if transition.dim() == 3 else ""),
+    )
+
+
+def _broadcast(what: str, *shapes: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ShapeError(
+            f"MarkovChain: {what} do not broadcast, {' and '.join(str(tuple(shape)) for shape in shapes)}.",
+            hint="Aligned from the right, sizes are equal or 1. The last batch dimension is time, and the third axis "
+            "from the right of a transition; a batch of transitions is transition[:, None].",
+        ) from None
+
+
+def _normalised(probs: Tensor) -> Tensor:
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def _rows(table: Tensor) -> Tensor:
+    """Returns the position of each row of `(*batch, K)` among all rows, `(*batch,)`."""
+    shape = table.shape[:-1]
+    return torch.arange(prod(shape), device=table.device).reshape(shape)
+
+
+def _entries(table: Tensor, index: Tensor) -> Tensor:
+    """Returns `table[..., index]`, where the batch dimensions of table and index broadcast.
+
+    The gradient is of the table's size: a gather along the last axis would fill that of all repetitions.
+    """
+    positions = _rows(table) * table.shape[-1] + index
+    return table.flatten().gather(0, positions.flatten()).reshape(positions.shape)
+
+
+def _along_time(first: Tensor, later: Tensor) -> Tensor:
+    """Returns the terms of all steps, `(*b, T)`, of those of the first, `(*b)`, and of the others, `(*b, T - 1)`."""
+    batch = torch.broadcast_shapes(first.shape, later.shape[:-1])
+    return torch.cat([first.expand(batch)[..., None], later.expand(*batch, -1)], -1)
+
+
+def _thresholds(probs: Tensor) -> Tensor:
+    """Returns the level below which each state or one before it is drawn; the last possible state takes the rest."""
+    cumulative = probs.cumsum(-1)
+    return cumulative.masked_fill(cumulative >= cumulative[..., -1:], torch.inf)
+
+
+def _drawn(thresholds: Tensor, level: Tensor) -> Tensor:
+    return (thresholds <= level[:, None]).sum(-1)
