@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.kl import register_kl
 
 from pyro_vfe.errors import ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
@@ -163,9 +164,9 @@ class MarkovChain(TorchDistribution):
         levels = torch.rand((self.num_steps, prod(lanes)), dtype=dtype, device=self.initial.device)
         first, later = _thresholds(self.initial.to(dtype)), _thresholds(self._steps().to(dtype))
         later = later.movedim(-3, 0)
-        first_row = _rows(first).expand(lanes).flatten()
-        later_row = _rows(later[0, ..., 0]).expand(lanes).flatten() * self.num_states
-        first, later = first.flatten(0, -2), later.flatten(1, -2)
+        first_row = _positions(first.shape[:-1], first.device).expand(lanes).flatten()
+        later_row = _positions(later.shape[1:-2], first.device).expand(lanes).flatten() * self.num_states
+        first, later = first.reshape(-1, self.num_states), later.flatten(1, -2)
         path = [_drawn(first[first_row], levels[0])]
         for t in range(1, self.num_steps):
             row = later_row + path[-1]
@@ -180,6 +181,40 @@ class MarkovChain(TorchDistribution):
         values = torch.arange(self.num_states, device=self.initial.device)
         values = values.reshape((-1,) + (1,) * len(self.batch_shape))
         return values.expand(-1, *self.batch_shape) if expand else values
+
+    def marginals(self) -> Tensor:
+        """Returns the probabilities of the state at each step, `(*batch, T, K)`."""
+        return self._marginals().expand(*self.batch_shape, -1)
+
+    def entropy(self) -> Tensor:
+        """Returns H(z_t | z_t-1) in nats for each step, of the batch shape; the sum over time is the path's entropy."""
+        first, later = _row_entropy(self.initial), _row_entropy(self._steps())
+        return _along_time(first, (self._marginals()[..., :-1, :] * later).sum(-1)).expand(self.batch_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable path, int64 of the batch shape; of several, any one."""
+        initial, transition, batch = self._flattened(self.log_initial(), self.log_transition())
+        rest = initial.new_zeros(()).expand(self.num_steps - 1, *initial.shape)
+        path = _chain_mode(torch.cat([initial[None], rest]), transition)
+        return path.T.reshape(*batch, self.num_steps).expand(self.batch_shape)
+
+    def _marginals(self) -> Tensor:
+        """Returns the marginals, `(*b, T, K)`, repeated by no plate."""
+        initial, transition, batch = self._flattened(self.initial, self._steps())
+        marginals = _chain_marginals(initial, transition, self.num_steps).movedim(0, 1)
+        # Rows sum to 1 but for rounding, which over a million steps of float32 amounts to some per cent.
+        return (marginals / marginals.sum(-1, keepdim=True)).reshape(*batch, self.num_steps, -1)
+
+    def _flattened(self, initial: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+        """Returns tables with their batch as one axis, `(N, K)` and `(S, N or 1, K, K)`, and the batch."""
+        table = transition.shape[-2:]
+        batch = torch.broadcast_shapes(initial.shape[:-1], transition.shape[:-3])
+        if prod(transition.shape[:-3]) != 1:
+            transition = transition.expand(*batch, -1, -1, -1)
+        transition = transition.movedim(-3, 0)
+        transition = transition.reshape(len(transition), prod(transition.shape[1:-2]), *table)
+        return initial.expand(*batch, -1).reshape(prod(batch), table[-1]), transition, batch
 
     def _steps(self) -> Tensor:
         """Returns the transition with its time axis, `(*b, S, K, K)`."""
@@ -253,10 +288,9 @@ def _normalised(probs: Tensor) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
-def _rows(table: Tensor) -> Tensor:
-    """Returns the position of each row of `(*batch, K)` among all rows, `(*batch,)`."""
-    shape = table.shape[:-1]
-    return torch.arange(prod(shape), device=table.device).reshape(shape)
+def _positions(shape: torch.Size, device: torch.device) -> Tensor:
+    """Returns the positions that the entries of a tensor of this shape have when it is flattened."""
+    return torch.arange(prod(shape), device=device).reshape(shape)
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
@@ -264,7 +298,7 @@ def _entries(table: Tensor, index: Tensor) -> Tensor:
 
     The gradient is of the table's size: a gather along the last axis would fill that of all repetitions.
     """
-    positions = _rows(table) * table.shape[-1] + index
+    positions = _positions(table.shape[:-1], table.device) * table.shape[-1] + index
     return table.flatten().gather(0, positions.flatten()).reshape(positions.shape)
 
 
@@ -282,3 +316,63 @@ def _thresholds(probs: Tensor) -> Tensor:
 
 def _drawn(thresholds: Tensor, level: Tensor) -> Tensor:
     return (thresholds <= level[:, None]).sum(-1)
+
+
+def _row_entropy(probs: Tensor) -> Tensor:
+    return -(probs * _finite_log(probs)).sum(-1)
+
+
+def _finite_log(probs: Tensor) -> Tensor:
+    """Returns the log of probabilities, with 0 where they are zero: for p log p, whose limit there is 0."""
+    return exact_log(probs).where(probs != 0, 0.0)
+
+
+@register_kl(MarkovChain, MarkovChain)
+def _kl_markov_chains(p: MarkovChain, q: MarkovChain) -> Tensor:
+    """Returns the KL divergence in nats, one term per step, of the batch shape; the sum over time is that of the paths.
+
+    KL(p || q)_t  =  E_p [ log p(z_t | z_t-1) - log q(z_t | z_t-1) ] ;  inf where p goes and q cannot.
+    """
+    if p.num_states != q.num_states:
+        raise ShapeError(
+            f"The KL divergence is of two MarkovChains with {p.num_states} and {q.num_states} states.",
+            hint="Both are over the same states; give those that one chain never visits probability 0.",
+        )
+    shape = _broadcast("two chains", p.batch_shape, q.batch_shape)
+    p, q = p.expand(shape), q.expand(shape)
+    before = p._marginals()[..., :-1, :]
+    first, first_impossible = _row_divergence(p.initial, q.initial)
+    later, later_impossible = _row_divergence(p._steps(), q._steps())
+    expected = (before * later).sum(-1)
+    reaches_impossible = (later_impossible & (before > 0)).any(-1)
+    return _along_time(
+        first.masked_fill(first_impossible, torch.inf), expected.masked_fill(reaches_impossible, torch.inf)
+    ).expand(shape)
+
+
+def _row_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns each row's KL divergence over what q can do, and whether p does what q cannot, both `(*batch,)`."""
+    return (p * (_finite_log(p) - _finite_log(q))).sum(-1), ((p > 0) & (q == 0)).any(-1)
+
+
+def _chain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int) -> Tensor:
+    """Returns the marginals `(T, N, K)` of `(N, K)` and `(T - 1 or 1, N or 1, K, K)`."""
+    marginals = [initial]
+    for t in range(num_steps - 1):
+        conditional = conditionals[t if len(conditionals) > 1 else 0]
+        marginals.append((marginals[-1][:, None, :] @ conditional).squeeze(1))
+    return torch.stack(marginals)
+
+
+@torch.no_grad()
+def _chain_mode(unary: Tensor, pairs: Tensor) -> Tensor:
+    """Returns the most probable paths `(T, N)` of log potentials `(T, N, K)` and `(T - 1 or 1, N or 1, K, K)`."""
+    best, origins = unary[0], []
+    for t in range(1, len(unary)):
+        reached, origin = (best[:, :, None] + pairs[t - 1 if len(pairs) > 1 else 0]).max(1)
+        best = reached + unary[t]
+        origins.append(origin)
+    path = [best.argmax(1)]
+    for origin in reversed(origins):
+        path.append(origin.gather(1, path[-1][:, None]).squeeze(1))
+    return torch.stack(path[::-1])
