@@ -1,0 +1,113 @@
+r"""Sums over the paths of a Markov chain along time, for a batch of sequences at once.
+
+    Z_n  =  sum over x_1 .. x_T of  exp( sum_t unary[t, n, x_t]  +  sum_t pairs[t, n, x_t, x_t+1] )
+
+References:
+    Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition.
+"""
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.logspace import log_sum_exp
+
+
+def plain_log_normalizer(unary: Tensor, pairs: Tensor) -> Tensor:
+    """Returns what `chain_log_normalizer` returns, by a broadcast log-sum-exp per step: slow, large and simple."""
+    message = unary[0]
+    for t in range(1, len(unary)):
+        message = unary[t] + log_sum_exp(message[:, :, None] + _at(pairs, t - 1), (1,))
+    return log_sum_exp(message, (1,))
+
+
+def plain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int | None = None) -> Tensor:
+    """Returns what `chain_marginals` returns, by one matrix product per step."""
+    marginals = [initial]
+    for t in range((len(conditionals) + 1 if num_steps is None else num_steps) - 1):
+        marginals.append((marginals[-1][:, None, :] @ _at(conditionals, t)).squeeze(1))
+    return torch.stack(marginals)
+
+
+def chain_log_normalizer(unary: Tensor, pairs: Tensor) -> Tensor:
+    """Returns the log of the sum over all paths of each sequence.
+
+    Args:
+        unary: Log potentials of the values, `(T, N, K)`.
+        pairs: Log potentials of neighbours, `(T - 1 or 1, N or 1, K, K)`: `[t, n, i, j]` leads from value i at t to
+            value j at t + 1. Not read where T = 1.
+
+    Returns:
+        Log sums in nats, `(N,)`; -inf with gradient zero where no path is possible. The gradient for `unary` is the
+        marginals of the values, the one for `pairs` the expected transitions.
+
+    References:
+        Rabiner (1989), section III.A (forward-backward).
+    """
+    return plain_log_normalizer(unary, pairs)
+
+
+def chain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int | None = None) -> Tensor:
+    """Returns the marginals q_t of a Markov chain, `(T, N, K)`: q_1 = initial, q_t+1 = q_t @ conditionals[t].
+
+    Args:
+        initial: Probabilities of the first value, `(N, K)`.
+        conditionals: Probabilities of the next value (last axis) given the one before, `(T - 1 or 1, N or 1, K, K)`.
+        num_steps: T; by default one more than there are conditionals.
+    """
+    return plain_marginals(initial, conditionals, num_steps)
+
+
+@torch.no_grad()
+def chain_mode(unary: Tensor, pairs: Tensor) -> Tensor:
+    """Returns the most probable path of each sequence, int64 `(T, N)`; of equals, the one of smallest indices last.
+
+    Args:
+        unary: As for `chain_log_normalizer`.
+        pairs: As for `chain_log_normalizer`.
+
+    References:
+        Viterbi (1967), Error bounds for convolutional codes and an asymptotically optimum decoding algorithm.
+    """
+    best, origins = unary[0], []
+    for t in range(1, len(unary)):
+        reached, origin = (best[:, :, None] + _at(pairs, t - 1)).max(1)
+        best = reached + unary[t]
+        origins.append(origin)
+    path = [best.argmax(1)]
+    for origin in reversed(origins):
+        path.append(origin.gather(1, path[-1][:, None]).squeeze(1))
+    return torch.stack(path[::-1])
+
+
+@torch.no_grad()
+def chain_sample(unary: Tensor, pairs: Tensor, num_samples: int) -> Tensor:
+    """Returns paths drawn from the chain, int64 `(num_samples, T, N)`: filtered forward, drawn backward.
+
+    Args:
+        unary: As for `chain_log_normalizer`; every sequence has a possible path.
+        pairs: As for `chain_log_normalizer`.
+        num_samples: How many paths are drawn of each sequence.
+
+    References:
+        Scott (2002), Bayesian methods for hidden Markov models.
+    """
+    T, N, K = unary.shape
+    messages = [unary[0]]
+    for t in range(1, T):
+        messages.append(unary[t] + log_sum_exp(messages[-1][:, :, None] + _at(pairs, t - 1), (1,)))
+    rows = torch.arange(N, device=unary.device)
+    path = [_drawn(messages[-1].expand(num_samples, N, K))]
+    for t in range(T - 2, -1, -1):
+        arriving = _at(pairs, t).expand(N, K, K).mT[rows, path[-1]]
+        path.append(_drawn(messages[t] + arriving))
+    return torch.stack(path[::-1], 1)
+
+
+def _drawn(logits: Tensor) -> Tensor:
+    """Returns an index per row of `(S, N, K)` logits."""
+    return logits.softmax(-1).flatten(0, 1).multinomial(1).reshape(logits.shape[:2])
+
+
+def _at(pairs: Tensor, t: int) -> Tensor:
+    """Returns the potentials of the step from t to t + 1, `(N or 1, K, K)`."""
+    return pairs[t if len(pairs) > 1 else 0]
