@@ -5,7 +5,8 @@ marginals, expectations  =  gradients of log Z
 mode, samples            =  the steps that summed it, undone
 """
 
-from pyro_vfe.engine.decoding import SAMPLE, mode, sample
+from pyro_vfe.engine.chain_decoding import SAMPLE
+from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import Elimination, LogNormalizer, eliminate, log_normalizer, plan_of
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
 from pyro_vfe.engine.inference import expected_tables, marginals

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pyro_vfe.engine.chain_groups import ChainGroup
 from pyro_vfe.engine.ordering import Plan
 from pyro_vfe.errors import CostError
 
@@ -53,7 +54,7 @@ def readable_bytes(count: float) -> str:
 
 
 def check_cost(
-    plan: Plan, itemsize: int, device: torch.device, max_bytes: float | None, *, entries: int | None = None
+    plan: Plan | ChainGroup, itemsize: int, device: torch.device, max_bytes: float | None, *, entries: int | None = None
 ) -> None:
     """Checks that a plan's tables fit.
 

@@ -1,31 +1,34 @@
-r"""Summing variables out of a plated factor graph: executes a plan.
+r"""Summing variables out of a plated factor graph.
 
     log Z  =  log sum_x exp( sum_f scale_f f(x) )
 
-In one component the summed variables share a scale c, and the exponent of a factor is (scale_f / c) f; the result has
-scale c. Where plates are reduced, scale * table is summed over the plate, once per element for a plate whose axis the
-table lacks, and the scale becomes 1.
+Chains are summed first, by a sweep along their plate each; what is left is eliminated by a plan.
 
 References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
+    Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from pyro_vfe.engine.chain_elimination import chain_factor, chain_tables, without_groups
+from pyro_vfe.engine.chain_groups import chain_groups
+from pyro_vfe.engine.chains import chain_log_normalizer
 from pyro_vfe.engine.cost import check_cost
-from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
-from pyro_vfe.engine.logspace import SumProduct, weighted
-from pyro_vfe.engine.ordering import Component, Plan, plan
+from pyro_vfe.engine.execution import (
+    NO_NAMES,
+    Execution,
+    execute_sum,
+    reference_tensor,
+    with_uniform_factors,
+    without_plates,
+)
+from pyro_vfe.engine.factors import Factor, FactorGraph, Table
+from pyro_vfe.engine.ordering import Plan, plan
 from pyro_vfe.engine.structure import Unrolling
-from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
-from pyro_vfe.errors import VFEError
-
-NO_NAMES: frozenset[str] = frozenset()
+from pyro_vfe.engine.unrolling import structure_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,28 +61,6 @@ class LogNormalizer:
         return self.inside.values.sum() + self.outside
 
 
-class Semiring(Protocol):
-    """How two log tables are contracted."""
-
-    def contract(self, left: Table, right: Table | None, axes: tuple[str, ...], summed: tuple[str, ...]) -> Table:
-        """Returns the product of two log tables with `summed` reduced, over `axes`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Execution:
-    """A plan, its graph and all tables it made."""
-
-    plan: Plan
-    graph: FactorGraph
-    slots: list[Factor]
-    """Every factor by its slot; those that feed a contraction are weighted as it needs them."""
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The factors that are left."""
-        return tuple(self.slots[slot] for slot in self.plan.results)
-
-
 def eliminate(
     graph: FactorGraph,
     *,
@@ -103,6 +84,8 @@ def eliminate(
     References:
         Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
     """
+    graph.check()
+    graph = without_chains(graph, keep, keep_plates, max_bytes)
     execution = execute_sum(graph, keep, keep_plates, max_bytes)
     return Elimination(execution.factors, execution.graph, execution.plan.unrollings)
 
@@ -142,150 +125,31 @@ def plan_of(graph: FactorGraph, keep: frozenset[str] = NO_NAMES, keep_plates: fr
     return plan(structure_of(with_uniform_factors(graph, keep)), keep, keep_plates)
 
 
-def execute_sum(
-    graph: FactorGraph,
-    keep: frozenset[str] = NO_NAMES,
-    keep_plates: frozenset[str] = NO_NAMES,
-    max_bytes: float | None = None,
-) -> Execution:
-    """Returns the executed sum-product elimination; off the CPU, done again with care if a product underflowed."""
-    like = reference_tensor(graph)
-    on_cpu = like.device.type == "cpu"
-    first = SumProduct(careful=on_cpu)
-    execution = execute(graph, first, keep, keep_plates, max_bytes)
-    return execute(graph, SumProduct(careful=True), keep, keep_plates, max_bytes) if first.underflowed() else execution
-
-
-def execute(
-    graph: FactorGraph,
-    semiring: Semiring,
-    keep: frozenset[str] = NO_NAMES,
-    keep_plates: frozenset[str] = NO_NAMES,
-    max_bytes: float | None = None,
-    entries_of: Callable[[Plan], int] | None = None,
-) -> Execution:
-    """Returns the executed plan of a graph.
+def without_chains(
+    graph: FactorGraph, keep: frozenset[str], keep_plates: frozenset[str], max_bytes: float | None = None
+) -> FactorGraph:
+    """Returns the graph with the chains summed that are not kept, and what is tied to them inside their plates.
 
     Args:
         graph: The factors.
-        semiring: How tables are contracted.
         keep: Variables that stay.
-        keep_plates: Plates that are not multiplied out.
+        keep_plates: Plates whose elements are kept apart.
         max_bytes: The most memory that intermediate tables may take.
-        entries_of: How many numbers the semiring makes of a plan; the plan's intermediates by default.
+
+    Raises:
+        PlateError: A chain is tied to something inside its plate that cannot be summed with it.
+        CostError: A sweep would not fit.
     """
-    graph.check()
-    graph = with_uniform_factors(graph, keep)
-    order = plan(structure_of(graph), keep, keep_plates)
-    like = reference_tensor(graph)
-    check_cost(order, like.element_size(), like.device, max_bytes, entries=entries_of(order) if entries_of else None)
-    for unrolling in order.unrollings:
-        graph = apply_unrolling(graph, unrolling)
-    slots = list(graph.factors)
-    for component in order.components:
-        _run_component(component, slots, graph, semiring)
-    return Execution(order, graph, slots)
-
-
-def _run_component(component: Component, slots: list[Factor], graph: FactorGraph, semiring: Semiring) -> None:
-    result = slots[component.inputs[0]]
-    if component.steps:
-        scale = _common_scale(component, graph)
-        for slot in component.inputs:
-            slots[slot] = _rescaled(slots[slot], scale)
-        name = _result_name(component.variables)
-        for step in component.steps:
-            right = None if step.right is None else slots[step.right].table
-            table = semiring.contract(slots[step.left].table, right, step.axes, step.summed)
-            slots.append(Factor(name, table, component.plates, scale))
-        result = slots[-1]
-    reduced = component.plates - component.target
-    slots.append(without_plates(result, reduced, graph) if reduced else result)
-
-
-def without_plates(factor: Factor, plates: Iterable[str], graph: FactorGraph) -> Factor:
-    """Returns the factor, its scale applied, multiplied out over plates, also those whose axis it lacks."""
-    gone = frozenset(plates)
-    table = weighted(factor.table, factor.scale)
-    reduced = [n for n, axis in enumerate(table.axes) if axis in gone]
-    values = table.values.sum(reduced) if reduced else table.values
-    copies = 1
-    for plate in gone - set(table.axes):
-        copies *= graph.plates[plate]
-    axes = tuple(axis for axis in table.axes if axis not in gone)
-    return Factor(factor.name, Table(values * copies if copies != 1 else values, axes), factor.plates - gone)
-
-
-def with_uniform_factors(graph: FactorGraph, keep: frozenset[str]) -> FactorGraph:
-    """Returns the graph with a table of zeros for each summed variable that no table mentions: it counts log size."""
-    mentioned = {axis for factor in graph.factors for axis in factor.table.axes}
-    missing = [v for v in graph.variables.values() if v.name not in mentioned and v.name not in keep]
-    if not missing:
+    if all(factor.first is None for factor in graph.factors):
         return graph
+
+    def executor(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
+        return execute_sum(part, kept, plates, max_bytes)
+
+    groups = chain_groups(structure_of(graph), keep, keep_plates)
     like = reference_tensor(graph)
-    zeros = (Factor(v.name, Table(like.new_zeros(v.size), (v.name,)), v.plates, v.scale) for v in missing)
-    return replace(graph, factors=(*graph.factors, *zeros))
-
-
-def reference_tensor(graph: FactorGraph) -> Tensor:
-    """Returns a tensor of the graph's dtype and device."""
-    return graph.factors[0].table.values if graph.factors else torch.zeros(())
-
-
-def same_scale(first: Scale, second: Scale) -> bool:
-    """Returns whether two scales are equal; compares values only where the objects differ."""
-    if first is second:
-        return True
-    if not isinstance(first, Table) and not isinstance(second, Table):
-        return first == second
-    sizes = [scale.sizes if isinstance(scale, Table) else {} for scale in (first, second)]
-    if sizes[0] != sizes[1]:
-        return False
-    axes = tuple(sizes[0])
-    one, other = (scale.aligned(axes) if isinstance(scale, Table) else scale for scale in (first, second))
-    return bool(torch.as_tensor(one == other).all())
-
-
-def _common_scale(component: Component, graph: FactorGraph) -> Scale:
-    variables = [graph.variables[name] for name in component.variables]
-    scale = variables[0].scale
-    for variable in variables[1:]:
-        if not same_scale(variable.scale, scale):
-            raise VFEError(
-                f"Sites '{variables[0].name}' and '{variable.name}' depend on each other and are summed together, but"
-                f" have the scales {_shown(scale)} and {_shown(variable.scale)}.",
-                hint="Put both sites under one poutine.scale.",
-            )
-    return scale
-
-
-def _shown(scale: Scale) -> str:
-    return f"of a table over {scale.axes}" if isinstance(scale, Table) else f"{scale:g}"
-
-
-def _rescaled(factor: Factor, scale: Scale) -> Factor:
-    """Returns the factor with the exponent it has relative to a common scale."""
-    if same_scale(factor.scale, scale):
-        return factor
-    return replace(factor, table=weighted(factor.table, _ratio(factor.scale, scale)), scale=scale)
-
-
-def _ratio(numerator: Scale, denominator: Scale) -> Scale:
-    """Returns numerator / denominator, where 0 / 0 is 1: an element of weight zero counts nothing either way."""
-    plates = tuple(dict.fromkeys(axis for s in (numerator, denominator) if isinstance(s, Table) for axis in s.axes))
-    above, below = (
-        s.aligned(plates) if isinstance(s, Table) else torch.tensor(s, dtype=torch.float64)
-        for s in (numerator, denominator)
-    )
-    if bool(((below == 0) & (above != 0)).any()):
-        raise VFEError(
-            "A latent site has scale 0 and a site that reads it has not.",
-            hint="Put both sites under one poutine.scale.",
-        )
-    ratio = (above / below).where(above != below, 1.0)
-    return Table(ratio, plates) if plates else float(ratio)
-
-
-def _result_name(variables: Sequence[str]) -> str:
-    shown = ", ".join(variables[:3])
-    return f"sum over {shown}" if len(variables) <= 3 else f"sum over {shown} and {len(variables) - 3} more"
+    for group in groups:
+        check_cost(group, like.element_size(), like.device, max_bytes)
+    tables = [chain_tables(graph, group, executor) for group in groups]
+    left = [chain_factor(table, chain_log_normalizer(table.unary, table.pairs)) for table in tables]
+    return without_groups(graph, groups, left)

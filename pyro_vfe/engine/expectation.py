@@ -13,14 +13,18 @@ References:
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.chain_elimination import after_first, at_first
+from pyro_vfe.engine.chain_expectation import Time, chain_marginals_of, tied_groups, total
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
-from pyro_vfe.engine.logspace import linear_contract, weighted
+from pyro_vfe.engine.logspace import linear_contract
+from pyro_vfe.engine.scales import applied
+from pyro_vfe.engine.structure import previous
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,12 @@ class _Term:
 
     table: Table
     plates: frozenset[str]
+    first: Table | None = None
+    """The cost of a chain's first element, where it reads previous values."""
+
+    def mapped(self, function: Callable[[Table], Table]) -> "_Term":
+        """The term with its tables replaced."""
+        return _Term(function(self.table), self.plates, None if self.first is None else function(self.first))
 
 
 def expected(
@@ -68,17 +78,18 @@ def expected(
         keep_plates: Plates whose elements are kept apart.
         downstream_of: Variables whose downstream costs are returned as well.
     """
-    terms = [_Term(weighted(cost.table, cost.scale), cost.plates) for cost in costs]
+    terms = [_Term(cost.table, cost.plates, cost.first) for cost in map(applied, costs)]
+    order = tied_groups(conditionals, [term.table for term in terms], graph)
     plain = _Pass(graph, keep_plates, downstream_of, careful=False)
-    result = plain.run(conditionals, terms)
+    result = plain.run(order, terms)
     # 0 * inf is 0 here. Where an infinity met anything, the plain products are not finite.
     if bool(torch.isfinite(result.total.detach())):
         return result
-    careful = _Pass(graph, keep_plates, downstream_of, careful=True).run(conditionals, terms)
+    careful = _Pass(graph, keep_plates, downstream_of, careful=True).run(order, terms)
     if not bool(torch.isfinite(careful.total.detach())):
         return careful
     # Every infinity has probability zero: without them value and gradient are those of the plain products.
-    return plain.run(conditionals, [_Term(_without_infinities(term.table), term.plates) for term in terms])
+    return plain.run(order, [term.mapped(_without_infinities) for term in terms])
 
 
 class _Pass:
@@ -91,30 +102,63 @@ class _Pass:
         self.careful = careful
         self.downstream: dict[str, Table] = {}
 
-    def run(self, conditionals: Sequence[Factor], terms: Sequence[_Term]) -> Expectation:
-        """Sums the variables out from the last to the first."""
+    def run(self, groups: Sequence[Sequence[Factor]], terms: Sequence[_Term]) -> Expectation:
+        """Sums the variables out from the last to the first, those of a chain together."""
         self.downstream = {}
-        waiting: dict[str, list[_Term]] = {}
-        position = {conditional.name: i for i, conditional in enumerate(conditionals)}
+        waiting: dict[int, list[_Term]] = {}
+        position = {conditional.name: n for n, group in enumerate(groups) for conditional in group}
+        position |= {previous(name): n for name, n in position.items()}
         done: list[_Term] = []
 
         def file(term: _Term) -> None:
             """Hands the term to the last-sampled variable it reads."""
-            read = [axis for axis in term.table.axes if axis in position]
-            (waiting.setdefault(max(read, key=position.__getitem__), []) if read else done).append(term)
+            read = [position[axis] for axis in term.table.axes if axis in position]
+            (waiting.setdefault(max(read), []) if read else done).append(term)
 
         for term in terms:
             file(term)
-        for i, conditional in enumerate(conditionals):
-            assert all(position.get(axis, -1) <= i for axis in conditional.table.axes), "conditionals out of order"
-        for conditional in reversed(conditionals):
-            name = conditional.name
-            touching = [self._reduced(term) for term in waiting.pop(name, [])]
-            if name in self.downstream_of:
-                self.downstream[name] = self._downstream(name, touching)
-            for group in self._grouped(name, conditional, touching):
-                file(self._summed_out(name, conditional, group))
+        for n in reversed(range(len(groups))):
+            touching = [self._reduced(term) for term in waiting.pop(n, [])]
+            for conditional in groups[n]:
+                assert all(position.get(axis, -1) <= n for axis in conditional.table.axes), "conditionals out of order"
+                if conditional.name in self.downstream_of:
+                    self.downstream[conditional.name] = self._downstream(conditional.name, touching)
+            for left in self._summed(groups[n], touching):
+                file(left)
         return self._collected(done)
+
+    def _summed(self, group: Sequence[Factor], touching: Sequence[_Term]) -> Iterable[_Term]:
+        if len(group) == 1 and group[0].first is None and all(self._is_present(group[0].name, t) for t in touching):
+            name = group[0].name
+            return [self._summed_out(name, group[0], term) for term in self._grouped(name, group[0], touching)]
+        return self._summed_along(group, touching) if touching else []
+
+    def _is_present(self, name: str, term: _Term) -> bool:
+        """Whether a term reads the variable's own value alone."""
+        return previous(name) not in term.table.axes
+
+    def _summed_along(self, group: Sequence[Factor], touching: Sequence[_Term]) -> Iterable[_Term]:
+        """The expectations of terms under the chain of some conditionals."""
+        plate = self.graph.variables[group[0].name].chain
+        assert plate is not None
+        chain = chain_marginals_of(group, plate, self.graph)
+        names = {conditional.name for conditional in group}
+        around = self.graph.variables[group[0].name].plates
+        for term in touching:
+            time = self._time_left(term, names, plate)
+            table, first = chain.expected(term.table, term.first, time, self.careful)
+            yield _Term(
+                table, (term.plates | around) - (frozenset([plate]) if time == "summed" else frozenset()), first
+            )
+
+    def _time_left(self, term: _Term, summed: set[str], plate: str) -> Time:
+        """What becomes of the elements of a chain's plate in a term: others may still read them, or those before."""
+        gone = summed | {previous(name) for name in summed}
+        left = [axis for axis in term.table.axes if axis not in gone]
+        inside = [v.name for v in self.graph.variables.values() if plate in v.plates]
+        if term.first is not None and any(previous(name) in left for name in inside):
+            return "split"
+        return "kept" if plate in self.keep_plates or any(name in left for name in inside) else "summed"
 
     def _reduced(self, term: _Term, keep: frozenset[str] | None = None) -> _Term:
         """Sums the term over plates that hold none of its variables and are not kept."""
@@ -125,11 +169,15 @@ class _Pass:
         surplus = term.plates - needed
         if not surplus:
             return term
-        dims = [dim for dim, axis in enumerate(term.table.axes) if axis in surplus]
-        repeats = math.prod(self.graph.plates[plate] for plate in surplus if plate not in term.table.axes)
-        values = term.table.values.sum(dims) if dims else term.table.values
-        axes = tuple(axis for axis in term.table.axes if axis not in surplus)
-        return _Term(Table(values * repeats if repeats != 1 else values, axes), term.plates & needed)
+        reduced = term.mapped(lambda table: self._summed_over(table, surplus))
+        return _Term(reduced.table, term.plates & needed, reduced.first)
+
+    def _summed_over(self, table: Table, surplus: frozenset[str]) -> Table:
+        dims = [dim for dim, axis in enumerate(table.axes) if axis in surplus]
+        repeats = math.prod(self.graph.plates[plate] for plate in surplus if plate not in table.axes)
+        values = table.values.sum(dims) if dims else table.values
+        axes = tuple(axis for axis in table.axes if axis not in surplus)
+        return Table(values * repeats if repeats != 1 else values, axes)
 
     def _grouped(self, name: str, conditional: Factor, terms: Sequence[_Term]) -> Iterable[_Term]:
         """Adds up terms that will have the same variables and plates once `name` is summed out."""
@@ -137,23 +185,33 @@ class _Pass:
         groups: dict[object, list[_Term]] = {}
         for term in terms:
             after = parents.union(axis for axis in term.table.axes if axis in self.graph.variables) - {name}
-            groups.setdefault((frozenset(after), term.plates), []).append(term)
+            groups.setdefault((frozenset(after), term.plates, term.first is None), []).append(term)
         return [_added(group) for group in groups.values()]
 
     def _summed_out(self, name: str, conditional: Factor, term: _Term) -> _Term:
-        weights = Table(conditional.table.values.exp(), conditional.table.axes)
-        axes = tuple(dict.fromkeys(axis for axis in (*term.table.axes, *weights.axes) if axis != name))
-        table = term.table
+        plates = term.plates | conditional.plates
+        if term.first is None:
+            return _Term(self._averaged(name, conditional.table, term.table), plates)
+        # The term is for neighbours along a chain: its entries along time are for the elements after the first.
+        time = self._time_of(term)
+        later, first = after_first(conditional, time).table, at_first(conditional, time).table
+        return _Term(self._averaged(name, later, term.table), plates, self._averaged(name, first, term.first))
+
+    def _time_of(self, term: _Term) -> str:
+        chains = (v.chain for v in self.graph.variables.values() if previous(v.name) in term.table.axes)
+        return next(plate for plate in chains if plate is not None)
+
+    def _averaged(self, name: str, log_weights: Table, table: Table) -> Table:
+        weights = Table(log_weights.values.exp(), log_weights.axes)
+        axes = tuple(dict.fromkeys(axis for axis in (*table.axes, *weights.axes) if axis != name))
         if self.careful:
             union = (*axes, name)
             possible = weights.aligned(union) > 0
             table = Table(torch.where(possible, table.aligned(union), 0.0), union)
         if set(weights.axes) == set(table.axes):
             # One small dot product per element: faster as multiply and sum than as that many matrix products.
-            values = (weights.aligned((*axes, name)) * table.aligned((*axes, name))).sum(-1)
-        else:
-            values = linear_contract(weights, table, axes)
-        return _Term(Table(values, axes), term.plates | conditional.plates)
+            return Table((weights.aligned((*axes, name)) * table.aligned((*axes, name))).sum(-1), axes)
+        return Table(linear_contract(weights, table, axes), axes)
 
     def _downstream(self, name: str, terms: Sequence[_Term]) -> Table:
         """The costs after `name`, summed over other plates and averaged over other variables."""
@@ -196,9 +254,6 @@ def _without_infinities(table: Table) -> Table:
 def _added(terms: Sequence[_Term]) -> _Term:
     if len(terms) == 1:
         return terms[0]
-    axes = tuple(dict.fromkeys(axis for term in terms for axis in term.table.axes))
-    total = terms[0].table.aligned(axes)
-    for term in terms[1:]:
-        total = total + term.table.aligned(axes)
     plates = frozenset().union(*(term.plates for term in terms))
-    return _Term(Table(total, axes), plates)
+    firsts = [term.first for term in terms if term.first is not None]
+    return _Term(total([term.table for term in terms]), plates, total(firsts) if firsts else None)

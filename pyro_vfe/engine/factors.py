@@ -5,18 +5,22 @@ r"""Plated factor graphs: log tables with named axes.
 A variable inside plates stands for one copy per element, and so does a factor. A table carries only the axes along
 which it varies; a plate of the factor that the table lacks means the same table for each element.
 
+Along one of its plates a variable may be a chain: a factor that reads its previous value has a table for the elements
+after the first (one entry fewer along the plate's axis) and another, without previous values, for the first.
+
 References:
     Kschischang, Frey and Loeliger (2001), Factor graphs and the sum-product algorithm.
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import VFEError
 
 
@@ -58,6 +62,19 @@ class Table:
         values = self.values.permute(dims)
         return values if index is None else values[index]
 
+    def selected(self, axis: str, index: int) -> "Table":
+        """Returns the table at one index of an axis, without that axis; itself where it lacks the axis."""
+        if axis not in self.axes:
+            return self
+        rest = tuple(other for other in self.axes if other != axis)
+        return Table(self.values.select(self.axes.index(axis), index), rest)
+
+    def narrowed(self, axis: str, start: int, length: int) -> "Table":
+        """Returns a stretch of the table along an axis; itself where it lacks the axis."""
+        if axis not in self.axes:
+            return self
+        return Table(self.values.narrow(self.axes.index(axis), start, length), self.axes)
+
     def to(self, dtype: torch.dtype) -> "Table":
         """Returns the table with values of another dtype."""
         return Table(self.values.to(dtype), self.axes)
@@ -96,6 +113,9 @@ class Variable:
     scale: Scale = 1.0
     """The weight of its sum: the log of the sum counts this many times."""
 
+    chain: str | None = None
+    """The plate along which its elements form a chain, if they do."""
+
 
 @dataclass(frozen=True, eq=False)
 class Factor:
@@ -113,6 +133,18 @@ class Factor:
     scale: Scale = 1.0
     """The weight of each element: it enters the exponent as `scale * table`."""
 
+    first: Table | None = None
+    """The table of a chain's first element; None for a factor that reads no previous value."""
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The numbers of its tables."""
+        return (self.table.values,) if self.first is None else (self.table.values, self.first.values)
+
+    def mapped(self, function: Callable[[Table], Table]) -> "Factor":
+        """Returns the factor with its tables replaced by what `function` makes of them."""
+        return replace(self, table=function(self.table), first=None if self.first is None else function(self.first))
+
 
 @dataclass(frozen=True, eq=False)
 class FactorGraph:
@@ -128,8 +160,10 @@ class FactorGraph:
     """The size of each plate."""
 
     def scope(self, factor: Factor) -> tuple[str, ...]:
-        """Returns the variables among the factor's axes, in the table's order."""
-        return tuple(axis for axis in factor.table.axes if axis in self.variables)
+        """Returns the variables that the factor's axes are of, previous values included, in the table's order."""
+        earlier = {previous(name): name for name in self.variables} if factor.first is not None else {}
+        named = (earlier.get(axis, axis) for axis in factor.table.axes)
+        return tuple(dict.fromkeys(axis for axis in named if axis in self.variables))
 
     def size(self, axis: str) -> int:
         """Returns the size of a variable or plate."""
@@ -139,14 +173,21 @@ class FactorGraph:
         """Returns the graph with more factors."""
         return replace(self, factors=(*self.factors, *factors))
 
-    def with_tables(self, tables: Sequence[Table]) -> "FactorGraph":
-        """Returns the graph with its factors' tables replaced, in the order of `factors`."""
-        factors = (replace(factor, table=table) for factor, table in zip(self.factors, tables, strict=True))
-        return replace(self, factors=tuple(factors))
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """All log tables in the order of the factors, a chain's first element after its others."""
+        return tuple(t for factor in self.factors for t in (factor.table, factor.first) if t is not None)
+
+    def with_tables(self, tables: Iterable[Table]) -> "FactorGraph":
+        """Returns the graph with its tables replaced, in the order of `tables`."""
+        left = iter(tables)
+        return replace(self, factors=tuple(factor.mapped(lambda _: next(left)) for factor in self.factors))
 
     def to(self, dtype: torch.dtype) -> "FactorGraph":
         """Returns the graph with tables and scales of another dtype."""
-        factors = (replace(f, table=f.table.to(dtype), scale=_scale_to(f.scale, dtype)) for f in self.factors)
+        factors = (
+            replace(f.mapped(lambda table: table.to(dtype)), scale=_scale_to(f.scale, dtype)) for f in self.factors
+        )
         variables = {name: replace(v, scale=_scale_to(v.scale, dtype)) for name, v in self.variables.items()}
         return replace(self, factors=tuple(factors), variables=variables)
 
@@ -160,7 +201,9 @@ class FactorGraph:
             _check_plates(f"Variable '{variable.name}'", variable.plates, variable.scale, self.plates)
         for factor in self.factors:
             _check_plates(f"Factor '{factor.name}'", factor.plates, factor.scale, self.plates)
-            _check_table(factor, self)
+            _check_table(factor, factor.table, self)
+            if factor.first is not None:
+                _check_table(factor, factor.first, self)
 
 
 def _scale_to(scale: Scale, dtype: torch.dtype) -> Scale:
@@ -178,18 +221,21 @@ def _check_plates(who: str, plates: frozenset[str], scale: Scale, known: Mapping
         )
 
 
-def _check_table(factor: Factor, graph: FactorGraph) -> None:
+def _check_table(factor: Factor, table: Table, graph: FactorGraph) -> None:
     needed: set[str] = set()
-    for axis, size in zip(factor.table.axes, factor.table.values.shape, strict=True):
-        variable = graph.variables.get(axis)
+    earlier = {previous(name): v for name, v in graph.variables.items()} if factor.first is not None else {}
+    shortened = {v.chain for axis, v in earlier.items() if axis in table.axes}
+    for axis, size in zip(table.axes, table.values.shape, strict=True):
+        variable = graph.variables.get(axis) or earlier.get(axis)
         if variable is None and axis not in graph.plates:
             raise VFEError(
                 f"Factor '{factor.name}' has an axis '{axis}', which is no variable and no plate.", hint="Add it."
             )
         needed.update(variable.plates if variable else (axis,))
-        if size != graph.size(axis):
+        expected = variable.size if variable else graph.plates[axis] - (axis in shortened)
+        if size != expected:
             raise VFEError(
-                f"Factor '{factor.name}' has size {size} along '{axis}', which has {graph.size(axis)} elements.",
+                f"Factor '{factor.name}' has size {size} along '{axis}', which has {expected} elements.",
                 hint="Drop an axis along which nothing varies.",
             )
     if not factor.plates.issuperset(needed):

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.elimination import log_normalizer, reference_tensor
+from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.execution import reference_tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
 from pyro_vfe.errors import ImpossibleDataError, VFEError
 
@@ -51,18 +52,19 @@ def marginals(
 
 
 def expected_tables(graph: FactorGraph, *, max_bytes: float | None = None) -> list[Tensor]:
-    """Returns the gradient of the log normaliser in each factor's table, shaped like the table; detached.
+    """Returns the gradient of the log normaliser in each of the graph's tables, shaped like the table; detached.
 
     This is the probability of each entry, times the scale, summed over the plates whose axes the table lacks; so that
-    `sum_f (expected * table).sum()` is the expectation of the exponent. Where a table is -inf the probability is zero.
+    `(expected * table).sum()` over all tables is the expectation of the exponent. Where a table is -inf the probability
+    is zero.
 
     Raises:
         ImpossibleDataError: The log normaliser is -inf.
     """
     detached = _detached(graph)
-    for factor in detached.factors:
-        factor.table.values.requires_grad_()
-    return _gradients(detached, [factor.table.values for factor in detached.factors], max_bytes)
+    for table in detached.tables:
+        table.values.requires_grad_()
+    return _gradients(detached, [table.values for table in detached.tables], max_bytes)
 
 
 def check_possible(log_evidence: Tensor, graph: FactorGraph) -> None:
@@ -93,7 +95,7 @@ def _rules_all_out(factor: Factor, graph: FactorGraph) -> bool:
 
 
 def _detached(graph: FactorGraph) -> FactorGraph:
-    return graph.with_tables([Table(factor.table.values.detach(), factor.table.axes) for factor in graph.factors])
+    return graph.with_tables(Table(table.values.detach(), table.axes) for table in graph.tables)
 
 
 def _never_zero(graph: FactorGraph) -> FactorGraph:

@@ -4,15 +4,22 @@ r"""What a plan sees of a factor graph: names, sizes and plates, no numbers.
 
 A structure is hashable, so that a plan is found once per structure. Unrolling a plate replaces each variable inside it
 by one copy per element; the sources say which factor, and which element of the plate, each new factor is.
+
+A variable may form a chain along one of its plates: a factor then has an axis for its value at the element before.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pyro_vfe.errors import CostError
+from pyro_vfe.errors import CostError, PlateError
 
 MAX_COPIES = 20_000
 """The largest number of factors that unrolling one plate may make."""
+
+
+def previous(name: str) -> str:
+    """Returns the axis of a chain variable's value at the element before."""
+    return f"{name}[t-1]"
 
 
 class FactorShape(NamedTuple):
@@ -29,6 +36,7 @@ class VariableShape(NamedTuple):
     name: str
     size: int
     plates: frozenset[str]
+    chain: str | None = None
 
 
 class Structure(NamedTuple):
@@ -64,9 +72,10 @@ class Source(NamedTuple):
 def tied_inside(structure: Structure, plate: str, seeds: Iterable[str]) -> tuple[str, ...]:
     """Returns the variables inside `plate` that share factors with `seeds`, directly or through others inside it."""
     inside = {v.name for v in structure.variables if plate in v.plates}
+    earlier = {previous(name): name for name in inside}
     readers: dict[str, list[tuple[str, ...]]] = {}
     for factor in structure.factors:
-        scope = tuple(axis for axis in factor.axes if axis in inside)
+        scope = tuple(dict.fromkeys(a for a in (earlier.get(axis, axis) for axis in factor.axes) if a in inside))
         for axis in scope:
             readers.setdefault(axis, []).append(scope)
     found = dict.fromkeys(name for name in seeds if name in inside)
@@ -85,7 +94,7 @@ def unrolled(structure: Structure, unrolling: Unrolling) -> tuple[Structure, tup
     Raises:
         CostError: The copies would number more than `MAX_COPIES`.
     """
-    copied = set(unrolling.variables)
+    copied = {*unrolling.variables, *map(previous, unrolling.variables)}
     touched = [not copied.isdisjoint(factor.axes) for factor in structure.factors]
     _guard(structure, unrolling, touched)
     factors: list[FactorShape] = []
@@ -93,22 +102,35 @@ def unrolled(structure: Structure, unrolling: Unrolling) -> tuple[Structure, tup
     for position, factor in enumerate(structure.factors):
         elements: Iterable[int | None] = range(unrolling.size) if touched[position] else (None,)
         for element in elements:
-            factors.append(factor if element is None else _sliced(factor, unrolling, copied, element))
+            factors.append(factor if element is None else _sliced(factor, unrolling, element))
             sources.append(Source(position, element))
     variables: list[VariableShape] = []
     for variable in structure.variables:
         if variable.name in copied:
+            if variable.chain == unrolling.plate:
+                raise _chain_written_out(variable)
             inner = variable.plates - {unrolling.plate}
-            variables.extend(VariableShape(name, variable.size, inner) for name in unrolling.copies(variable.name))
+            copies = unrolling.copies(variable.name)
+            variables.extend(VariableShape(name, variable.size, inner, variable.chain) for name in copies)
         else:
             variables.append(variable)
     return Structure(tuple(factors), tuple(variables), structure.plates), tuple(sources)
 
 
-def _sliced(factor: FactorShape, unrolling: Unrolling, copied: set[str], element: int) -> FactorShape:
+def _sliced(factor: FactorShape, unrolling: Unrolling, element: int) -> FactorShape:
     suffix = f"[{unrolling.plate}={element}]"
-    axes = tuple(axis + suffix if axis in copied else axis for axis in factor.axes if axis != unrolling.plate)
+    renamed = {name: name + suffix for name in unrolling.variables}
+    renamed |= {previous(name): previous(copy) for name, copy in renamed.items()}
+    axes = tuple(renamed.get(axis, axis) for axis in factor.axes if axis != unrolling.plate)
     return FactorShape(factor.name + suffix, axes, factor.plates - {unrolling.plate})
+
+
+def _chain_written_out(variable: VariableShape) -> PlateError:
+    return PlateError(
+        f"Site '{variable.name}' is a chain along plate '{variable.chain}', and latents tie that plate's elements to"
+        " another plate's, so the chain would have to be written out.",
+        hint="Write the chain as a Python loop, or move the latents that cross it.",
+    )
 
 
 def _guard(structure: Structure, unrolling: Unrolling, touched: list[bool]) -> None:

@@ -19,7 +19,7 @@ def structure_of(graph: FactorGraph) -> Structure:
     """Returns what a plan sees of a graph."""
     return Structure(
         tuple(FactorShape(f.name, f.table.axes, f.plates) for f in graph.factors),
-        tuple(VariableShape(v.name, v.size, v.plates) for v in graph.variables.values()),
+        tuple(VariableShape(v.name, v.size, v.plates, v.chain) for v in graph.variables.values()),
         tuple(graph.plates.items()),
     )
 
@@ -57,7 +57,8 @@ def apply_unrolling(graph: FactorGraph, unrolling: Unrolling) -> FactorGraph:
             continue
         plates = variable.plates - {unrolling.plate}
         for element, name in enumerate(unrolling.copies(variable.name)):
-            variables[name] = Variable(name, variable.size, plates, slices.scale(variable.scale, element))
+            scale = slices.scale(variable.scale, element)
+            variables[name] = Variable(name, variable.size, plates, scale, variable.chain)
     return replace(graph, factors=tuple(factors), variables=variables)
 
 
@@ -86,17 +87,17 @@ class _Slices:
             return scale
         key = (id(scale), element)
         if key not in self._made:
-            self._made[key] = _select(scale, self.plate, element)
+            self._made[key] = scale.selected(self.plate, element)
         return self._made[key]
 
 
-def _select(table: Table, plate: str, element: int) -> Table:
-    if plate not in table.axes:
-        return table
-    position = table.axes.index(plate)
-    return Table(table.values.select(position, element), table.axes[:position] + table.axes[position + 1 :])
-
-
 def _sliced(factor: Factor, shape: FactorShape, element: int, slices: _Slices) -> Factor:
-    values = _select(factor.table, slices.plate, element).values
-    return Factor(shape.name, Table(values, shape.axes), shape.plates, slices.scale(factor.scale, element))
+    names = dict(zip((axis for axis in factor.table.axes if axis != slices.plate), shape.axes, strict=True))
+
+    def renamed(table: Table) -> Table:
+        chosen = table.selected(slices.plate, element)
+        return Table(chosen.values, tuple(names.get(axis, axis) for axis in chosen.axes))
+
+    return replace(
+        factor.mapped(renamed), name=shape.name, plates=shape.plates, scale=slices.scale(factor.scale, element)
+    )

@@ -5,7 +5,7 @@ import torch
 from engine.graphs import GRAPHS, INF
 
 from pyro_vfe.engine import Table, log_normalizer
-from pyro_vfe.engine.elimination import execute
+from pyro_vfe.engine.execution import execute
 from pyro_vfe.engine.logspace import SumProduct, linear_contract, log_sum_exp, weighted
 
 close = torch.testing.assert_close
