@@ -29,7 +29,7 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         ImpossibleDataError: log p(u) is -inf.
         NotFiniteError: Some table holds a NaN.
     """
-    names = [f"'{f.name}'" for f in enumeration.factors.values() if bool(f.table.values.isnan().any())]
+    names = [f"'{f.name}'" for f in enumeration.factors.values() if any(bool(v.isnan().any()) for v in f.values)]
     if names:
         raise NotFiniteError(
             f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
@@ -63,12 +63,13 @@ def culprits(enumeration: Enumeration) -> tuple[str, ...]:
     """Where the guide puts mass that the model forbids: site, values and place, in words."""
     result = []
     guide = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
-    for key, factor in enumeration.factors.items():
+    known = frozenset(f.name for f in enumeration.guide_latents)
+    for (role, _), factor in enumeration.factors.items():
         scope = tuple(axis for axis in factor.table.axes if axis in enumeration.supports)
-        known = frozenset(f.name for f in enumeration.guide_latents)
-        if key[0] != "model" or not bool(factor.table.values.isneginf().any()) or not known.issuperset(scope):
+        if role == "guide" or factor.first is not None or not known.issuperset(scope):
             continue
-        found = _forbidden(factor, scope, guide, enumeration)
+        some = bool(factor.table.values.isneginf().any())
+        found = _forbidden(factor, scope, guide, enumeration) if some else None
         if found:
             result.append(
                 f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero"
@@ -122,7 +123,7 @@ def _not_a_number(
     bad = [
         f"'{factor.name}' of the {role}"
         for (role, _), factor in enumeration.factors.items()
-        if bool((factor.table.values.isnan() | factor.table.values.isposinf()).any())
+        if any(bool((values.isnan() | values.isposinf()).any()) for values in factor.values)
     ]
     names = nan_parameters(*programs)
     cause = f" Parameters that hold NaN: {', '.join(names)}." if names else ""

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyro_vfe.engine.elimination import eliminate, same_scale
+from pyro_vfe.engine.elimination import eliminate
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
+from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 from pyro_vfe.errors import ScaleError
@@ -100,20 +101,18 @@ def guide_graph(enumeration: Enumeration) -> FactorGraph:
 
 def negative(parts: Sequence[Factor]) -> tuple[Factor, ...]:
     """The factors with their signs turned."""
-    return tuple(replace(factor, table=Table(-factor.table.values, factor.table.axes)) for factor in parts)
+    return tuple(factor.mapped(lambda table: Table(-table.values, table.axes)) for factor in parts)
 
 
 def normalized(enumeration: Enumeration, dtype: torch.dtype) -> Enumeration:
     """The enumeration in another precision, with the guide's conditionals normalised to that precision."""
 
     def converted(role: str, factor: Factor) -> Factor:
-        values = factor.table.to(dtype)
-        if role == "guide" and factor.name in values.axes and factor.table.values.dtype != dtype:
-            total = log_sum_exp(values.values, (values.axes.index(factor.name),))
-            rest = tuple(axis for axis in values.axes if axis != factor.name)
-            values = Table(values.values - Table(total, rest).aligned(values.axes), values.axes)
         scale = factor.scale.to(dtype) if isinstance(factor.scale, Table) else factor.scale
-        return replace(factor, table=values, scale=scale)
+        is_guide = role == "guide"
+        return replace(
+            factor.mapped(lambda table: _precise(table, dtype, factor.name if is_guide else None)), scale=scale
+        )
 
     factors = {key: converted(key[0], factor) for key, factor in enumeration.factors.items()}
     variables = {
@@ -121,6 +120,15 @@ def normalized(enumeration: Enumeration, dtype: torch.dtype) -> Enumeration:
         for name, variable in enumeration.variables.items()
     }
     return enumeration.with_factors(factors, variables)
+
+
+def _precise(table: Table, dtype: torch.dtype, normalized_over: str | None) -> Table:
+    values = table.to(dtype)
+    if normalized_over not in values.axes or table.values.dtype == dtype:
+        return values
+    total = log_sum_exp(values.values, (values.axes.index(normalized_over),))
+    rest = tuple(axis for axis in values.axes if axis != normalized_over)
+    return Table(values.values - Table(total, rest).aligned(values.axes), values.axes)
 
 
 def _model_only(enumeration: Enumeration) -> frozenset[str]:
@@ -163,7 +171,7 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
         return name
 
     for factor in factors:
-        scope = [axis for axis in factor.table.axes if axis in graph.variables]
+        scope = graph.scope(factor)
         for name in scope if not summed.isdisjoint(scope) else ():
             tied[root(name)] = root(scope[0])
     for name in summed:

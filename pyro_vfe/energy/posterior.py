@@ -18,8 +18,8 @@ from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import expected_tables, marginals
-from pyro_vfe.engine.logspace import weighted
-from pyro_vfe.engine.lookup import read
+from pyro_vfe.engine.lookup import read_factor
+from pyro_vfe.engine.scales import applied
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
@@ -139,8 +139,8 @@ class Posterior:
         self._check_unscaled()
         expected = expected_tables(self._graph, max_bytes=self._max_bytes)
         energy = self.log_evidence.new_zeros(())
-        for factor, weight in zip(self._graph.factors, expected, strict=True):
-            energy = energy - torch.where(weight > 0, weight * factor.table.values, 0.0).sum()
+        for table, weight in zip(self._graph.tables, expected, strict=True):
+            energy = energy - torch.where(weight > 0, weight * table.values, 0.0).sum()
         return energy + self.log_evidence
 
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
@@ -162,9 +162,8 @@ class Posterior:
         indices = {name: self._index(name, torch.as_tensor({**first, **assignment}[name])) for name in self.sites}
         total = -self.log_evidence
         for factor in self._graph.factors:
-            table = weighted(factor.table, factor.scale)
             axes = (_DRAW, *sorted(factor.plates))
-            values = read(table, indices, axes)
+            values = read_factor(applied(factor), indices, axes, self._enumeration.chain_plate(factor.name))
             shape = [values.shape[0], *(self._enumeration.plates[plate] for plate in axes[1:])]
             total = total + values.expand(shape).reshape(shape[0], -1).sum(-1)
         many = any(_DRAW in table.axes for table in indices.values())

@@ -7,17 +7,18 @@ they are.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.elimination import same_scale
 from pyro_vfe.engine.factors import Factor, Table, Variable
+from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
+from pyro_vfe.program.chain_sites import time_plate
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.masks import check_absences
@@ -101,19 +102,24 @@ def _joined_factors(
     result = {}
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
-        tables = {path: _table_in(run, key, sites) for path, run in runs.items()}
+        found = {path: _factor_in(run, key, sites) for path, run in runs.items()}
         absent = _absent_table(some.table, site, sizes.get(site.name, 1))
-        table = joined(tables, max(count.get(key, 0) for count in made), sizes, absent)
+        since = max(count.get(key, 0) for count in made)
+        tables = {path: None if factor is None else factor.table for path, factor in found.items()}
+        table = joined(tables, since, sizes, absent)
         result[key] = Factor(site.name, table, some.plates, some.scale)
+        if some.first is not None:
+            firsts = {path: None if factor is None else factor.first for path, factor in found.items()}
+            result[key] = replace(result[key], first=joined(firsts, since, sizes, absent))
     return result
 
 
-def _table_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Table | None:
-    """The site's table in one run; None where the branch lacks the site, or the model lacks the guide's latent."""
+def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor | None:
+    """The site's factor in one run; None where the branch lacks the site, or the model lacks the guide's latent."""
     role, name = key
     both = ("guide", name) in sites and ("model", name) in sites
     if not both or sites[key].kind != "enumerated":
-        return run.factors[key].table if key in run.factors else None
+        return run.factors.get(key)
     if ("model", name) in run.factors and ("guide", name) not in run.factors:
         raise StructureError(
             f"The model has latent site '{name}' in a branch where the guide, which has it elsewhere, has not.",
@@ -127,7 +133,7 @@ def _table_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Table | 
                 hint=f"Sample '{name}' in the guide only where the model does.",
             )
         return None
-    return run.factors[key].table if key in run.factors else None
+    return run.factors.get(key)
 
 
 def _choices_made(run: Run, layout: Layout) -> dict[SiteKey, int]:
@@ -184,8 +190,11 @@ def _enumeration(
         if site.kind == "enumerated":
             factor = factors[key]
             size = len(supports[site.name])
-            variable = Variable(site.name, size, site.plate_names, factor.scale)
-            _check_same(variables.setdefault(site.name, variable), variable)
+            variable = Variable(site.name, size, site.plate_names, factor.scale, time_plate(site))
+            known = variables.setdefault(site.name, variable)
+            _check_same(known, variable)
+            if known.chain is None:
+                variables[site.name] = variable
         elif site.needs_score:
             variables[site.name] = Variable(site.name, 1, site.plate_names, factors[key].scale)
 

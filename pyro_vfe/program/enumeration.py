@@ -79,6 +79,10 @@ class Enumeration:
         """The enumeration with other tables."""
         return replace(self, factors=factors, variables=variables)
 
+    def chain_plate(self, name: str) -> str | None:
+        """The plate along which a latent is a chain, if it is one."""
+        return self.variables[name].chain if name in self.variables else None
+
     @cached_property
     def draws(self) -> frozenset[str]:
         """The draws that count as variables with one value."""

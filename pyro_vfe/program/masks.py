@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import ScaleError
+from pyro_vfe.program.chain_sites import time_plate
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.tables import Labeller, unmasked
@@ -81,16 +83,34 @@ def check_absences(
     if not absent:
         return
     for factor in factors:
+        if factor.first is not None and factor.name in absent:
+            _check_neighbours(factor, sites["model", factor.name], absent[factor.name], layout)
         for name in absent.keys() & set(factor.table.axes) - {factor.name}:
             site = sites["model", name]
             labeller = Labeller(layout, None, {}, {})
             where = torch.as_tensor(absent[name], device=factor.table.values.device)
-            if _varies(factor.table, name, labeller.labelled(where, site, None)):
+            gone = labeller.labelled(where, site, None)
+            if any(_varies(table, name, gone) for table in (factor.table, factor.first) if table is not None):
                 raise ScaleError(
                     f"Latent site '{name}' is masked out where site '{factor.name}' still reads it.",
                     hint=f"Mask '{factor.name}' there as well, or unmask '{name}'; to skip a missing observation mask "
                     "the observation alone.",
                 )
+
+
+def _check_neighbours(factor: Factor, site: Site, absent: Tensor | bool, layout: Layout) -> None:
+    """A chain may end where it is masked, and not go on after that."""
+    time = time_plate(site)
+    assert time is not None
+    where = torch.as_tensor(absent, device=factor.table.values.device)
+    gone = Labeller(layout, None, {}, {}).labelled(where, site, None)
+    before = gone.narrowed(time, 0, gone.sizes.get(time, 1) - 1)
+    if previous(factor.name) in factor.table.axes and _varies(factor.table, previous(factor.name), before):
+        raise ScaleError(
+            f"Latent site '{factor.name}' is a chain that is masked out at a step of plate '{time}' and goes on after"
+            " it.",
+            hint="Mask the tail of a sequence only; for a missing observation mask the observation alone.",
+        )
 
 
 def _varies(table: Table, axis: str, where: Table) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Table
-from pyro_vfe.engine.lookup import read
+from pyro_vfe.engine.lookup import read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Layout, Program
@@ -147,7 +147,7 @@ def _entries(
     factor = enumeration.factors.get(key)
     if factor is None:
         return None
-    return read(factor.table, assignment, batch_axes(site.plates))
+    return read_factor(factor, assignment, batch_axes(site.plates), enumeration.chain_plate(site.name))
 
 
 def _ordinary_log_prob(site: Site) -> Tensor:

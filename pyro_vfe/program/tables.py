@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.chain_sites import chain_factor, is_chain
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import log_prob, support_table
 from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
@@ -50,6 +51,8 @@ class Labeller:
             site: A site of an enumerated run.
             absent: Where a latent of guide and model does not exist: it is pinned there to its first value.
         """
+        if is_chain(site):
+            return self._noted(site, chain_factor(site, self, self._scope(site), absent))
         fn, mask = unmasked(site)
         values = self._values(site, fn)
         if site.kind != "enumerated":
@@ -60,20 +63,25 @@ class Labeller:
         if scale_reads_latents(site, self.layout.nesting):
             values, scale = values * scale, 1.0
         scope = self._scope(site)
-        table = self.labelled(values, site, scope)
-        if scope is not None:
-            self._note_lost(site, scope, table)
-        return Factor(
-            site.name,
-            table,
-            site.plate_names,
-            self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale),
+        return self._noted(
+            site, Factor(site.name, self.labelled(values, site, scope), site.plate_names, self._weight(scale, site))
         )
 
-    def _note_lost(self, site: Site, scope: Sites, table: Table) -> None:
-        for name in scope.difference(table.axes):
+    def scale(self, site: Site) -> Scale:
+        """The weight of a site: a number, or one per plate element."""
+        return self._weight(site.scale, site)
+
+    def _weight(self, scale: Tensor | float, site: Site) -> Scale:
+        return self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale)
+
+    def _noted(self, site: Site, factor: Factor) -> Factor:
+        """The factor; reads of the site along which none of its tables varies are noted."""
+        scope = self._scope(site) or NO_SITES
+        axes = {*factor.table.axes, *(factor.first.axes if factor.first else ())}
+        for name in scope - axes:
             if name in self.homes and name != site.name:
                 self.lost.add((site.role, site.name, name))
+        return factor
 
     def _values(self, site: Site, fn: Any) -> Tensor:
         if site.kind == "enumerated" and site.name not in self.layout.sequential:
@@ -101,7 +109,11 @@ class Labeller:
         return site.reads(self.provenance).union(own)
 
     def labelled(self, values: Tensor, site: Site, scope: Sites | None) -> Table:
-        """The table of a tensor whose dims lie as the layout says.
+        """The table of a tensor whose dims lie as the layout says; see `labelled_before`."""
+        return self.labelled_before(values, site, scope, ())
+
+    def labelled_before(self, values: Tensor, site: Site, scope: Sites | None, trailing: tuple[str, ...]) -> Table:
+        """The table of a tensor whose dims lie as the layout says, but for the last ones, which have names.
 
         Raises:
             PlateError: It varies along a latent from outside one of the latent's plates.
@@ -110,19 +122,21 @@ class Labeller:
         """
         plate_at = {plate.dim: plate for plate in site.plates}
         axes, keep = [], []
-        for position, size in enumerate(values.shape):
+        batch_shape = values.shape[: values.dim() - len(trailing)]
+        for position, size in enumerate(batch_shape):
             if size == 1:
                 continue
-            dim = position - values.dim()
+            dim = position - len(batch_shape)
             if -dim > self.layout.nesting:
                 axes.append(self._latent(dim, site, scope))
             elif dim in plate_at and plate_at[dim].size == size:
                 axes.append(plate_at[dim].name)
             else:
-                raise _no_plate(site, values.shape, dim)
+                raise _no_plate(site, batch_shape, dim)
             keep.append(size)
         drawn = tuple(sorted(scope & self.draws)) if scope else ()
-        return Table(values.reshape([*keep, *(1,) * len(drawn)]), (*axes, *drawn))
+        shape = [*keep, *(1,) * len(drawn), *values.shape[len(batch_shape) :]]
+        return Table(values.reshape(shape), (*axes, *drawn, *trailing))
 
     def _latent(self, dim: int, site: Site, scope: Sites | None) -> str:
         candidates = self._latents_at.get(dim, [])

@@ -5,6 +5,7 @@ from programs.branching import BRANCHING
 from programs.case import BadProgram, Program
 from programs.chains import CHAINS
 from programs.large import LARGE
+from programs.markov_chains import MARKOV_CHAINS
 from programs.networks import NETWORKS
 from programs.observations import OBSERVATIONS
 from programs.plates import PLATES
@@ -14,6 +15,7 @@ from programs.supports import INFINITE, SUPPORTS
 PROGRAMS: dict[str, Program] = {
     **CHAINS,
     **LARGE,
+    **MARKOV_CHAINS,
     **PLATES,
     **OBSERVATIONS,
     **SUPPORTS,

@@ -5,7 +5,9 @@ from itertools import count
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 
+import pyro_vfe as vfe
 from programs.case import BadProgram, bernoulli, categorical, empty, simplex, tensor, unit
 from programs.supports import COUNTS, alarm, guide_that_misses_the_or
 
@@ -113,6 +115,60 @@ def changing_structure() -> None:
     pyro.sample("u", dist.Normal(z, 1.0), obs=tensor(2.0))
 
 
+def chain_without_a_time_plate() -> None:
+    z = pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2), num_steps=3))
+    pyro.sample("u", dist.Normal(z.to(POINTS), 1.0).to_event(1), obs=torch.zeros(3))
+
+
+def chain_along_a_subsample() -> None:
+    with pyro.plate("time", 6, subsample_size=3):
+        z = pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2)))
+        pyro.sample("u", dist.Normal(z.to(POINTS), 1.0), obs=torch.zeros(3))
+
+
+def chain_with_changing_scale() -> None:
+    with pyro.plate("time", 3), poutine.scale(scale=tensor([1.0, 2.0, 1.0])):
+        pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2)))
+
+
+def chain_masked_in_the_middle() -> None:
+    with pyro.plate("time", 3), poutine.mask(mask=torch.tensor([True, False, True])):
+        pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2)))
+
+
+def chain_of_mixtures() -> None:
+    with pyro.plate("time", 3):
+        z = pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2)))
+        w = categorical("w", simplex("weights", 2, 2, seed=1)[z])
+        pyro.sample("u", dist.Normal(w.to(POINTS), 1.0), obs=torch.zeros(3))
+
+
+def guide_of_the_mixtures() -> None:
+    with pyro.plate("time", 3):
+        categorical("w", simplex("q", 2, seed=2))
+
+
+def chain_shared_by_sequences() -> None:
+    with pyro.plate("time", 3, dim=-1):
+        a = pyro.sample("a", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("a_step", 2, 2)))
+        with pyro.plate("sequences", 2, dim=-2):
+            transition = simplex("b_step", 2, 2, 2, seed=1)[a]
+            b = pyro.sample("b", vfe.MarkovChain(tensor([0.5, 0.5]), transition, num_steps=3))
+            pyro.sample("u", dist.Normal(b.to(POINTS), 1.0), obs=torch.zeros(2, 3))
+
+
+def chain_read_at_its_end() -> None:
+    with pyro.plate("time", 3):
+        z = pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2)))
+    pyro.sample("u", dist.Normal(z[..., -1].to(POINTS), 1.0), obs=tensor(0.5))
+
+
+def chain_read_at_its_start() -> None:
+    with pyro.plate("time", 3):
+        z = pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2)))
+        pyro.sample("u", dist.Normal(z[..., :1].to(POINTS), 1.0), obs=torch.zeros(3))
+
+
 BAD_PROGRAMS = {
     "countless_support": BadProgram(countless_latent, empty, ("'n'", "Poisson")),
     "waiting_time": BadProgram(waiting_time, empty, ("'n'", "Geometric")),
@@ -130,5 +186,17 @@ BAD_PROGRAMS = {
     "plate_named_like_a_site": BadProgram(plate_named_like_a_site, empty, ("'z'", "plate")),
     "site_named_twice": BadProgram(site_named_twice, empty, ("'z'",)),
     "changing_structure": BadProgram(changing_structure, empty, ("'extra'",)),
+    "chain_without_a_time_plate": BadProgram(chain_without_a_time_plate, empty, ("'z'", "time")),
+    "chain_along_a_subsample": BadProgram(chain_along_a_subsample, empty, ("'z'", "'time'", "subsample")),
+    "chain_with_changing_scale": BadProgram(chain_with_changing_scale, empty, ("'z'", "'time'", "scale")),
+    "chain_masked_in_the_middle": BadProgram(
+        chain_masked_in_the_middle, chain_masked_in_the_middle, ("'z'", "'time'", "tail")
+    ),
+    "chain_summed_above_a_guided_latent": BadProgram(
+        chain_of_mixtures, guide_of_the_mixtures, ("'z'", "'w'", "'time'")
+    ),
+    "chain_shared_by_sequences": BadProgram(chain_shared_by_sequences, empty, ("'a'", "'b'", "sequences")),
+    "chain_read_at_its_end": BadProgram(chain_read_at_its_end, empty, ("'u'", "'z'", "'time'")),
+    "chain_read_at_its_start": BadProgram(chain_read_at_its_start, empty, ("'u'",)),
     "mass_on_the_impossible": BadProgram(alarm, guide_that_misses_the_or, ("'rings'",), (COUNTS,)),
 }
