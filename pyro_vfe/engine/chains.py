@@ -6,9 +6,13 @@ References:
     Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.chain_solution import SCALED_EVERY, gradients, solve
 from pyro_vfe.engine.logspace import log_sum_exp
 
 
@@ -43,7 +47,45 @@ def chain_log_normalizer(unary: Tensor, pairs: Tensor) -> Tensor:
     References:
         Rabiner (1989), section III.A (forward-backward).
     """
-    return plain_log_normalizer(unary, pairs)
+    if unary.dtype not in SCALED_EVERY:
+        return chain_log_normalizer(unary.float(), pairs.float()).to(unary.dtype)
+    if unary.shape[1] == 0 or len(pairs) == 0:
+        return plain_log_normalizer(unary, pairs)
+    pairs = pairs[: max(1, len(unary) - 1)]
+    result: Tensor = _LogNormalizer.apply(unary, pairs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LogNormalizer(torch.autograd.Function):
+    """`chain_log_normalizer` with the backward pass that the messages give."""
+
+    @staticmethod
+    def forward(ctx: Any, unary: Tensor, pairs: Tensor) -> Tensor:
+        """Returns the log sums, and keeps the messages if a gradient will be wanted."""
+        ctx.save_for_backward(unary, pairs)
+        ctx.parts = solve(unary, pairs, gradient=any(ctx.needs_input_grad))
+        result = unary.new_empty(unary.shape[1])
+        for part in ctx.parts:
+            result[part.where if part.where is not None else ...] = part.chain.log_normalizer.to(unary.dtype)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the weighted marginals and expected transitions."""
+        unary, pairs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiated(plain_log_normalizer, (unary, pairs), ctx.needs_input_grad, weights[0])
+        return gradients(ctx.parts, weights[0], unary, pairs)
+
+
+def _differentiated(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool], weights: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Returns gradients that can be differentiated again; the inputs may depend on each other."""
+    aliases = [x.view_as(x) if want else x.detach() for x, want in zip(inputs, wanted, strict=True)]
+    free = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(function(*aliases), free, weights, create_graph=True, materialize_grads=True))
+    return tuple(next(found) if want else None for want in wanted)
 
 
 def chain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int | None = None) -> Tensor:

@@ -1,0 +1,252 @@
+r"""Forward and backward messages of a chain as scaled probabilities, both directions in one loop.
+
+    a_t+1  =  (a_t A_t) * e_t+1        e_t = exp(unary_t - max unary_t)
+    b_t    =  (b_t+1 A_t') * e_t       A_t = exp(pairs_t) / (largest sum of a row)
+
+Both have one form, so that a step is one batched matrix product and one product of entries. As e <= 1 and the rows of A
+sum to at most 1, messages never grow; every few steps they are scaled to sum to one. Chunks are swept as if they were
+sequences of their own, once the messages at their ends are known from their transfer matrices.
+
+Shapes: L steps per chunk, D directions (forward, backward), C chunks, N sequences, K values. A backward message lies at
+the index of its sweep, that is mirrored in time within its chunk.
+
+References:
+    Rabiner (1989), A tutorial on hidden Markov models, section V.A (scaling).
+    Särkkä and García-Fernández (2021), Temporal parallelization of Bayesian smoothers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.engine.chain_plan import Stretch, plan_sweep
+
+
+@dataclass(frozen=True)
+class Run:
+    """Messages of chunks that were swept side by side."""
+
+    stretch: Stretch
+    """Which steps."""
+
+    emissions: Tensor
+    """e in the order of the sweeps, `(L + 1, D, C, N, K)`."""
+
+    matrices: Tensor
+    """A and its transpose, `(L or 1, D, 1 or C * N, K, K)`."""
+
+    messages: Tensor
+    """a and b, `(L + 1, D, C, N, K)`."""
+
+    scales: Tensor
+    """What messages were divided by, every so many steps, `(R, D, C, N, 1)`."""
+
+    every: int
+    """After how many steps messages are scaled."""
+
+    def lowest(self) -> Tensor:
+        """Returns the smallest entry of each sequence, before and after scaling, `(N,)`."""
+        return _lowest(self.messages, self.scales, self.every)
+
+    def log_growth(self) -> Tensor:
+        """Returns the log of the forward mass at the ends of the chunks, `(N,)`."""
+        ends = self.messages[-1, 0].sum(-1).log().sum(0)
+        return ends + self.scales[:, 0].log().sum((0, 1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """Messages of whole sequences."""
+
+    runs: tuple[Run, ...]
+    """One per stretch of the plan."""
+
+    offset: Tensor
+    """The log of what e and A were divided by, `(N,)`."""
+
+    boundary: Run | None
+    """Messages at the ends of the chunks, where there are several: each chunk is a step, its matrix the transfer."""
+
+    def lowest(self) -> Tensor:
+        """Returns the smallest entry of each sequence, `(N,)`."""
+        parts = [run.lowest() for run in self.runs] + ([self.boundary.lowest()] if self.boundary else [])
+        return torch.stack(parts).amin(0)
+
+    def log_normalizer(self) -> Tensor:
+        """Returns the log sum over the paths of each sequence, `(N,)`."""
+        return self.offset + torch.stack([run.log_growth() for run in self.runs]).sum(0)
+
+
+def swept(
+    unary: Tensor, pairs: Tensor, *, both: bool, every: int, floor: float = 0.0, plan: Sequence[Stretch] | None = None
+) -> Sweeps:
+    """Returns the messages of all sequences.
+
+    Args:
+        unary: Log potentials, `(T, N, K)`.
+        pairs: Log potentials, `(T - 1 or 1, N or 1, K, K)`.
+        both: Sweep backward as well.
+        every: Messages are scaled after so many steps.
+        floor: Entries are raised to it, so that messages are bounds from above; 0 leaves them.
+        plan: Which steps are swept side by side; the cheapest by default.
+    """
+    T, N, K = unary.shape
+    if plan is None:
+        plan = plan_sweep(T - 1, N, K, len(pairs) > 1 or pairs.shape[1] > 1)
+    peaks = _finite(unary.amax(-1, keepdim=True))
+    rows = _finite(pairs.logsumexp(-1).amax(-1))
+    potentials = (pairs - rows[..., None, None]).exp()
+    offset = peaks.double().sum(0).squeeze(-1)
+    if T > 1:
+        offset = offset + (rows.double().sum(0) if len(pairs) == T - 1 else rows[0].double() * (T - 1))
+    directions = 2 if both else 1
+    loaded = [_load(stretch, unary, peaks, potentials, directions) for stretch in plan]
+    if sum(stretch.count for stretch in plan) == 1:
+        (emissions, matrices), boundary = loaded[0], None
+        starts = [emissions[0]]
+    else:
+        transfers = [_transfer(*both_of, every, floor) for both_of in loaded]
+        boundary = _across(torch.cat(transfers), loaded[0][0][0, 0, 0], directions, floor)
+        starts = _ends(plan, boundary.messages, loaded)
+    runs = []
+    for stretch, (emissions, matrices), start in zip(plan, loaded, starts, strict=True):
+        messages = torch.empty_like(emissions)
+        messages[0] = start.clamp(min=floor)
+        scales = _sweep_all(messages, matrices, emissions, every, floor)
+        runs.append(Run(stretch, emissions, matrices, messages, scales, every))
+    return Sweeps(tuple(runs), offset.to(unary.dtype), boundary)
+
+
+def _finite(peaks: Tensor) -> Tensor:
+    """Returns peaks of which none is -inf, so that -inf less its peak is -inf."""
+    return peaks.clamp(min=torch.finfo(peaks.dtype).min)
+
+
+def _load(stretch: Stretch, unary: Tensor, peaks: Tensor, potentials: Tensor, directions: int) -> tuple[Tensor, Tensor]:
+    """Returns emissions `(L + 1, D, C, N, K)` and matrices `(L or 1, D, 1 or C * N, K, K)` of a stretch."""
+    (_, N, K), C, L = unary.shape, stretch.count, stretch.length
+    emissions = unary.new_empty(L + 1, directions, C, N, K)
+    torch.sub(_windows(unary, stretch), _windows(peaks, stretch), out=emissions[:, 0]).exp_()
+    varying, shared = len(potentials) > 1, potentials.shape[1] == 1
+    steps = potentials[stretch.first : stretch.last] if varying else potentials
+    if varying and C > 1:
+        steps = steps.reshape(C, L, *steps.shape[1:]).transpose(0, 1)
+        steps = steps.expand(L, C, N, K, K).flatten(1, 2)
+    elif not shared:
+        steps = steps[:, None].expand(len(steps), C, N, K, K).flatten(1, 2)
+    if directions == 1:
+        return emissions, steps[:, None]
+    emissions[:, 1] = emissions[:, 0].flip(0)
+    return emissions, torch.stack([steps, steps.flip(0).mT], 1)
+
+
+def _windows(values: Tensor, stretch: Stretch) -> Tensor:
+    """Returns a view of `(T, N, K)` as chunks that share their ends, `(L + 1, C, N, K)`."""
+    stop = stretch.last + 1
+    chunks = values[stretch.first : stop].unfold(0, stretch.length + 1, max(stretch.length, 1))
+    return chunks.permute(3, 0, 1, 2)
+
+
+def _sweep_all(messages: Tensor, matrices: Tensor, emissions: Tensor | None, every: int, floor: float) -> Tensor:
+    """Fills `messages[1:]` from `messages[0]` and returns the scales, `(R, D, C, N, 1)`."""
+    shape = messages.shape
+    groups = shape[1] * matrices.shape[2]
+    rows = messages.view(shape[0], groups, -1, shape[-1]).unbind(0)
+    factors = None if emissions is None else emissions.view(shape[0], groups, -1, shape[-1]).unbind(0)
+    scales = _sweep(rows, rows, matrices.flatten(1, 2), factors, every, floor)
+    return scales.view(-1, *shape[1:4], 1)
+
+
+def _sweep(
+    rows: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    matrices: Tensor,
+    emissions: Sequence[Tensor] | None,
+    every: int,
+    floor: float,
+) -> Tensor:
+    """Runs one recursion in place.
+
+    Args:
+        rows: Messages of each step as rows, `(G, M, K)`; the first is given.
+        entries: The same memory in a shape that emissions broadcast to.
+        matrices: `(L or 1, G, K, K)`.
+        emissions: What messages are multiplied by; None for nothing.
+        every: As for `swept`.
+        floor: As for `swept`.
+
+    Returns:
+        The scales, `(R, G, M, 1)`.
+    """
+    tiny = torch.finfo(rows[0].dtype).tiny
+    steps = matrices.unbind(0) if len(matrices) > 1 else matrices.unbind(0) * (len(rows) - 1)
+    scales = []
+    for t in range(1, len(rows)):
+        row = torch.bmm(rows[t - 1], steps[t - 1], out=rows[t])
+        if emissions is not None:
+            entries[t].mul_(emissions[t])
+        if floor:
+            row.clamp_(min=floor)
+        if t % every == 0:
+            scales.append(row.sum(-1, keepdim=True).clamp_(min=tiny))
+            row.div_(scales[-1])
+    return torch.stack(scales) if scales else rows[0].new_empty(0, *rows[0].shape[:2], 1)
+
+
+def _transfer(emissions: Tensor, matrices: Tensor, every: int, floor: float) -> Tensor:
+    """Returns the transfer matrix of every chunk, `(C, N, K, K)`, its largest row summing to about one."""
+    length, (C, N, K) = len(emissions) - 1, emissions.shape[2:]
+    matrices = matrices[:, 0]
+    state = torch.eye(K, dtype=emissions.dtype, device=emissions.device).expand(C * N, K, K).contiguous()
+    buffers = (state, torch.empty_like(state))
+    entries = [buffers[t % 2] for t in range(length + 1)]
+    rows = [entry.view(matrices.shape[1], -1, K) for entry in entries]
+    factors = emissions[:, 0].reshape(length + 1, C * N, 1, K).unbind(0)
+    scales = _sweep(rows, entries, matrices, factors, every, floor)
+    logs = scales.log().sum(0).view(C * N, K)
+    sizes = (logs - logs.amax(-1, keepdim=True)).exp()
+    return (entries[-1] * sizes[..., None]).view(C, N, K, K)
+
+
+def _across(transfers: Tensor, first: Tensor, directions: int, floor: float) -> Run:
+    """Returns the messages at the ends of the chunks; those backward lack the emission at their own time.
+
+    Args:
+        transfers: A matrix per chunk, `(C, N, K, K)`.
+        first: Emissions at the beginning, `(N, K)`.
+        directions: 1 or 2.
+        floor: As for `swept`.
+    """
+    C, N, K, _ = transfers.shape
+    both = (transfers, transfers.flip(0).mT)[:directions]
+    matrices = torch.stack(both, 1)
+    messages = first.new_empty(C + 1, directions, 1, N, K)
+    messages[0, 0, 0] = first.clamp(min=floor)
+    messages[0, 1:] = 1.0
+    scales = _sweep_all(messages, matrices, None, 1, floor)
+    return Run(Stretch(0, 1, C), messages, matrices, messages, scales, 1)
+
+
+def _ends(plan: Sequence[Stretch], boundary: Tensor, loaded: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Returns the messages that each stretch starts its sweeps from, `(D, C, N, K)`."""
+    starts, begin = [], 0
+    for stretch, (emissions, _) in zip(plan, loaded, strict=True):
+        stop = begin + stretch.count
+        forward = boundary[begin:stop, 0, 0]
+        if boundary.shape[1] == 1:
+            starts.append(forward[None])
+        else:
+            backward = boundary[:, 1, 0].flip(0)[begin + 1 : stop + 1]
+            starts.append(torch.stack([forward, backward * emissions[0, 1]]))
+        begin = stop
+    return starts
+
+
+def _lowest(messages: Tensor, scales: Tensor, every: int) -> Tensor:
+    """Returns the smallest entry of each sequence before and after scaling, `(N,)`."""
+    after = messages.amin((0, 1, 2, 4))
+    if not len(scales):
+        return after
+    return torch.minimum(after, (messages[every::every] * scales).amin((0, 1, 2, 4)))
