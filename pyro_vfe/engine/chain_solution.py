@@ -29,8 +29,8 @@ from pyro_vfe.engine.chain_logspace import LogChain, swept_in_logs
 from pyro_vfe.engine.chain_plan import Stretch
 from pyro_vfe.engine.chain_sweeps import Run, Sweeps, swept
 
-SCALED_EVERY = {torch.float64: 16, torch.float32: 4}
-"""Steps between scalings; a step rarely shrinks a message by more than 1e-4."""
+SCALED_EVERY = {torch.float64: 32, torch.float32: 8}
+"""Steps between scalings; a step rarely shrinks a message by more than a factor of 1e-4."""
 
 BOUND = 12.0
 """Shares are counted for both directions, transfers and division by a bound from above: together less than this."""
@@ -210,7 +210,7 @@ def _scaled(
     """Returns the chains by scaled messages, and for which sequences they are right for sure, `(N,)`."""
     floor = floor_of(unary.dtype, unary.shape[-1])
     sweeps = swept(unary, pairs, both=gradient, every=every, plan=plan)
-    trusted = sweeps.lowest() >= floor
+    trusted = sweeps.at_least(floor)
     counts = tuple(_counts(run, unary.shape[1], pairs) for run in sweeps.runs) if gradient else ()
     for part in counts:
         trusted = trusted & (part.total.amin((0, 1, 3)) >= floor)

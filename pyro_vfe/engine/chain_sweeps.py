@@ -46,9 +46,14 @@ class Run:
     every: int
     """After how many steps messages are scaled."""
 
-    def lowest(self) -> Tensor:
-        """Returns the smallest entry of each sequence, before and after scaling, `(N,)`."""
-        return _lowest(self.messages, self.scales, self.every)
+    def at_least(self, floor: float) -> Tensor:
+        """Returns which sequences have no entry below `floor`, neither before nor after scaling, `(N,)`."""
+        after, before = self.messages, self.messages[self.every :: self.every] * self.scales
+        reach = torch.ones(after.shape[3], dtype=torch.bool, device=after.device)
+        for entries in (after, before):
+            if entries.numel() and not bool(entries.amin() >= floor):
+                reach &= entries.amin((0, 1, 2, 4)) >= floor
+        return reach
 
     def log_growth(self) -> Tensor:
         """Returns the log of the forward mass at the ends of the chunks, `(N,)`."""
@@ -69,10 +74,10 @@ class Sweeps:
     boundary: Run | None
     """Messages at the ends of the chunks, where there are several: each chunk is a step, its matrix the transfer."""
 
-    def lowest(self) -> Tensor:
-        """Returns the smallest entry of each sequence, `(N,)`."""
-        parts = [run.lowest() for run in self.runs] + ([self.boundary.lowest()] if self.boundary else [])
-        return torch.stack(parts).amin(0)
+    def at_least(self, floor: float) -> Tensor:
+        """Returns which sequences have no entry below `floor`, `(N,)`."""
+        runs = (*self.runs, self.boundary) if self.boundary else self.runs
+        return torch.stack([run.at_least(floor) for run in runs]).all(0)
 
     def log_normalizer(self) -> Tensor:
         """Returns the log sum over the paths of each sequence, `(N,)`."""
@@ -242,11 +247,3 @@ def _ends(plan: Sequence[Stretch], boundary: Tensor, loaded: Sequence[tuple[Tens
             starts.append(torch.stack([forward, backward * emissions[0, 1]]))
         begin = stop
     return starts
-
-
-def _lowest(messages: Tensor, scales: Tensor, every: int) -> Tensor:
-    """Returns the smallest entry of each sequence before and after scaling, `(N,)`."""
-    after = messages.amin((0, 1, 2, 4))
-    if not len(scales):
-        return after
-    return torch.minimum(after, (messages[every::every] * scales).amin((0, 1, 2, 4)))

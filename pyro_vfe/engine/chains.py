@@ -7,11 +7,13 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.chain_logspace import at_step
 from pyro_vfe.engine.chain_solution import SCALED_EVERY, gradients, solve
 from pyro_vfe.engine.logspace import log_sum_exp
 
@@ -20,7 +22,7 @@ def plain_log_normalizer(unary: Tensor, pairs: Tensor) -> Tensor:
     """Returns what `chain_log_normalizer` returns, by a broadcast log-sum-exp per step: slow, large and simple."""
     message = unary[0]
     for t in range(1, len(unary)):
-        message = unary[t] + log_sum_exp(message[:, :, None] + _at(pairs, t - 1), (1,))
+        message = unary[t] + log_sum_exp(message[:, :, None] + at_step(pairs, t - 1), (1,))
     return log_sum_exp(message, (1,))
 
 
@@ -28,7 +30,7 @@ def plain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int | None
     """Returns what `chain_marginals` returns, by one matrix product per step."""
     marginals = [initial]
     for t in range((len(conditionals) + 1 if num_steps is None else num_steps) - 1):
-        marginals.append((marginals[-1][:, None, :] @ _at(conditionals, t)).squeeze(1))
+        marginals.append((marginals[-1][:, None, :] @ at_step(conditionals, t)).squeeze(1))
     return torch.stack(marginals)
 
 
@@ -96,7 +98,46 @@ def chain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int | None
         conditionals: Probabilities of the next value (last axis) given the one before, `(T - 1 or 1, N or 1, K, K)`.
         num_steps: T; by default one more than there are conditionals.
     """
-    return plain_marginals(initial, conditionals, num_steps)
+    steps = len(conditionals) + 1 if num_steps is None else num_steps
+    result: Tensor = _Marginals.apply(initial, conditionals[: max(0, steps - 1)], steps)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Marginals(torch.autograd.Function):
+    """`chain_marginals` with the adjoint recursion l_t = g_t + conditionals[t] @ l_t+1 as its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, initial: Tensor, conditionals: Tensor, num_steps: int) -> Tensor:
+        """Returns the marginals."""
+        marginals = initial.new_empty(num_steps, *initial.shape)
+        marginals[0] = initial
+        rows = _rows(marginals, conditionals)
+        for t in range(num_steps - 1):
+            torch.bmm(rows[t], at_step(conditionals, t), out=rows[t + 1])
+        ctx.save_for_backward(initial, conditionals, marginals)
+        return marginals
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the adjoint of the first step, and the products of marginals and adjoints."""
+        initial, conditionals, marginals = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = partial(plain_marginals, num_steps=len(marginals))
+            return *_differentiated(plain, (initial, conditionals), ctx.needs_input_grad[:2], weights[0]), None
+        adjoint = weights[0].clone(memory_format=torch.contiguous_format)
+        rows = _rows(adjoint, conditionals)
+        for t in range(len(marginals) - 2, -1, -1):
+            rows[t].baddbmm_(rows[t + 1], at_step(conditionals, t).mT)
+        if len(marginals) == 1:
+            return adjoint[0], torch.zeros_like(conditionals), None
+        axes = ("t" if len(conditionals) > 1 else "") + ("n" if conditionals.shape[1] > 1 else "") + "ij"
+        products = torch.einsum(f"tni,tnj->{axes}", marginals[:-1], adjoint[1:])
+        return adjoint[0], products.reshape(conditionals.shape), None
+
+
+def _rows(messages: Tensor, conditionals: Tensor) -> tuple[Tensor, ...]:
+    """Returns the steps of `(T, N, K)` as rows that matrices of the conditionals' shape multiply."""
+    return messages.unsqueeze(1 if conditionals.shape[1] == 1 else 2).unbind(0)
 
 
 @torch.no_grad()
@@ -112,7 +153,7 @@ def chain_mode(unary: Tensor, pairs: Tensor) -> Tensor:
     """
     best, origins = unary[0], []
     for t in range(1, len(unary)):
-        reached, origin = (best[:, :, None] + _at(pairs, t - 1)).max(1)
+        reached, origin = (best[:, :, None] + at_step(pairs, t - 1)).max(1)
         best = reached + unary[t]
         origins.append(origin)
     path = [best.argmax(1)]
@@ -136,11 +177,11 @@ def chain_sample(unary: Tensor, pairs: Tensor, num_samples: int) -> Tensor:
     T, N, K = unary.shape
     messages = [unary[0]]
     for t in range(1, T):
-        messages.append(unary[t] + log_sum_exp(messages[-1][:, :, None] + _at(pairs, t - 1), (1,)))
+        messages.append(unary[t] + log_sum_exp(messages[-1][:, :, None] + at_step(pairs, t - 1), (1,)))
     rows = torch.arange(N, device=unary.device)
     path = [_drawn(messages[-1].expand(num_samples, N, K))]
     for t in range(T - 2, -1, -1):
-        arriving = _at(pairs, t).expand(N, K, K).mT[rows, path[-1]]
+        arriving = at_step(pairs, t).expand(N, K, K).mT[rows, path[-1]]
         path.append(_drawn(messages[t] + arriving))
     return torch.stack(path[::-1], 1)
 
@@ -148,8 +189,3 @@ def chain_sample(unary: Tensor, pairs: Tensor, num_samples: int) -> Tensor:
 def _drawn(logits: Tensor) -> Tensor:
     """Returns an index per row of `(S, N, K)` logits."""
     return logits.softmax(-1).flatten(0, 1).multinomial(1).reshape(logits.shape[:2])
-
-
-def _at(pairs: Tensor, t: int) -> Tensor:
-    """Returns the potentials of the step from t to t + 1, `(N or 1, K, K)`."""
-    return pairs[t if len(pairs) > 1 else 0]
