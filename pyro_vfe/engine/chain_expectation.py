@@ -20,7 +20,7 @@ import torch
 
 from pyro_vfe.engine.chain_elimination import after_first, at_first, stacked_pairs
 from pyro_vfe.engine.chains import chain_marginals
-from pyro_vfe.engine.factors import Factor, FactorGraph, Table
+from pyro_vfe.engine.factors import Factor, FactorGraph, Table, total
 from pyro_vfe.engine.logspace import linear_contract
 from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import PlateError
@@ -158,15 +158,6 @@ def _sorted(group_of: dict[str, list[str]], by_name: dict[str, Factor], graph: F
             if parent in group_of and group_of[parent] is not group_of[name]:
                 sorter.add(id(group_of[name]), id(group_of[parent]))
     return [groups[key] for key in sorter.static_order()]
-
-
-def total(tables: Sequence[Table]) -> Table:
-    """Returns the sum of tables, over the axes of all."""
-    axes = tuple(dict.fromkeys(axis for table in tables for axis in table.axes))
-    values = tables[0].aligned(axes)
-    for table in tables[1:]:
-        values = values + table.aligned(axes)
-    return Table(values, axes)
 
 
 def _check_plates(states: Sequence[str], graph: FactorGraph) -> None:

@@ -2,7 +2,8 @@ r"""Summing variables out of a plated factor graph.
 
     log Z  =  log sum_x exp( sum_f scale_f f(x) )
 
-Chains are summed first, by a sweep along their plate each; what is left is eliminated by a plan.
+Loops are taken for the chains they are, and chains are summed first, by a sweep along their plate each; what is left is
+eliminated by a plan.
 
 References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
@@ -27,6 +28,7 @@ from pyro_vfe.engine.execution import (
 )
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.ordering import Plan, plan
+from pyro_vfe.engine.rolling import rolled
 from pyro_vfe.engine.structure import Unrolling
 from pyro_vfe.engine.unrolling import structure_of
 
@@ -85,7 +87,7 @@ def eliminate(
         Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
     """
     graph.check()
-    graph = without_chains(graph, keep, keep_plates, max_bytes)
+    graph = without_chains(rolled(graph, keep), keep, keep_plates, max_bytes)
     execution = execute_sum(graph, keep, keep_plates, max_bytes)
     return Elimination(execution.factors, execution.graph, execution.plan.unrollings)
 

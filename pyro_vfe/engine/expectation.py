@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.chain_elimination import after_first, at_first
-from pyro_vfe.engine.chain_expectation import Time, chain_marginals_of, tied_groups, total
-from pyro_vfe.engine.factors import Factor, FactorGraph, Table
+from pyro_vfe.engine.chain_expectation import Time, chain_marginals_of, tied_groups
+from pyro_vfe.engine.factors import Factor, FactorGraph, Table, total
 from pyro_vfe.engine.logspace import linear_contract
 from pyro_vfe.engine.scales import applied
 from pyro_vfe.engine.structure import previous

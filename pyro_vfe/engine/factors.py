@@ -93,6 +93,15 @@ def _alignment(
     return tuple(map(own.index, present)), index if len(present) < len(wanted) else None
 
 
+def total(tables: Sequence[Table]) -> Table:
+    """Returns the sum of tables, over the axes of all."""
+    axes = tuple(dict.fromkeys(axis for table in tables for axis in table.axes))
+    values = tables[0].aligned(axes)
+    for table in tables[1:]:
+        values = values + table.aligned(axes)
+    return Table(values, axes)
+
+
 Scale = Table | float
 """The weight of a term: one number, or one per plate element."""
 
