@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_vfe.engine.cost import readable_bytes, table_limit
-from pyro_vfe.engine.ordering import Plan, listed, plan
-from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape
+from pyro_vfe.engine.ordering import listed
+from pyro_vfe.engine.outline import Outline, outline
+from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, previous
 from pyro_vfe.program.cost import table_entries
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
 from pyro_vfe.program.programs import Programs
@@ -22,8 +23,8 @@ class Explanation:
     layout: Layout
     """The sites of guide and model, and the dim each latent takes."""
 
-    plan: Plan
-    """How the model's latents are summed out for the surprise."""
+    outline: Outline
+    """How the model's latents are summed out for the surprise: sweeps along chains, then a plan."""
 
     max_bytes: float
     """What a computation may take before it is refused."""
@@ -39,9 +40,9 @@ class Explanation:
         parts = [
             _shortened("\n".join(_aligned([_HEADER, *(_row(s, self.layout) for s in self.layout.sites.values())]))),
             f"largest site table: '{site.name}' of the {site.role}, {self._cost(size)}",
-            f"elimination of the model's latents: {self.plan.flops:,} flops, {self._cost(self.plan.bytes)}, "
-            f"largest table over {listed(self.plan.largest.scope) or 'nothing'}",
-            _shortened(str(self.plan)),
+            f"elimination of the model's latents: {self.outline.flops:,} flops, {self._cost(self.outline.bytes)}, "
+            f"largest table over {listed(self.outline.largest.scope) or 'nothing'}",
+            _shortened(str(self.outline)),
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -69,7 +70,7 @@ def explain(model: Program, guide: Program, *args: Any, max_bytes: float | None 
         VFEError: The programs cannot be enumerated. One that would merely not fit is explained.
     """
     layout = Programs(check=False, max_bytes=math.inf).layout(model, guide, args, kwargs)
-    return Explanation(layout, plan(_structure(layout)), table_limit(max_bytes))
+    return Explanation(layout, outline(_structure(layout)), table_limit(max_bytes))
 
 
 def _structure(layout: Layout) -> Structure:
@@ -77,20 +78,21 @@ def _structure(layout: Layout) -> Structure:
     sites = [site for (role, _), site in layout.sites.items() if role == "model"]
     latents = {site.name: site for site in sites if site.kind == "enumerated"}
     factors = [
-        FactorShape(site.name, _axes(site, latents.keys()), frozenset(plate.name for plate in site.plates))
+        FactorShape(site.name, _axes(site, tuple(latents)), frozenset(plate.name for plate in site.plates))
         for site in sites
     ]
     variables = [
-        VariableShape(site.name, site.size, frozenset(plate.name for plate in site.plates)) for site in latents.values()
+        VariableShape(site.name, site.size, frozenset(plate.name for plate in site.plates), site.chain)
+        for site in latents.values()
     ]
     sizes = {plate.name: plate.size for site in sites for plate in site.plates}
     return Structure(tuple(factors), tuple(variables), tuple(sizes.items()))
 
 
-def _axes(site: SiteStructure, latents: Any) -> tuple[str, ...]:
-    own = {site.name} & set(latents)
-    scope = sorted((site.scope | own) & set(latents))
-    return (*scope, *(plate.name for plate in site.plates))
+def _axes(site: SiteStructure, latents: Sequence[str]) -> tuple[str, ...]:
+    scope = [name for name in latents if name in site.scope or name == site.name]
+    plates = [plate.name for plate in site.plates if plate.name != site.chain]
+    return (*scope, *plates) if site.chain is None else (*scope, previous(site.name), *plates)
 
 
 def _row(site: SiteStructure, layout: Layout) -> tuple[str, ...]:

@@ -3,13 +3,15 @@ r"""The gap, split over latent sites.
     gap     =  sum_t share_t
     share_t =  F_t - F_{t-1} =  E_Q[ log Q(v_t | v_<t) - log P(v_t | v_<t, u) ]          F_0 = surprise, F_T = F
 
-F_t is the free energy when the guide handles v_1..v_t and the model sums the others out. Going backwards through the
-guide's order each step removes one latent from the model's tables, so all shares come from one elimination.
+A chain is one latent: its share is over its plates but time. F_t is the free energy when the guide handles v_1..v_t and
+the model sums the others out. Going backwards through the guide's order each step removes one latent from the model's
+tables, so all shares come from one elimination.
 
 References:
     Cover and Thomas (2006), Elements of Information Theory, section 2.5 (the chain rule of relative entropy).
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -19,13 +21,14 @@ from pyro_vfe.energy.parts import conditionals_of, log_joint, negative
 from pyro_vfe.engine.elimination import eliminate
 from pyro_vfe.engine.expectation import expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
-from pyro_vfe.engine.logspace import weighted
-from pyro_vfe.errors import StructureError
+from pyro_vfe.engine.scales import applied
+from pyro_vfe.engine.structure import previous
+from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.enumeration import Enumeration
 
 
 def gap_shares(enumeration: Enumeration, max_bytes: float | None = None) -> dict[str, Tensor]:
-    """Returns each guide latent's share of the gap in nats, over its plates (sorted by name).
+    """Returns each guide latent's share of the gap in nats, over its plates (sorted by name; a chain's but time).
 
     Args:
         enumeration: The factors, in the precision that sums are to have.
@@ -50,9 +53,10 @@ def gap_shares(enumeration: Enumeration, max_bytes: float | None = None) -> dict
         name = conditional.name
         touching = [factor for factor in remaining if name in factor.table.axes]
         remaining = [factor for factor in remaining if name not in factor.table.axes]
-        left = _summed_out(name, touching, graph, max_bytes)
+        plates = _own_plates(name, (conditional, *touching), graph)
+        left = _summed_out(name, plates, touching, graph, max_bytes)
         remaining.extend(left)
-        weights[name] = _ones(name, enumeration)
+        weights[name] = _ones(plates, enumeration)
         share = (conditional, *negative(touching), *left)
         costs.extend(_weighted(factor, weights[name]) for factor in share)
     with torch.enable_grad():
@@ -72,14 +76,29 @@ def _check(enumeration: Enumeration) -> None:
         )
 
 
-def _summed_out(name: str, touching: list[Factor], graph: FactorGraph, max_bytes: float | None) -> list[Factor]:
+def _own_plates(name: str, factors: Iterable[Factor], graph: FactorGraph) -> frozenset[str]:
+    """The plates whose elements have shares of their own."""
+    variable = graph.variables[name]
+    is_chain = any(previous(name) in factor.table.axes for factor in factors)
+    return variable.plates - {variable.chain} if is_chain else variable.plates
+
+
+def _summed_out(
+    name: str, plates: frozenset[str], touching: list[Factor], graph: FactorGraph, max_bytes: float | None
+) -> list[Factor]:
     if not touching:
         return []
     mentioned = {axis for factor in touching for axis in factor.table.axes}
     variables = {key: variable for key, variable in graph.variables.items() if key in mentioned}
     part = replace(graph, factors=tuple(touching), variables=variables)
-    plates = graph.variables[name].plates
-    elimination = eliminate(part, keep=frozenset(variables) - {name}, keep_plates=plates, max_bytes=max_bytes)
+    try:
+        elimination = eliminate(part, keep=frozenset(variables) - {name}, keep_plates=plates, max_bytes=max_bytes)
+    except PlateError as error:
+        raise StructureError(
+            f"The gap has no shares by site: the chain '{name}' cannot be summed out before latents that it is tied to"
+            " at every step.",
+            hint="Ask for the whole gap.",
+        ) from error
     if elimination.unrollings:
         raise StructureError(
             f"The gap has no shares by site in the guide's order: summing '{name}' out before the latents that "
@@ -90,8 +109,8 @@ def _summed_out(name: str, touching: list[Factor], graph: FactorGraph, max_bytes
     return list(elimination.factors)
 
 
-def _ones(name: str, enumeration: Enumeration) -> Table:
-    plates = tuple(sorted(enumeration.variables[name].plates))
+def _ones(names: frozenset[str], enumeration: Enumeration) -> Table:
+    plates = tuple(sorted(names))
     like = enumeration.guide_latents[0].table.values
     ones = torch.ones([enumeration.plates[plate] for plate in plates], dtype=like.dtype, device=like.device)
     return Table(ones.requires_grad_(True), plates)
@@ -99,11 +118,13 @@ def _ones(name: str, enumeration: Enumeration) -> Table:
 
 def _weighted(factor: Factor, weight: Table) -> Factor:
     """The factor times a weight per element; entries that are -inf have probability zero here and are dropped."""
-    table = weighted(factor.table, factor.scale)
-    values = torch.where(table.values.isfinite(), table.values, 0.0)
     usable = tuple(axis for axis in weight.axes if axis in factor.plates)
     with torch.enable_grad():
         level = weight if usable == weight.axes else Table(weight.values.sum() / weight.values.numel(), ())
-        axes = tuple(dict.fromkeys((*table.axes, *level.axes)))
-        product = Table(values, table.axes).aligned(axes) * level.aligned(axes)
-    return replace(factor, table=Table(product, axes), scale=1.0)
+        return applied(factor).mapped(lambda table: _product(table, level))
+
+
+def _product(table: Table, level: Table) -> Table:
+    values = torch.where(table.values.isfinite(), table.values, 0.0)
+    axes = tuple(dict.fromkeys((*table.axes, *level.axes)))
+    return Table(Table(values, table.axes).aligned(axes) * level.aligned(axes), axes)

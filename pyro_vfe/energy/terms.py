@@ -141,6 +141,13 @@ def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: fr
             "elements of a plate together: this free energy has no decomposition here.",
             hint="Give the guide those latents too.",
         )
+    chains = [factor.name for factor in (*enumeration.guide_latents, *part.costs) if factor.first is not None]
+    if chains:
+        raise StructureError(
+            f"The guide draws a site that depends on a latent it enumerates, while '{chains[0]}' is a chain: this free"
+            " energy has no decomposition here.",
+            hint="Draw the site without looking at the latents, or write the chain as a Python loop.",
+        )
     factors = (*conditionals_of(enumeration), *enumeration.guide_draws)
     costs = [_without_axes(factor, enumeration.draws) for factor in part.costs]
     known = enumeration.graph(*factors, *costs)

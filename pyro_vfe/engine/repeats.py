@@ -89,6 +89,26 @@ def find_loop(structure: Structure, keep: frozenset[str]) -> Loop | None:
     return None
 
 
+def rolled_structure(structure: Structure, loop: Loop) -> Structure:
+    """Returns the structure with a loop as chains along a plate of their own.
+
+    Args:
+        structure: The graph that the loop was found in.
+        loop: Its loop.
+    """
+    gone = {name for strand in loop.strands for name in strand.variables}
+    sizes = {v.name: v for v in structure.variables}
+    variables = [v for v in structure.variables if v.name not in gone]
+    for strand in loop.strands:
+        some = sizes[strand.variables[0]]
+        chain = loop.time if strand.is_read_later else None
+        variables.append(VariableShape(strand.name, some.size, some.plates | {loop.time}, chain))
+    taken = {factor for thread in loop.threads for factor in thread.factors}
+    left = [factor for position, factor in enumerate(structure.factors) if position not in taken]
+    made = [FactorShape(loop.time, (loop.time, *t.axes), t.plates | {loop.time}) for t in loop.threads]
+    return Structure((*left, *made), tuple(variables), (*structure.plates, (loop.time, loop.steps)))
+
+
 def _hubs(structure: Structure) -> set[str]:
     """The variables that many others are tied to: they stand outside of loops."""
     near: dict[str, set[str]] = {v.name: set() for v in structure.variables}

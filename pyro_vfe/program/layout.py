@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError
 from pyro_vfe.program.branches import Paths
+from pyro_vfe.program.chain_sites import time_plate
 from pyro_vfe.program.provenance import Escaped, Provenance, Sites
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
@@ -45,6 +46,8 @@ class SiteStructure:
     """Whether the program says that the other program lacks the site."""
     support: Tensor | None
     """The values of an enumerable latent, shape `(K, *event_shape)`."""
+    chain: str | None = None
+    """The plate along which a latent is a chain."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
         plates=site.plates,
         auxiliary=site.auxiliary,
         support=support,
+        chain=time_plate(site),
     )
 
 
