@@ -37,10 +37,7 @@ class MarkovChain(TorchDistribution):
     tensor([0.5000, 0.9000, 0.1000])
     """
 
-    arg_constraints: ClassVar = {
-        "initial": constraints.simplex,
-        "transition": constraints.independent(constraints.simplex, 1),
-    }
+    arg_constraints: ClassVar = {"initial": constraints.simplex, "transition": constraints.simplex}
     has_enumerate_support = True
 
     initial: Tensor
@@ -82,10 +79,8 @@ class MarkovChain(TorchDistribution):
             transition = transition[..., 1:, :, :]
         self.initial = _normalised(slim(initial, 1))
         self.transition = _normalised(slim(transition, 2))
-        batches = _broadcast(
-            "the batch dimensions of initial and transition", initial.shape[:-1], transition.shape[:-3]
-        )
-        super().__init__(torch.Size((*batches, length)), validate_args=validate_args)
+        batch = _broadcast("the batches of initial and transition", initial.shape[:-1], transition.shape[:-3])
+        super().__init__(torch.Size((*batch, length)), validate_args=validate_args)
 
     @property
     def num_states(self) -> int:
@@ -204,7 +199,7 @@ class MarkovChain(TorchDistribution):
         initial, transition, batch = self._flattened(self.initial, self._steps())
         marginals = _chain_marginals(initial, transition, self.num_steps).movedim(0, 1)
         # Rows sum to 1 but for rounding, which over a million steps of float32 amounts to some per cent.
-        return (marginals / marginals.sum(-1, keepdim=True)).reshape(*batch, self.num_steps, -1)
+        return (marginals / marginals.sum(-1, keepdim=True)).reshape(*batch, self.num_steps, self.num_states)
 
     def _flattened(self, initial: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """Returns tables with their batch as one axis, `(N, K)` and `(S, N or 1, K, K)`, and the batch."""
@@ -344,10 +339,20 @@ def _kl_markov_chains(p: MarkovChain, q: MarkovChain) -> Tensor:
     first, first_impossible = _row_divergence(p.initial, q.initial)
     later, later_impossible = _row_divergence(p._steps(), q._steps())
     expected = (before * later).sum(-1)
-    reaches_impossible = (later_impossible & (before > 0)).any(-1)
-    return _along_time(
-        first.masked_fill(first_impossible, torch.inf), expected.masked_fill(reaches_impossible, torch.inf)
-    ).expand(shape)
+    if later_impossible.any():
+        expected = expected.masked_fill((later_impossible & _reachable(p)).any(-1), torch.inf)
+    return _along_time(first.masked_fill(first_impossible, torch.inf), expected).expand(shape)
+
+
+def _reachable(chain: MarkovChain) -> Tensor:
+    """Returns which states each step but the last can be in, `(*b, T - 1, K)`; the marginals may underflow to zero."""
+    moves = chain._steps() > 0
+    batch = torch.broadcast_shapes(chain.initial.shape[:-1], moves.shape[:-3])
+    reached = [(chain.initial > 0).expand(*batch, -1)]
+    for t in range(chain.num_steps - 2):
+        move = moves[..., t if moves.shape[-3] > 1 else 0, :, :]
+        reached.append((reached[-1][..., None] & move).any(-2))
+    return torch.stack(reached, -2)[..., : chain.num_steps - 1, :]
 
 
 def _row_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
