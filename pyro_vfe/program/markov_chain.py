@@ -22,6 +22,7 @@ from torch.distributions.kl import register_kl
 
 from pyro_vfe.errors import ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
+from pyro_vfe.program.walks import drawn, walk
 
 
 class MarkovChain(TorchDistribution):
@@ -145,28 +146,23 @@ class MarkovChain(TorchDistribution):
         value = value.long()
         shape = _broadcast("the value and the chain", value.shape, self.batch_shape)
         self._check_steps(value, shape)
-        first = _entries(self.log_initial(), value[..., 0])
+        first = exact_log(_entries(self.initial, value[..., 0]))
         moves = value[..., :-1] * self.num_states + value[..., 1:]
-        later = _entries(self.log_transition().flatten(-2), moves)
+        later = exact_log(_entries(self._steps().flatten(-2), moves))
         return _along_time(first, later).expand(shape)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Returns states drawn from the chain, int64 `(*sample_shape, *batch, T)`."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        lanes = shape[:-1]
         dtype = torch.promote_types(self.initial.dtype, torch.float32)
-        levels = torch.rand((self.num_steps, prod(lanes)), dtype=dtype, device=self.initial.device)
-        first, later = _thresholds(self.initial.to(dtype)), _thresholds(self._steps().to(dtype))
-        later = later.movedim(-3, 0)
-        first_row = _positions(first.shape[:-1], first.device).expand(lanes).flatten()
-        later_row = _positions(later.shape[1:-2], first.device).expand(lanes).flatten() * self.num_states
-        first, later = first.reshape(-1, self.num_states), later.flatten(1, -2)
-        path = [_drawn(first[first_row], levels[0])]
-        for t in range(1, self.num_steps):
-            row = later_row + path[-1]
-            path.append(_drawn(later[t - 1 if len(later) > 1 else 0][row], levels[t]))
-        return torch.stack(path, -1).reshape(shape)
+        levels = torch.rand((self.num_steps, prod(shape[:-1])), dtype=dtype, device=self.initial.device)
+        initial = self.initial.to(dtype).expand(*shape[:-1], -1).reshape(levels.shape[1], self.num_states)
+        steps = self._steps().to(dtype).movedim(-3, 0)
+        rows = _positions(steps.shape[1:-2], steps.device).expand(shape[:-1]).flatten()
+        start = drawn(initial, levels[0])
+        later = walk(start, steps.reshape(len(steps), prod(steps.shape[1:-2]), *steps.shape[-2:]), rows, levels[1:])
+        return torch.cat([start[None], later]).T.reshape(shape)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Returns the states of one step, `(K, *batch, T)`, or `(K, 1, ..., 1)` where not expanded.
@@ -301,16 +297,6 @@ def _along_time(first: Tensor, later: Tensor) -> Tensor:
     """Returns the terms of all steps, `(*b, T)`, of those of the first, `(*b)`, and of the others, `(*b, T - 1)`."""
     batch = torch.broadcast_shapes(first.shape, later.shape[:-1])
     return torch.cat([first.expand(batch)[..., None], later.expand(*batch, -1)], -1)
-
-
-def _thresholds(probs: Tensor) -> Tensor:
-    """Returns the level below which each state or one before it is drawn; the last possible state takes the rest."""
-    cumulative = probs.cumsum(-1)
-    return cumulative.masked_fill(cumulative >= cumulative[..., -1:], torch.inf)
-
-
-def _drawn(thresholds: Tensor, level: Tensor) -> Tensor:
-    return (thresholds <= level[:, None]).sum(-1)
 
 
 def _row_entropy(probs: Tensor) -> Tensor:
