@@ -62,3 +62,7 @@ class PlateKeptError(PlateError):
 
 class ShapeError(VFEError):
     """Tensors whose shapes do not fit together."""
+
+
+class ProbabilityError(VFEError):
+    """Numbers that are no probabilities."""

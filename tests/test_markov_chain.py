@@ -16,7 +16,7 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vfe.errors import ShapeError, VFEError
+from pyro_vfe.errors import ProbabilityError, ShapeError, VFEError
 from pyro_vfe.program.markov_chain import MarkovChain
 
 close = torch.testing.assert_close
@@ -463,10 +463,14 @@ def test_errors_name_the_fact_and_the_fix(name: str) -> None:
 
 @pytest.mark.parametrize("bad", [[1.0, -0.5], [0.0, 0.0], [INF, 1.0], [float("nan"), 1.0]], ids=str)
 def test_numbers_that_are_no_probabilities_are_refused(bad: list[float]) -> None:
-    with pytest.raises(ValueError, match="transition"):
-        MarkovChain(torch.ones(2), torch.tensor([[0.5, 0.5], bad]))
-    with pytest.raises(ValueError, match="initial"):
+    good = torch.ones(2)
+    with pytest.raises(ProbabilityError) as caught:
+        MarkovChain(good, torch.stack([good, torch.tensor(bad)]))
+    for word in ("transition", "(2, 2)", "row (1,)", str(bad), "softmax"):
+        assert word in str(caught.value)
+    with pytest.raises(ProbabilityError, match=r"initial, shape \(2,\), of which row \(\)"):
         MarkovChain(torch.tensor(bad), torch.ones(2, 2))
+    assert MarkovChain(torch.tensor(bad), torch.ones(2, 2), validate_args=False).batch_shape == (1,)
 
 
 @pytest.mark.parametrize("value", [[0, 3], [-1, 0], [0.5, 0.0]], ids=str)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
-from pyro_vfe.errors import ShapeError
+from pyro_vfe.errors import ProbabilityError, ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
 from pyro_vfe.program.walks import drawn, walk
 
@@ -68,7 +68,7 @@ class MarkovChain(TorchDistribution):
 
         Raises:
             ShapeError: If the shapes do not fit together.
-            ValueError: If some probability is negative, or all in a row are zero.
+            ProbabilityError: If some probability is negative or not finite, or all in a row are zero.
         """
         _check_tables(initial, transition)
         given_steps = transition.shape[-3] if transition.dim() > 2 else 1
@@ -78,10 +78,13 @@ class MarkovChain(TorchDistribution):
         self._length_is_fixed = num_steps is not None or given_steps != 1
         if given_steps == length > 1:
             transition = transition[..., 1:, :, :]
-        self.initial = _normalised(slim(initial, 1))
-        self.transition = _normalised(slim(transition, 2))
+        # The base class would check the tables once more, at the price of another pass over them.
+        validates = self._validate_args if validate_args is None else validate_args
+        self.initial = _normalised("initial", slim(initial, 1), check=validates)
+        self.transition = _normalised("transition", slim(transition, 2), check=validates)
         batch = _broadcast("the batches of initial and transition", initial.shape[:-1], transition.shape[:-3])
-        super().__init__(torch.Size((*batch, length)), validate_args=validate_args)
+        super().__init__(torch.Size((*batch, length)), validate_args=False)
+        self._validate_args = validates
 
     @property
     def num_states(self) -> int:
@@ -275,8 +278,17 @@ def _broadcast(what: str, *shapes: torch.Size) -> torch.Size:
         ) from None
 
 
-def _normalised(probs: Tensor) -> Tensor:
-    return probs / probs.sum(-1, keepdim=True)
+def _normalised(name: str, probs: Tensor, *, check: bool) -> Tensor:
+    total = probs.sum(-1, keepdim=True)
+    if check and probs.numel() and not bool((probs.amin() >= 0) & (total > 0).all() & (total < torch.inf).all()):
+        wrong = ~((probs >= 0).all(-1) & (total > 0).squeeze(-1) & (total < torch.inf).squeeze(-1))
+        row = tuple(wrong.nonzero()[0].tolist())
+        raise ProbabilityError(
+            f"MarkovChain got probabilities of {name}, shape {tuple(probs.shape)}, of which row {row} is "
+            f"{probs[row].tolist()}.",
+            hint="Along the last axis they are finite, not negative and not all zero; logits.softmax(-1) is.",
+        )
+    return probs / total
 
 
 def _positions(shape: torch.Size, device: torch.device) -> Tensor:
