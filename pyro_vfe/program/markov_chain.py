@@ -12,7 +12,7 @@ References:
 
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -23,6 +23,9 @@ from torch.distributions.kl import register_kl
 from pyro_vfe.errors import ProbabilityError, ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
 from pyro_vfe.program.walks import drawn, walk
+
+_unwatched = torch._C.DisableTorchFunction
+"""A context in which no torch function mode looks on."""
 
 
 class MarkovChain(TorchDistribution):
@@ -57,8 +60,9 @@ class MarkovChain(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         """Args:
-            initial: Probabilities of the first state, `(*batch, K)`. Normalised along the last axis, as Categorical
-                does.
+            initial: Probabilities of the first state, `(*batch, K)`: no time axis. Normalised along the last axis, as
+                Categorical does. Where a latent z outside the time plate chooses among several, its shape ends with the
+                time plate's size 1: `table[z.reshape(z.shape[:-1])]`.
             transition: Probabilities of the next state (last axis) given the one before, `(K, K)`, or
                 `(*batch, S, K, K)` where the third axis from the right is always time: S = 1 (the same at each step),
                 S = T - 1 (entry t leads from step t to t + 1) or, where `num_steps` says T, S = T (entry t leads into
@@ -149,10 +153,10 @@ class MarkovChain(TorchDistribution):
         value = value.long()
         shape = _broadcast("the value and the chain", value.shape, self.batch_shape)
         self._check_steps(value, shape)
-        first = exact_log(_entries(self.initial, value[..., 0]))
+        first = _entries(self.initial, value[..., 0])
         moves = value[..., :-1] * self.num_states + value[..., 1:]
-        later = exact_log(_entries(self._steps().flatten(-2), moves))
-        return _along_time(first, later).expand(shape)
+        later = _entries(self._steps().flatten(-2), moves)
+        return _log(_along_time(first, later), at_zero=-torch.inf).expand(shape)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -280,15 +284,26 @@ def _broadcast(what: str, *shapes: torch.Size) -> torch.Size:
 
 def _normalised(name: str, probs: Tensor, *, check: bool) -> Tensor:
     total = probs.sum(-1, keepdim=True)
-    if check and probs.numel() and not bool((probs.amin() >= 0) & (total > 0).all() & (total < torch.inf).all()):
-        wrong = ~((probs >= 0).all(-1) & (total > 0).squeeze(-1) & (total < torch.inf).squeeze(-1))
-        row = tuple(wrong.nonzero()[0].tolist())
-        raise ProbabilityError(
-            f"MarkovChain got probabilities of {name}, shape {tuple(probs.shape)}, of which row {row} is "
-            f"{probs[row].tolist()}.",
-            hint="Along the last axis they are finite, not negative and not all zero; logits.softmax(-1) is.",
-        )
+    if check and probs.numel() and not _holds((probs.amin() >= 0) & (total > 0).all() & (total < torch.inf).all()):
+        _refuse_probs(name, probs, total.squeeze(-1))
     return probs / total
+
+
+def _refuse_probs(name: str, probs: Tensor, total: Tensor) -> NoReturn:
+    with _unwatched():
+        wrong = ~((probs >= 0).all(-1) & (total > 0) & (total < torch.inf))
+        row = tuple(wrong.nonzero()[0].tolist())
+        values = probs[row].tolist()
+    raise ProbabilityError(
+        f"MarkovChain got probabilities of {name}, shape {tuple(probs.shape)}, of which row {row} is {values}.",
+        hint="Along the last axis they are finite, not negative and not all zero; logits.softmax(-1) is.",
+    )
+
+
+def _holds(condition: Tensor) -> bool:
+    """Whether a condition holds, asked so that a program which is enumerated does not count as branching on it."""
+    with _unwatched():
+        return bool(condition)
 
 
 def _positions(shape: torch.Size, device: torch.device) -> Tensor:
@@ -312,12 +327,16 @@ def _along_time(first: Tensor, later: Tensor) -> Tensor:
 
 
 def _row_entropy(probs: Tensor) -> Tensor:
-    return -(probs * _finite_log(probs)).sum(-1)
+    return -(probs * _log(probs, at_zero=0.0)).sum(-1)
 
 
-def _finite_log(probs: Tensor) -> Tensor:
-    """Returns the log of probabilities, with 0 where they are zero: for p log p, whose limit there is 0."""
-    return exact_log(probs).where(probs != 0, 0.0)
+def _log(probs: Tensor, *, at_zero: float) -> Tensor:
+    """Returns the log of probabilities, of gradient zero where they are zero.
+
+    Unlike `exact_log` it does not ask whether some are: the program may call this with tables that depend on a latent.
+    """
+    alive = probs != 0
+    return probs.where(alive, 1.0).log().where(alive, at_zero)
 
 
 @register_kl(MarkovChain, MarkovChain)
@@ -337,7 +356,7 @@ def _kl_markov_chains(p: MarkovChain, q: MarkovChain) -> Tensor:
     first, first_impossible = _row_divergence(p.initial, q.initial)
     later, later_impossible = _row_divergence(p._steps(), q._steps())
     expected = (before * later).sum(-1)
-    if later_impossible.any():
+    if _holds(later_impossible.any()):
         expected = expected.masked_fill((later_impossible & _reachable(p)).any(-1), torch.inf)
     return _along_time(first.masked_fill(first_impossible, torch.inf), expected).expand(shape)
 
@@ -355,7 +374,7 @@ def _reachable(chain: MarkovChain) -> Tensor:
 
 def _row_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Returns each row's KL divergence over what q can do, and whether p does what q cannot, both `(*batch,)`."""
-    return (p * (_finite_log(p) - _finite_log(q))).sum(-1), ((p > 0) & (q == 0)).any(-1)
+    return (p * (_log(p, at_zero=0.0) - _log(q, at_zero=0.0))).sum(-1), ((p > 0) & (q == 0)).any(-1)
 
 
 def _chain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int) -> Tensor:
