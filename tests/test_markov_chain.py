@@ -16,7 +16,9 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+import pyro_vfe as vfe
 from pyro_vfe.errors import ProbabilityError, ShapeError, VFEError
+from pyro_vfe.program import walks
 from pyro_vfe.program.markov_chain import MarkovChain
 
 close = torch.testing.assert_close
@@ -197,6 +199,29 @@ def test_the_rounding_of_a_row_draws_no_state_beyond_the_last_possible_one(dtype
     assert draws.max() <= 999
 
 
+WALKS = {"same": (1, 1), "varying": (50, 1), "same_of_each": (1, 3), "varying_of_each": (50, 3)}
+
+
+@pytest.mark.parametrize("sizes", WALKS.values(), ids=WALKS)
+@pytest.mark.parametrize("block", [7 * 3 * 16, 2**22])
+def test_composed_maps_draw_the_path_that_single_steps_draw(
+    sizes: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditionals, start = with_zeros(simplex(*sizes, 4, 4)), torch.tensor([0, 3, 1])
+    conditionals /= conditionals.sum(-1, keepdim=True)
+    rows, levels = torch.arange(3) % sizes[1], torch.rand(50, 3)
+    expected, state = [], start.tolist()
+    for t in range(50):
+        for m in range(3):
+            shares = conditionals[t % sizes[0], rows[m], state[m]].cumsum(-1)
+            state[m] = next((k for k in range(4) if levels[t, m] < shares[k]), 3)
+        expected.append(list(state))
+    monkeypatch.setattr(walks, "BLOCK", block)
+    assert walks.walk(start, conditionals, rows, levels).tolist() == expected
+    monkeypatch.setattr(walks, "WIDE", 0)
+    assert walks.walk(start, conditionals, rows, levels).tolist() == expected
+
+
 def test_a_chain_equals_a_loop_of_categoricals() -> None:
     initial, transition, locs = simplex(2, 3), simplex(2, 4, 3, 3), torch.tensor([-1.0, 0.0, 2.0])
     data = torch.randn(2, 5)
@@ -292,6 +317,26 @@ def test_a_chain_may_lead_another_chain() -> None:
     value = z.sample()
     rows = dist.Categorical(moods[x[:, 1:], value[:, :-1]]).log_prob(value[:, 1:])
     close(z.log_prob(value)[:, 1:], rows)
+
+
+def test_a_latent_may_choose_the_tables_of_an_observed_chain() -> None:
+    weights, initial, transition, other = simplex(2), simplex(2, 3), simplex(2, 3, 3), OTHERS["homogeneous"]()
+    value = MarkovChain(initial[0], transition[0], num_steps=6).expand((4, 6)).sample()
+
+    def model() -> None:
+        with pyro.plate("sequences", 4, dim=-2):
+            z = pyro.sample("z", dist.Categorical(weights))
+            with pyro.plate("time", 6, dim=-1):
+                chain = MarkovChain(initial[z.reshape(z.shape[:-1])], transition[z], num_steps=6)
+                pyro.sample("x", chain, obs=value)
+                pyro.factor("f", chain.entropy() - kl_divergence(chain, other))
+
+    chains = [MarkovChain(initial[k], transition[k], num_steps=6) for k in range(2)]
+    factors = [chain.entropy() - kl_divergence(chain, other) for chain in chains]
+    terms = [(chain.log_prob(value) + factor).sum(-1) for chain, factor in zip(chains, factors, strict=True)]
+    log_joint = dist.Categorical(weights).logits + torch.stack(terms, -1)
+    close(vfe.posterior(model).log_evidence, log_joint.logsumexp(-1).sum())
+    close(vfe.posterior(model).marginal("z").reshape(4, 2), log_joint.softmax(-1))
 
 
 def test_the_entry_that_leads_into_the_first_step_is_not_read() -> None:
