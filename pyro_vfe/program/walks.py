@@ -13,7 +13,7 @@ References:
 import torch
 from torch import Tensor
 
-WIDE = 2**14
+WIDE = 2**12
 """Table entries per step above which a step costs more than calling torch for it does."""
 
 BLOCK = 2**22
