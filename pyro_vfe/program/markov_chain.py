@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
+from pyro_vfe.engine.chains import chain_marginals, chain_mode
 from pyro_vfe.errors import ProbabilityError, ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
 from pyro_vfe.program.walks import drawn, walk
@@ -194,13 +195,13 @@ class MarkovChain(TorchDistribution):
         """The most probable path, int64 of the batch shape; of several, any one."""
         initial, transition, batch = self._flattened(self.log_initial(), self.log_transition())
         rest = initial.new_zeros(()).expand(self.num_steps - 1, *initial.shape)
-        path = _chain_mode(torch.cat([initial[None], rest]), transition)
+        path = chain_mode(torch.cat([initial[None], rest]), transition)
         return path.T.reshape(*batch, self.num_steps).expand(self.batch_shape)
 
     def _marginals(self) -> Tensor:
         """Returns the marginals, `(*b, T, K)`, repeated by no plate."""
         initial, transition, batch = self._flattened(self.initial, self._steps())
-        marginals = _chain_marginals(initial, transition, self.num_steps).movedim(0, 1)
+        marginals = chain_marginals(initial, transition, self.num_steps).movedim(0, 1)
         # Rows sum to 1 but for rounding, which over a million steps of float32 amounts to some per cent.
         return (marginals / marginals.sum(-1, keepdim=True)).reshape(*batch, self.num_steps, self.num_states)
 
@@ -375,26 +376,3 @@ def _reachable(chain: MarkovChain) -> Tensor:
 def _row_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Returns each row's KL divergence over what q can do, and whether p does what q cannot, both `(*batch,)`."""
     return (p * (_log(p, at_zero=0.0) - _log(q, at_zero=0.0))).sum(-1), ((p > 0) & (q == 0)).any(-1)
-
-
-def _chain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int) -> Tensor:
-    """Returns the marginals `(T, N, K)` of `(N, K)` and `(T - 1 or 1, N or 1, K, K)`."""
-    marginals = [initial]
-    for t in range(num_steps - 1):
-        conditional = conditionals[t if len(conditionals) > 1 else 0]
-        marginals.append((marginals[-1][:, None, :] @ conditional).squeeze(1))
-    return torch.stack(marginals)
-
-
-@torch.no_grad()
-def _chain_mode(unary: Tensor, pairs: Tensor) -> Tensor:
-    """Returns the most probable paths `(T, N)` of log potentials `(T, N, K)` and `(T - 1 or 1, N or 1, K, K)`."""
-    best, origins = unary[0], []
-    for t in range(1, len(unary)):
-        reached, origin = (best[:, :, None] + pairs[t - 1 if len(pairs) > 1 else 0]).max(1)
-        best = reached + unary[t]
-        origins.append(origin)
-    path = [best.argmax(1)]
-    for origin in reversed(origins):
-        path.append(origin.gather(1, path[-1][:, None]).squeeze(1))
-    return torch.stack(path[::-1])
