@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.chain_sites import chain_factor, is_chain
+from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import log_prob, support_table
 from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
@@ -88,7 +89,8 @@ class Labeller:
             values = support_table(fn, self.layout.dims[site.name])
             if values is not None:
                 return values
-        return log_prob(fn, site.value)
+        values = product_table(fn, site.value)
+        return log_prob(fn, site.value) if values is None else values
 
     def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool) -> Tensor:
         """A latent that is masked in guide and model takes its first value there, at no cost."""

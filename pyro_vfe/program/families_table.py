@@ -1,0 +1,122 @@
+r"""A table of log-probabilities as one matrix product.
+
+    log p(x_n | theta_k)  =  T(x_n) . eta_k - A_k + log h(x_n)                (N, D) @ (D, K)
+
+This is what a broadcast log-probability is where data vary along plates and parameters along latents, without the
+(K, N, D) numbers in between. The terms may be larger than their sum: x^2 / s^2 is, for data far from zero. So x is
+centred, the product is summed in double precision, and where even that is not enough the table is left to broadcasting.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.program.families import Form, form_of, unwrapped
+from pyro_vfe.program.log_prob import slim
+
+WORTHWHILE = 2**16
+"""Numbers that broadcasting would make; for fewer it takes less time than setting up the product."""
+
+TOLERANCE = {torch.float64: 1e-12}
+"""The rounding error in nats that a table may have by an upper bound; in single precision, eight of its own units."""
+
+
+def product_table(fn: Any, value: Tensor) -> Tensor | None:
+    """The log-probability of `value` by a matrix product; None where that is not to be had, or no gain, or inexact.
+
+    Args:
+        fn: A distribution without a mask.
+        value: What to score; varies along batch dims along which the parameters do not.
+
+    Returns:
+        A tensor in nats that broadcasts to the full log-probability, without the axes that plates only repeat.
+
+    Raises:
+        ValueError: The value is outside of the support, and the distribution validates its arguments.
+    """
+    if fn.batch_shape.numel() * fn.event_shape.numel() * value.numel() < WORTHWHILE:
+        return None
+    form = form_of(fn)
+    if form is None or form.family.width is None or value.device.type == "mps":
+        return None
+    own_dims = len(form.independent) + form.family.event_dim
+    x = slim(value, own_dims)
+    batch, data = _batch(form, fixed=False), _batch(form, fixed=True)
+    data = torch.broadcast_shapes(data, x.shape[: max(0, x.dim() - own_dims)])
+    depth = max(len(batch), len(data))
+    batch, data = (torch.Size((1,) * (depth - len(shape)) + tuple(shape)) for shape in (batch, data))
+    if any(a > 1 and b > 1 for a, b in zip(batch, data, strict=True)):
+        return None
+    event_size = math.prod(fn.event_shape[len(fn.event_shape) - form.family.event_dim :])
+    elements = math.prod(form.independent)
+    rows, columns = math.prod(batch), math.prod(data)
+    if min(rows, columns) <= 1 or rows * columns * elements * event_size < WORTHWHILE:
+        return None
+    if form.family.width(event_size) > rows * event_size:
+        return None
+    _validate(fn, form, value)
+    product = _product(form, x, rows, columns, _result_type(form, value))
+    return None if product is None else _paired(product, batch, data)
+
+
+def _product(form: Form, x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The product, shape `(rows, columns)`, unless its rounding error might pass the tolerance."""
+    x = x.double()
+    form = form.to(torch.float64).centred(x)
+    statistic, natural = form.statistic(x), form.natural
+    statistic, natural = statistic.reshape(columns, -1), natural.reshape(rows, -1)
+    log_normalizer = form.log_normalizer.reshape(-1, 1)
+    size = (_largest(statistic) * _largest(natural)).sum() + _largest(log_normalizer).sum()
+    error = torch.finfo(torch.float64).eps * float(size)
+    if not error <= TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps):
+        return None
+    log_base = form.log_base_measure(x)
+    constant = log_base if log_base.numel() == 1 else log_base.new_zeros(())
+    product = torch.addmm(constant.reshape(1, 1) - log_normalizer, natural, statistic.mT)
+    return (product if constant is log_base else product + log_base.reshape(1, columns)).to(dtype)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude in each column."""
+    values = values.detach()
+    return torch.maximum(values.amax(0), -values.amin(0))
+
+
+def _paired(product: Tensor, batch: Sequence[int], data: Sequence[int]) -> Tensor:
+    """The product with its rows' and columns' dims, of which no two vary at one place, laid over each other."""
+    depth = len(data)
+    pairs = product.reshape(*batch, *data).permute([d + k * depth for d in range(depth) for k in (0, 1)])
+    return pairs.reshape([a * b for a, b in zip(batch, data, strict=True)])
+
+
+def _batch(form: Form, *, fixed: bool) -> torch.Size:
+    """The batch shape of the parameters that are fixed, or of those that are not."""
+    own_dims = len(form.independent)
+    shapes = []
+    for name, values in form.parameters.items():
+        event_dim = form.family.parameters.get(name, 0 if name != "logits" else form.family.parameters.get("probs", 0))
+        if (name in form.family.fixed) is fixed:
+            shapes.append(values.shape[: max(0, values.dim() - own_dims - event_dim)])
+    return torch.broadcast_shapes(*shapes)
+
+
+def _validate(fn: Any, form: Form, value: Tensor) -> None:
+    """Checks the value against the support once, not once for each repetition of a fixed parameter."""
+    base, _ = unwrapped(fn)
+    if not base._validate_args:
+        return
+    given = {name: form.parameters[name] for name in form.family.fixed if name in base.__dict__}
+    if given:
+        base = copy.copy(base)
+        base.__dict__.update(given)
+    base._validate_sample(value)
+
+
+def _result_type(form: Form, value: Tensor) -> torch.dtype:
+    learned = (values.dtype for name, values in form.parameters.items() if name not in form.family.fixed)
+    return reduce(torch.promote_types, learned, value.dtype)
