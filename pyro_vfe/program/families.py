@@ -53,13 +53,6 @@ class Form:
         """log h(x), shape `(*x)`, or no dims where it does not depend on x; in nats."""
         return self._summed(self.family.log_base_measure(self._centred(x), self.parameters))
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """T(x) . eta - A + log h(x) in nats, where 0 * inf is 0; x broadcasts with the batch shape."""
-        statistic, natural = torch.broadcast_tensors(self.statistic(x), self.natural)
-        absent = statistic == 0
-        terms = torch.where(absent, 0.0, statistic * torch.where(absent, 0.0, natural))
-        return terms.sum(-1) - self.log_normalizer + self.log_base_measure(x)
-
     def from_mean_parameters(self, mean: Tensor) -> dict[str, Tensor] | None:
         """The parameters whose E[T(x)] is `mean`, shape `(*batch, D)`; None where there is no closed form.
 
@@ -143,4 +136,5 @@ def _given(fn: Any) -> str:
     """Whether a distribution was given probs or logits: torch derives the one from the other after clamping."""
     fn = getattr(fn, "_categorical", fn)
     known = fn.__dict__
-    return "probs" if "logits" not in known or ("probs" in known and fn._param is known["probs"]) else "logits"
+    given = getattr(fn, "_param", known.get("logits"))
+    return "logits" if "logits" in known and given is not known.get("probs") else "probs"

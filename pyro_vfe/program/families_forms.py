@@ -44,7 +44,7 @@ class Family:
     event_dim: int = 0
     """How many dims one x has."""
     width: Callable[[int], int] | None = None
-    """D as a function of the size of one x; None where a product with T(x) is no gain over a look-up."""
+    """D as a function of the size of one x; None where a product with T(x) is no gain over a look-up or one product."""
     location: bool = False
     """Whether x - c has the same distribution with loc - c, so that x may be centred."""
 
@@ -145,7 +145,7 @@ def _outer(x: Tensor, _: Parameters) -> Tensor:
 
 
 def _multivariate_natural(p: Parameters) -> Tensor:
-    precision = torch.cholesky_inverse(p["scale_tril"])
+    precision = torch.cholesky_inverse(p["scale_tril"].tril())  # above the diagonal there is no gradient
     first = (precision @ p["loc"].unsqueeze(-1)).squeeze(-1)
     second = -precision.flatten(-2) / 2
     batch = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
@@ -249,7 +249,6 @@ EXPONENTIAL = Family(
     lambda p: -p["rate"].log(),
     _zero,
     lambda mean, _: {"rate": 1 / mean[..., 0]},
-    width=lambda size: size,
 )
 
 
@@ -273,15 +272,6 @@ INVERSE_GAMMA = Family(
     _gamma_log_normalizer,
     _zero,
     width=lambda size: 2 * size,
-)
-
-CHI2 = Family(
-    {"df": 0},
-    lambda x, _: x.log().unsqueeze(-1),
-    lambda p: p["df"].unsqueeze(-1) / 2 - 1,
-    lambda p: torch.lgamma(p["df"] / 2) + p["df"] * (math.log(2) / 2),
-    lambda x, _: -x / 2,
-    width=lambda size: size,
 )
 
 BETA = Family(
@@ -357,7 +347,7 @@ _BY_NAME = {
     "Beta": BETA,
     "Binomial": BINOMIAL,
     "Categorical": CATEGORICAL,
-    "Chi2": CHI2,
+    "Chi2": GAMMA,
     "Dirichlet": DIRICHLET,
     "Exponential": EXPONENTIAL,
     "Gamma": GAMMA,

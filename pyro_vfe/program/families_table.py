@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from torch import Tensor
 from pyro_vfe.program.families import Form, form_of, unwrapped
 from pyro_vfe.program.log_prob import slim
 
-WORTHWHILE = 2**16
+WORTHWHILE = 2**17
 """Numbers that broadcasting would make; for fewer it takes less time than setting up the product."""
 
 TOLERANCE = {torch.float64: 1e-12}
-"""The rounding error in nats that a table may have by an upper bound; in single precision, eight of its own units."""
+"""The rounding error in nats per element of the event, by a bound; for other types, eight units of single precision."""
 
 
 def product_table(fn: Any, value: Tensor) -> Tensor | None:
@@ -39,7 +40,7 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     Raises:
         ValueError: The value is outside of the support, and the distribution validates its arguments.
     """
-    if fn.batch_shape.numel() * fn.event_shape.numel() * value.numel() < WORTHWHILE:
+    if _entries((*fn.batch_shape, *fn.event_shape), value.shape) < WORTHWHILE:
         return None
     form = form_of(fn)
     if form is None or form.family.width is None or value.device.type == "mps":
@@ -53,18 +54,15 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     if any(a > 1 and b > 1 for a, b in zip(batch, data, strict=True)):
         return None
     event_size = math.prod(fn.event_shape[len(fn.event_shape) - form.family.event_dim :])
-    elements = math.prod(form.independent)
-    rows, columns = math.prod(batch), math.prod(data)
-    if min(rows, columns) <= 1 or rows * columns * elements * event_size < WORTHWHILE:
-        return None
-    if form.family.width(event_size) > rows * event_size:
+    independent, rows, columns = (math.prod(shape) for shape in (form.independent, batch, data))
+    if not _is_gain(rows, columns, independent * event_size, independent * form.family.width(event_size)):
         return None
     _validate(fn, form, value)
-    product = _product(form, x, rows, columns, _result_type(form, value))
+    product = _product(form, x, rows, columns, _result_type(form, value), independent * event_size)
     return None if product is None else _paired(product, batch, data)
 
 
-def _product(form: Form, x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+def _product(form: Form, x: Tensor, rows: int, columns: int, dtype: torch.dtype, elements: int) -> Tensor | None:
     """The product, shape `(rows, columns)`, unless its rounding error might pass the tolerance."""
     x = x.double()
     form = form.to(torch.float64).centred(x)
@@ -72,13 +70,23 @@ def _product(form: Form, x: Tensor, rows: int, columns: int, dtype: torch.dtype)
     statistic, natural = statistic.reshape(columns, -1), natural.reshape(rows, -1)
     log_normalizer = form.log_normalizer.reshape(-1, 1)
     size = (_largest(statistic) * _largest(natural)).sum() + _largest(log_normalizer).sum()
-    error = torch.finfo(torch.float64).eps * float(size)
+    error = torch.finfo(torch.float64).eps / 2 * float(size) / elements
     if not error <= TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps):
         return None
     log_base = form.log_base_measure(x)
     constant = log_base if log_base.numel() == 1 else log_base.new_zeros(())
     product = torch.addmm(constant.reshape(1, 1) - log_normalizer, natural, statistic.mT)
     return (product if constant is log_base else product + log_base.reshape(1, columns)).to(dtype)
+
+
+def _entries(*shapes: Sequence[int]) -> int:
+    """How many numbers shapes make together when they are broadcast."""
+    return math.prod(max(sizes) for sizes in zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1))
+
+
+def _is_gain(rows: int, columns: int, elements: int, statistics: int) -> bool:
+    """Whether broadcasting makes more numbers: the product makes its statistics, and its table in two precisions."""
+    return rows * columns * elements >= WORTHWHILE and rows * elements > 2 * rows + statistics
 
 
 def _largest(values: Tensor) -> Tensor:
