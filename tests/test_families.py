@@ -248,6 +248,37 @@ def test_a_count_may_differ_from_datum_to_datum(products: list[Tensor | None]) -
     assert_close(table, fn.log_prob(x))
 
 
+@pytest.mark.parametrize("chunk", [1, 40, 2**20])
+def test_product_does_not_depend_on_the_chunk(
+    chunk: int, monkeypatch: pytest.MonkeyPatch, products: list[Tensor | None]
+) -> None:
+    monkeypatch.setitem(families_table.CHUNK, "cpu", chunk)
+    fn, _, x = expanded("Binomial", (3,), (30,), 1)
+    table = product_table(fn, x)
+    assert table is not None
+    assert_close(table, fn.log_prob(x))
+
+
+@pytest.mark.parametrize("name", ["Normal", "Gamma", "Binomial"])
+def test_product_is_twice_differentiable(name: str, products: list[Tensor | None]) -> None:
+    fn, slim_fn, x = expanded(name, (3,), (20,), 1)
+    count = {"total_count": 7.0} if name == "Binomial" else {}
+    leaves = {k: v.clone().requires_grad_() for k, v in bound(slim_fn).parameters.items() if k not in count}
+    live = type(slim_fn.base_dist)(**leaves, **count).to_event(1).expand(fn.batch_shape)
+    both = []
+    for table in (product_table(live, x), live.log_prob(x)):
+        assert table is not None
+        first = torch.autograd.grad(table.logsumexp(0).sum(), list(leaves.values()), create_graph=True)
+        both.append(torch.autograd.grad(sum(g.sin().sum() for g in first), list(leaves.values())))
+    for one, other in zip(*both, strict=True):
+        assert_close(one, other, 1e-8)
+
+
+def test_a_count_that_is_learned_keeps_its_gradient(products: list[Tensor | None]) -> None:
+    count = torch.tensor(3.5, requires_grad=True)
+    assert product_table(dist.NegativeBinomial(count, probability(3, 1)), torch.arange(20.0)) is None
+
+
 @pytest.mark.parametrize("probs", [0.0, 1.0])
 def test_certain_outcomes_are_left_to_exact_logs(probs: float, products: list[Tensor | None]) -> None:
     fn = dist.Bernoulli(torch.tensor([[0.5], [probs]])).expand((2, 40))

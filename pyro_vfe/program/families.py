@@ -73,7 +73,9 @@ class Form:
         if not self.family.location or self.centre is not None:
             return self
         own_dims = len(self.independent) + self.family.event_dim
-        centre = x.detach().mean(tuple(range(x.dim() - own_dims))) if x.dim() > own_dims else x.detach()
+        dtype = self.parameters["loc"].dtype
+        dims = tuple(range(x.dim() - own_dims))
+        centre = x.detach().mean(dims, dtype=dtype) if dims else x.detach().to(dtype)
         return replace(self, parameters={**self.parameters, "loc": self.parameters["loc"] - centre}, centre=centre)
 
     def to(self, dtype: torch.dtype) -> "Form":

@@ -3,13 +3,16 @@ r"""A table of log-probabilities as one matrix product.
     log p(x_n | theta_k)  =  T(x_n) . eta_k - A_k + log h(x_n)                (N, D) @ (D, K)
 
 This is what a broadcast log-probability is where data vary along plates and parameters along latents, without the
-(K, N, D) numbers in between. The terms may be larger than their sum: x^2 / s^2 is, for data far from zero. So x is
-centred, the product is summed in double precision, and where even that is not enough the table is left to broadcasting.
+(K, N, D) numbers in between. T(x) is made a chunk of data at a time, forward and backward, and never kept.
+
+The terms may be larger than their sum: x^2 / s^2 is, for data far from zero. So x is centred, the product is summed in
+double precision, and where even that is not enough the table is left to broadcasting.
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
 from typing import Any
@@ -25,6 +28,12 @@ WORTHWHILE = 2**17
 
 TOLERANCE = {torch.float64: 1e-12}
 """The rounding error in nats per element of the event, by a bound; for other types, eight units of single precision."""
+
+
+CHUNK = {"cpu": 2**17}
+"""Statistics that are made at a time: what the cache holds; on other devices, `LARGE_CHUNK`."""
+
+LARGE_CHUNK = 2**25
 
 
 def product_table(fn: Any, value: Tensor) -> Tensor | None:
@@ -45,6 +54,8 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     form = form_of(fn)
     if form is None or form.family.width is None or value.device.type == "mps":
         return None
+    if any(form.parameters[name].requires_grad for name in form.family.fixed):
+        return None
     own_dims = len(form.independent) + form.family.event_dim
     x = slim(value, own_dims)
     batch, data = _batch(form, fixed=False), _batch(form, fixed=True)
@@ -58,25 +69,99 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     if not _is_gain(rows, columns, independent * event_size, independent * form.family.width(event_size)):
         return None
     _validate(fn, form, value)
-    product = _product(form, x, rows, columns, _result_type(form, value), independent * event_size)
+    wide = form.to(torch.float64).centred(x)
+    natural = torch.cat([wide.natural.reshape(rows, -1), -wide.log_normalizer.reshape(-1, 1).expand(rows, 1)], 1)
+    product = _product(
+        natural, _Statistics.of(wide, x, data, natural.shape[1]), _result_type(form, value), independent * event_size
+    )
     return None if product is None else _paired(product, batch, data)
 
 
-def _product(form: Form, x: Tensor, rows: int, columns: int, dtype: torch.dtype, elements: int) -> Tensor | None:
-    """The product, shape `(rows, columns)`, unless its rounding error might pass the tolerance."""
-    x = x.double()
-    form = form.to(torch.float64).centred(x)
-    statistic, natural = form.statistic(x), form.natural
-    statistic, natural = statistic.reshape(columns, -1), natural.reshape(rows, -1)
-    log_normalizer = form.log_normalizer.reshape(-1, 1)
-    size = (_largest(statistic) * _largest(natural)).sum() + _largest(log_normalizer).sum()
-    error = torch.finfo(torch.float64).eps / 2 * float(size) / elements
-    if not error <= TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps):
-        return None
-    log_base = form.log_base_measure(x)
-    constant = log_base if log_base.numel() == 1 else log_base.new_zeros(())
-    product = torch.addmm(constant.reshape(1, 1) - log_normalizer, natural, statistic.mT)
-    return (product if constant is log_base else product + log_base.reshape(1, columns)).to(dtype)
+@dataclass(frozen=True, eq=False)
+class _Statistics:
+    """T(x) and a one for each of N data, and log h(x), made anew whenever they are asked for."""
+
+    form: Form
+    """In double precision; fixed parameters that vary along the data have shape `(N, *independent)`."""
+    x: Tensor
+    """The data, shape `(N, *independent, *event)`."""
+    width: int
+    """D + 1."""
+
+    @staticmethod
+    def of(form: Form, x: Tensor, data: torch.Size, width: int) -> "_Statistics":
+        event = x.shape[x.dim() - form.family.event_dim :]
+        x = x.expand(*data, *form.independent, *event).reshape(-1, *form.independent, *event)
+        fixed = {
+            name: form.parameters[name].expand(*data, *form.independent).reshape(-1, *form.independent)
+            for name in form.family.fixed
+        }
+        return _Statistics(replace(form, parameters={**form.parameters, **fixed}), x, width)
+
+    def part(self, where: slice) -> tuple[Tensor, Tensor]:
+        """T(x) with a column of ones, shape `(n, D + 1)`, and log h(x), shape `(n,)` or `()`."""
+        fixed = {name: self.form.parameters[name][where] for name in self.form.family.fixed}
+        form = replace(self.form, parameters={**self.form.parameters, **fixed}) if fixed else self.form
+        x = self.x[where].double()
+        statistic = form.statistic(x)
+        return torch.cat([statistic, statistic.new_ones(len(x), 1)], 1), form.log_base_measure(x)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """All parts one by one, each with the data that it is of."""
+        step = max(1, CHUNK.get(self.x.device.type, LARGE_CHUNK) // self.width)
+        for start in range(0, len(self.x), step):
+            where = slice(start, start + step)
+            yield where, *self.part(where)
+
+
+def _product(natural: Tensor, statistics: _Statistics, dtype: torch.dtype, elements: int) -> Tensor | None:
+    """The product, shape `(K, N)`, unless its rounding error might pass the tolerance."""
+    coefficients = natural.detach()
+    table = coefficients.new_empty(len(natural), len(statistics.x), dtype=dtype)
+    tolerance = TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps) * elements
+    largest = _largest(coefficients)
+    with torch.no_grad():
+        for where, statistic, log_base in statistics.parts():
+            error = torch.finfo(torch.float64).eps / 2 * float(_largest(statistic) @ largest)
+            if not error <= tolerance:
+                return None
+            table[:, where] = coefficients @ statistic.mT + log_base
+    if statistics.x.requires_grad:
+        statistic, log_base = statistics.part(slice(None))
+        return (natural @ statistic.mT + log_base).to(dtype)
+    if not natural.requires_grad:
+        return table
+    product: Tensor = _Table.apply(natural, statistics, (table,))  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Table(torch.autograd.Function):
+    """The table is linear in the natural parameters; its adjoint sums statistics, whose adjoint is a table again."""
+
+    @staticmethod
+    def forward(ctx: Any, natural: Tensor, statistics: _Statistics, made: tuple[Tensor]) -> Tensor:
+        ctx.statistics = statistics
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None, None]:
+        return _Sums.apply(weights[0], ctx.statistics), None, None  # type: ignore[no-untyped-call]
+
+
+class _Sums(torch.autograd.Function):
+    """sum_n weights_kn T(x_n), shape `(K, D + 1)`."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, statistics: _Statistics) -> Tensor:
+        ctx.statistics, ctx.dtype = statistics, weights.dtype
+        sums = [weights[:, where].double() @ statistic for where, statistic, _ in statistics.parts()]
+        return torch.stack(sums).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, *natural: Tensor) -> tuple[Tensor, None]:
+        coefficients, statistics = natural[0], ctx.statistics
+        parts = [(coefficients.detach() @ statistic.mT).to(ctx.dtype) for _, statistic, _ in statistics.parts()]
+        return _Table.apply(coefficients, statistics, (torch.cat(parts, 1),)), None  # type: ignore[no-untyped-call]
 
 
 def _entries(*shapes: Sequence[int]) -> int:
