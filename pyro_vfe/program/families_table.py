@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-12}
 """The rounding error in nats per element of the event, by a bound; for other types, eight units of single precision."""
 
 
-CHUNK = {"cpu": 2**17}
+CHUNK = {"cpu": 2**18}
 """Statistics that are made at a time: what the cache holds; on other devices, `LARGE_CHUNK`."""
 
 LARGE_CHUNK = 2**25
@@ -70,23 +70,23 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
         return None
     _validate(fn, form, value)
     wide = form.to(torch.float64).centred(x)
-    natural = torch.cat([wide.natural.reshape(rows, -1), -wide.log_normalizer.reshape(-1, 1).expand(rows, 1)], 1)
-    product = _product(
-        natural, _Statistics.of(wide, x, data, natural.shape[1]), _result_type(form, value), independent * event_size
-    )
+    natural = wide.natural.reshape(rows, -1)
+    offset = -wide.log_normalizer.reshape(-1, 1).expand(rows, 1)
+    statistics = _Statistics.of(wide, x, data, natural.shape[1])
+    product = _product(natural, offset, statistics, _result_type(form, value), independent * event_size)
     return None if product is None else _paired(product, batch, data)
 
 
 @dataclass(frozen=True, eq=False)
 class _Statistics:
-    """T(x) and a one for each of N data, and log h(x), made anew whenever they are asked for."""
+    """T(x) and log h(x) of N data, made anew whenever they are asked for."""
 
     form: Form
     """In double precision; fixed parameters that vary along the data have shape `(N, *independent)`."""
     x: Tensor
     """The data, shape `(N, *independent, *event)`."""
     width: int
-    """D + 1."""
+    """D."""
 
     @staticmethod
     def of(form: Form, x: Tensor, data: torch.Size, width: int) -> "_Statistics":
@@ -99,12 +99,11 @@ class _Statistics:
         return _Statistics(replace(form, parameters={**form.parameters, **fixed}), x, width)
 
     def part(self, where: slice) -> tuple[Tensor, Tensor]:
-        """T(x) with a column of ones, shape `(n, D + 1)`, and log h(x), shape `(n,)` or `()`."""
+        """T(x), shape `(n, D)`, and log h(x), shape `(n,)` or `()`."""
         fixed = {name: self.form.parameters[name][where] for name in self.form.family.fixed}
         form = replace(self.form, parameters={**self.form.parameters, **fixed}) if fixed else self.form
         x = self.x[where].double()
-        statistic = form.statistic(x)
-        return torch.cat([statistic, statistic.new_ones(len(x), 1)], 1), form.log_base_measure(x)
+        return form.statistic(x), form.log_base_measure(x)
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """All parts one by one, each with the data that it is of."""
@@ -114,54 +113,56 @@ class _Statistics:
             yield where, *self.part(where)
 
 
-def _product(natural: Tensor, statistics: _Statistics, dtype: torch.dtype, elements: int) -> Tensor | None:
+def _product(
+    natural: Tensor, offset: Tensor, statistics: _Statistics, dtype: torch.dtype, elements: int
+) -> Tensor | None:
     """The product, shape `(K, N)`, unless its rounding error might pass the tolerance."""
-    coefficients = natural.detach()
-    table = coefficients.new_empty(len(natural), len(statistics.x), dtype=dtype)
+    table = natural.new_empty(len(natural), len(statistics.x), dtype=dtype)
     tolerance = TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps) * elements
-    largest = _largest(coefficients)
+    largest, most = _largest(natural), _largest(offset)
     with torch.no_grad():
         for where, statistic, log_base in statistics.parts():
-            error = torch.finfo(torch.float64).eps / 2 * float(_largest(statistic) @ largest)
+            error = torch.finfo(torch.float64).eps / 2 * float(_largest(statistic) @ largest + most)
             if not error <= tolerance:
                 return None
-            table[:, where] = coefficients @ statistic.mT + log_base
+            table[:, where] = torch.addmm(offset + log_base, natural, statistic.mT)
     if statistics.x.requires_grad:
         statistic, log_base = statistics.part(slice(None))
-        return (natural @ statistic.mT + log_base).to(dtype)
+        return torch.addmm(offset + log_base, natural, statistic.mT).to(dtype)
     if not natural.requires_grad:
         return table
-    product: Tensor = _Table.apply(natural, statistics, (table,))  # type: ignore[no-untyped-call]
+    product: Tensor = _Table.apply(natural, offset, statistics, (table,))  # type: ignore[no-untyped-call]
     return product
 
 
 class _Table(torch.autograd.Function):
-    """The table is linear in the natural parameters; its adjoint sums statistics, whose adjoint is a table again."""
+    """The table is linear in eta and -A; its adjoint sums statistics, whose adjoint is a table again."""
 
     @staticmethod
-    def forward(ctx: Any, natural: Tensor, statistics: _Statistics, made: tuple[Tensor]) -> Tensor:
+    def forward(ctx: Any, natural: Tensor, offset: Tensor, statistics: _Statistics, made: tuple[Tensor]) -> Tensor:
         ctx.statistics = statistics
         return made[0]
 
     @staticmethod
-    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None, None]:
-        return _Sums.apply(weights[0], ctx.statistics), None, None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_Sums.apply(weights[0], ctx.statistics), None, None  # type: ignore[no-untyped-call]
 
 
 class _Sums(torch.autograd.Function):
-    """sum_n weights_kn T(x_n), shape `(K, D + 1)`."""
+    """sum_n weights_kn T(x_n), shape `(K, D)`, and sum_n weights_kn, shape `(K, 1)`."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, statistics: _Statistics) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, statistics: _Statistics) -> tuple[Tensor, Tensor]:
         ctx.statistics, ctx.dtype = statistics, weights.dtype
         sums = [weights[:, where].double() @ statistic for where, statistic, _ in statistics.parts()]
-        return torch.stack(sums).sum(0)
+        return torch.stack(sums).sum(0), weights.sum(1, keepdim=True, dtype=torch.float64)
 
     @staticmethod
-    def backward(ctx: Any, *natural: Tensor) -> tuple[Tensor, None]:
-        coefficients, statistics = natural[0], ctx.statistics
-        parts = [(coefficients.detach() @ statistic.mT).to(ctx.dtype) for _, statistic, _ in statistics.parts()]
-        return _Table.apply(coefficients, statistics, (torch.cat(parts, 1),)), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *coefficients: Tensor) -> tuple[Tensor, None]:
+        natural, offset = coefficients
+        parts = [torch.addmm(offset, natural, part.mT).to(ctx.dtype) for _, part, _ in ctx.statistics.parts()]
+        table = torch.cat(parts, 1).detach()
+        return _Table.apply(natural, offset, ctx.statistics, (table,)), None  # type: ignore[no-untyped-call]
 
 
 def _entries(*shapes: Sequence[int]) -> int:
