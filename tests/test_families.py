@@ -248,6 +248,23 @@ def test_a_count_may_differ_from_datum_to_datum(products: list[Tensor | None]) -
     assert_close(table, fn.log_prob(x))
 
 
+def test_parameters_may_vary_along_latents_of_their_own(products: list[Tensor | None]) -> None:
+    fn = dist.Normal(torch.randn(3, 1, 1, 2), positive(4, 1, 2)).to_event(1).expand((3, 4, 20))
+    x = torch.randn(20, 2)
+    table = product_table(fn, x)
+    assert table is not None
+    assert_close(table, fn.log_prob(x))
+
+
+def test_data_overwritten_before_the_backward_pass_are_noticed(products: list[Tensor | None]) -> None:
+    x = torch.randn(20)
+    table = product_table(dist.Normal(torch.randn(3, 1, requires_grad=True), 1.0), x)
+    assert table is not None
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        table.sum().backward()
+
+
 @pytest.mark.parametrize("chunk", [1, 40, 2**20])
 def test_product_does_not_depend_on_the_chunk(
     chunk: int, monkeypatch: pytest.MonkeyPatch, products: list[Tensor | None]

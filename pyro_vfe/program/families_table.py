@@ -29,11 +29,11 @@ WORTHWHILE = 2**17
 TOLERANCE = {torch.float64: 1e-12}
 """The rounding error in nats per element of the event, by a bound; for other types, eight units of single precision."""
 
-
 CHUNK = {"cpu": 2**18}
-"""Statistics that are made at a time: what the cache holds; on other devices, `LARGE_CHUNK`."""
+"""Numbers in the statistics that are made at a time: what a cache holds."""
 
 LARGE_CHUNK = 2**25
+"""The same on devices that want much work at a time."""
 
 
 def product_table(fn: Any, value: Tensor) -> Tensor | None:
@@ -141,11 +141,13 @@ class _Table(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, natural: Tensor, offset: Tensor, statistics: _Statistics, made: tuple[Tensor]) -> Tensor:
         ctx.statistics = statistics
+        ctx.save_for_backward(statistics.x)  # so that torch notices where data are overwritten before the backward pass
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_Sums.apply(weights[0], ctx.statistics), None, None  # type: ignore[no-untyped-call]
+        statistics = replace(ctx.statistics, x=ctx.saved_tensors[0])
+        return *_Sums.apply(weights[0], statistics), None, None  # type: ignore[no-untyped-call]
 
 
 class _Sums(torch.autograd.Function):
