@@ -1,38 +1,91 @@
-"""Writes RESULTS.md: each case's time beside its peer's, from one run on one machine."""
+"""The fixture that holds a contest, and the page of results: `--results PATH` says where it goes."""
 
-import platform
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from contest import Case, Worker
+from report import Row, page, rows_of
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Called by pytest-benchmark when all cases have run."""
-    medians = {(row["group"], row["params"]["who"]): row["stats"]["median"] for row in output_json["benchmarks"]}
-    targets = {row["group"]: row["extra_info"]["target"] for row in output_json["benchmarks"]}
-    lines = [_HEADER.format(machine=_machine(), torch=torch.__version__)]
-    for group in dict.fromkeys(group for group, _ in medians):
-        ours, peer = medians[group, "ours"], medians[group, "peer"]
-        met = "met" if ours / peer <= targets[group] else "missed"
-        lines.append(
-            f"| {group} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {ours / peer:.2f} | {targets[group]:.2f} | {met} |"
-        )
-    RESULTS.write_text("\n".join(lines) + "\n")
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
+ROWS: pytest.StashKey[list[Row]] = pytest.StashKey()
 
 
-_HEADER = """# Results
+class Stopwatch:
+    """The seconds that our worker has spent on calls, for pytest-benchmark to read as its clock."""
 
-Median times in milliseconds, ours and the peer's in turn in one process; the ratio is what counts. Written by
-`make bench` on {machine}, torch {torch}. What was tried is in [NOTES.md](NOTES.md).
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
-| case | ours | peer | ratio | target | |
-| --- | ---: | ---: | ---: | ---: | --- |"""
+    def read(self) -> float:
+        """Returns the seconds so far."""
+        return self.seconds
 
 
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    return f"{platform.system()} {processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+STOPWATCH = Stopwatch()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the path of the page."""
+    parser.addoption("--results", help="where to write the page of results")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts with no rows."""
+    config.stash[ROWS] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has pytest-benchmark read our worker's clock instead of this process's."""
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=STOPWATCH.read))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Prints the page, and writes it where it was asked for."""
+    text = page(config.stash[ROWS])
+    terminalreporter.write_line(text)
+    if config.getoption("--results"):
+        Path(config.getoption("--results")).write_text(text)
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """The rows of the page so far."""
+    return request.config.stash[ROWS]
+
+
+@pytest.fixture
+def contest(benchmark: Any, rows: list[Row]) -> Iterator[Callable[[str, Case], None]]:
+    """Measures a case: before each call of ours the peers run once each, as long as their budgets last."""
+    with ExitStack() as stack:
+
+        def hold(name: str, case: Case) -> None:
+            ours = stack.enter_context(Worker(case.ours))
+            peers = {who: stack.enter_context(Worker(peer)) for who, peer in {**case.peers, **case.beside}.items()}
+            expected = ours.warm_up()
+            for peer in peers.values():
+                peer.warm_up()
+
+            def peers_turn() -> None:
+                for peer in peers.values():
+                    if not peer.failed and peer.spent < case.budget:
+                        peer.call()
+
+            def our_turn() -> None:
+                STOPWATCH.seconds += ours.call()
+
+            if not ours.failed:
+                rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(case.budget / expected)))
+                benchmark.group = name
+                benchmark.pedantic(our_turn, setup=peers_turn, rounds=rounds)
+            found = rows_of(name, case, ours.outcome, {who: peer.outcome for who, peer in peers.items()})
+            rows.extend(found)
+            if ours.failed:
+                pytest.fail(f"{name}: {ours.outcome.failed}")
+            differing = [row.peer for row in found if row.differs]
+            assert not differing, f"{name}: {differing} found other numbers: {found}"
+
+        yield hold

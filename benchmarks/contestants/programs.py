@@ -1,12 +1,13 @@
-"""The programs that are timed: each as ours takes it, and as the peer needs it."""
+"""Pyro programs: what ours and Pyro's own loss are given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch.distributions import constraints
+from workloads import chain, mixture
 
 Model = Callable[[], None]
 
@@ -17,8 +18,8 @@ def empty() -> None:
 
 def gaussian_mixture(size: int, components: int, dims: int) -> Model:
     """A mixture of diagonal Gaussians over data of shape `(size, dims)`."""
-    data = torch.randn(size, dims)
-    start = torch.randn(components, dims)
+    workload = mixture(size, components, dims)
+    data, start = torch.tensor(workload.data).float(), torch.tensor(workload.means).float()
 
     def model() -> None:
         weights = pyro.param("weights", torch.ones(components) / components, constraint=constraints.simplex)
@@ -31,19 +32,31 @@ def gaussian_mixture(size: int, components: int, dims: int) -> Model:
     return model
 
 
-def hidden_markov(sequences: int, steps: int, states: int, symbols: int, times: Callable[[range], Any]) -> Model:
-    """A hidden Markov model written as a Python loop, over symbols of shape `(steps, sequences)`."""
-    data = torch.randint(0, symbols, (steps, sequences))
-    start = torch.rand(states, states).softmax(-1)
-    start_emission = torch.rand(states, symbols).softmax(-1)
+def hidden_markov(
+    sequences: int, steps: int, states: int, times: Callable[[range], Iterable[int]] | None = None
+) -> Model:
+    """A hidden Markov model written as a Python loop.
+
+    Args:
+        sequences: How many sequences.
+        steps: How many steps each has.
+        states: How many states.
+        times: What annotates the loop; None leaves it as it is.
+    """
+    workload = chain(sequences, steps, states)
+    data = torch.tensor(workload.data.T.copy())
+    start = [torch.tensor(table).float() for table in (workload.initial, workload.transition, workload.emission)]
+    loop = _as_it_is if times is None else times
 
     def model() -> None:
-        transition = pyro.param("transition", start.clone, constraint=constraints.simplex)
-        emission = pyro.param("emission", start_emission.clone, constraint=constraints.simplex)
+        initial = pyro.param("initial", start[0].clone, constraint=constraints.simplex)
+        transition = pyro.param("transition", start[1].clone, constraint=constraints.simplex)
+        emission = pyro.param("emission", start[2].clone, constraint=constraints.simplex)
         with pyro.plate("sequences", sequences, dim=-1):
-            z: Any = 0
-            for t in times(range(steps)):
-                z = pyro.sample(f"z_{t}", dist.Categorical(transition[z]), infer={"enumerate": "parallel"})
+            z: Any = None
+            for t in loop(range(steps)):
+                probs = initial if z is None else transition[z]
+                z = pyro.sample(f"z_{t}", dist.Categorical(probs), infer={"enumerate": "parallel"})
                 pyro.sample(f"x_{t}", dist.Categorical(emission[z]), obs=data[t])
 
     return model
@@ -65,6 +78,5 @@ def small_chain(sites: int) -> Model:
     return model
 
 
-def as_it_is(steps: range) -> Iterator[int]:
-    """The loop without annotation."""
+def _as_it_is(steps: range) -> Iterator[int]:
     return iter(steps)

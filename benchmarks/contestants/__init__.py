@@ -1,0 +1,1 @@
+"""Who is measured: each module prepares one library, and is imported in a process of its own."""

@@ -1,0 +1,57 @@
+"""A step of gradient descent on a Pyro program without the optimiser: ours, or Pyro's own; and our decomposition."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+from pyro.infer import TraceEnum_ELBO
+from worker import Prepared
+
+import pyro_vfe as vfe
+from contestants.programs import Model, empty, gaussian_mixture, hidden_markov, small_chain
+
+OURS: Mapping[str, Callable[..., Model]] = {
+    "mixture": gaussian_mixture,
+    "loop": hidden_markov,
+    "small": small_chain,
+}
+PYROS: Mapping[str, tuple[Callable[..., Model], int]] = {
+    "mixture": (gaussian_mixture, 1),
+    "loop": (lambda *sizes: hidden_markov(*sizes, times=pyro.markov), 1),
+    "small": (small_chain, 0),
+}
+
+
+def ours(program: str, sizes: list[int]) -> Prepared:
+    """FreeEnergy's loss and gradients."""
+    return Prepared(step(vfe.FreeEnergy(), OURS[program](*sizes)))
+
+
+def pyros(program: str, sizes: list[int]) -> Prepared:
+    """TraceEnum_ELBO's loss and gradients; the loop is annotated with pyro.markov."""
+    make, nesting = PYROS[program]
+    return Prepared(step(TraceEnum_ELBO(max_plate_nesting=nesting), make(*sizes)))
+
+
+def our_loss(program: str, sizes: list[int]) -> Prepared:
+    """FreeEnergy's loss without gradients."""
+    elbo, model = vfe.FreeEnergy(), OURS[program](*sizes)
+    return Prepared(lambda: {"log evidence": -elbo.loss(model, empty)})
+
+
+def our_decomposition(program: str, sizes: list[int]) -> Prepared:
+    """FreeEnergy's decomposition."""
+    elbo, model = vfe.FreeEnergy(), OURS[program](*sizes)
+    return Prepared(lambda: {"log evidence": -float(elbo.decompose(model, empty).surprise)})
+
+
+def step(loss: Any, model: Model) -> Callable[[], dict[str, float]]:
+    """Loss and gradients, which are then thrown away."""
+
+    def run() -> dict[str, float]:
+        value = loss.loss_and_grads(model, empty)
+        for _, parameter in pyro.get_param_store().named_parameters():
+            parameter.grad = None
+        return {"log evidence": -value}
+
+    return run

@@ -1,0 +1,53 @@
+"""Ours: a chain as one site of a Pyro program, and the engine's function alone."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro_vfe.engine.chains import chain_log_normalizer
+from torch import Tensor
+from torch.distributions import constraints
+from worker import Prepared
+from workloads import chain, counts
+
+import pyro_vfe as vfe
+from contestants.programs import Model
+from contestants.steps import step
+
+
+def markov_chain(sequences: int, steps: int, states: int) -> Model:
+    """A hidden Markov model whose chain is one site."""
+    workload = chain(sequences, steps, states)
+    data = torch.tensor(workload.data)
+    start = [torch.tensor(table).float() for table in (workload.initial, workload.transition, workload.emission)]
+
+    def model() -> None:
+        initial = pyro.param("initial", start[0].clone, constraint=constraints.simplex)
+        transition = pyro.param("transition", start[1].clone, constraint=constraints.simplex)
+        emission = pyro.param("emission", start[2].clone, constraint=constraints.simplex)
+        with pyro.plate("sequences", sequences, dim=-2), pyro.plate("time", steps, dim=-1):
+            z = pyro.sample("z", vfe.MarkovChain(initial, transition))
+            pyro.sample("x", dist.Categorical(emission[z]), obs=data)
+
+    return model
+
+
+def program(sequences: int, steps: int, states: int) -> Prepared:
+    """The whole of what a user runs: the program, its loss and its gradients."""
+    return Prepared(step(vfe.FreeEnergy(), markov_chain(sequences, steps, states)))
+
+
+def engine(sequences: int, steps: int, states: int) -> Prepared:
+    """The engine alone: log evidence and expected counts, which are its gradients by the log tables."""
+    workload = chain(sequences, steps, states)
+    data = torch.tensor(workload.data.T.copy())
+    tables = [torch.tensor(table).float() for table in (workload.initial, workload.transition, workload.emission)]
+
+    def call() -> dict[str, float]:
+        initial, transition, emission = logs = [table.log().requires_grad_() for table in tables]
+        unary = emission.T.contiguous()[data]
+        first = torch.cat([(unary[0] + initial)[None], unary[1:]])
+        total = chain_log_normalizer(first, transition[None, None]).sum()
+        expected: tuple[Tensor, ...] = torch.autograd.grad(total, logs)
+        return {"log evidence": float(total), **counts(*(table.numpy() for table in expected))}
+
+    return Prepared(call)

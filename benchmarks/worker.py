@@ -1,0 +1,77 @@
+"""A process that prepares one contestant and runs it on request: a line of JSON in, a line of JSON out.
+
+One process per contestant: the thread pools of torch and jax do not meet, and what the process comes to hold beyond
+its imports and data is the contestant's own memory.
+"""
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a contestant's factory returns: imports done, data in memory."""
+
+    call: Callable[..., Mapping[str, float]]
+    """What is timed; it returns numbers that all contestants must agree on. It takes what `before` returns."""
+
+    before: Callable[[], Any] | None = None
+    """What must be made anew for each call and is not timed."""
+
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of the preparation, by name, to be reported beside the times."""
+
+
+def memory(name: str) -> int:
+    """Returns a memory figure of this process in bytes: VmRSS is what it holds, VmHWM the most it has held."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def timed_calls(prepared: Prepared, repeats: int) -> tuple[float, Mapping[str, float]]:
+    """Returns the mean seconds of some calls, and the numbers of the last."""
+    seconds, numbers = 0.0, {}
+    for _ in range(repeats):
+        arguments = () if prepared.before is None else (prepared.before(),)
+        start = time.perf_counter()
+        numbers = prepared.call(*arguments)
+        seconds += time.perf_counter() - start
+    return seconds / repeats, numbers
+
+
+def serve() -> None:
+    """Prepares the contestant of the first line, then answers every further line, a number of calls."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**content: Any) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        task = json.loads(sys.stdin.readline())
+        prepared = getattr(import_module(task["module"]), task["function"])(**task["arguments"])
+        Path("/proc/self/clear_refs").write_text("5")
+        held = memory("VmRSS")
+        answer(facts=dict(prepared.facts))
+        for line in sys.stdin:
+            seconds, numbers = timed_calls(prepared, int(line))
+            children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            answer(seconds=seconds, numbers=dict(numbers), peak=max(memory("VmHWM") - held, children))
+    except BaseException as error:
+        answer(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+
+
+if __name__ == "__main__":
+    serve()
