@@ -58,7 +58,7 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
 
 
 @pytest.fixture
-def contest(benchmark: Any, rows: list[Row]) -> Iterator[Callable[[str, Case], None]]:
+def contest(request: pytest.FixtureRequest, rows: list[Row]) -> Iterator[Callable[[str, Case], None]]:
     """Measures a case: before each call of ours the peers run once each, as long as their budgets last."""
     with ExitStack() as stack:
 
@@ -79,6 +79,7 @@ def contest(benchmark: Any, rows: list[Row]) -> Iterator[Callable[[str, Case], N
 
             if not ours.failed:
                 rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(case.budget / expected)))
+                benchmark = request.getfixturevalue("benchmark")
                 benchmark.group = name
                 benchmark.pedantic(our_turn, setup=peers_turn, rounds=rounds)
             found = rows_of(name, case, ours.outcome, {who: peer.outcome for who, peer in peers.items()})

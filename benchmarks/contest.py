@@ -153,9 +153,9 @@ class Worker:
         facts = self._answer().get("facts", {})
         seconds = self.call()
         if 0 < seconds < LONGEST:
-            seconds = self.call() if seconds < 1.0 else seconds
-            self.repeats = max(1, round(SHORTEST / seconds)) if seconds else 1
             self.times.clear()
+            seconds = self.call()
+            self.repeats = max(1, round(SHORTEST / seconds)) if seconds else 1
         self._note(facts=facts)
         return self.repeats * seconds
 

@@ -21,8 +21,11 @@ from typing import Any
 class Prepared:
     """What a contestant's factory returns: imports done, data in memory."""
 
-    call: Callable[..., Mapping[str, float]]
-    """What is timed; it returns numbers that all contestants must agree on. It takes what `before` returns."""
+    call: Callable[..., Any]
+    """What is timed; it takes what `before` returns."""
+
+    numbers: Callable[[Any], Mapping[str, float]]
+    """From what a call returns, untimed, the numbers that all contestants must agree on."""
 
     before: Callable[[], Any] | None = None
     """What must be made anew for each call and is not timed."""
@@ -40,13 +43,13 @@ def memory(name: str) -> int:
 
 def timed_calls(prepared: Prepared, repeats: int) -> tuple[float, Mapping[str, float]]:
     """Returns the mean seconds of some calls, and the numbers of the last."""
-    seconds, numbers = 0.0, {}
+    seconds, result = 0.0, None
     for _ in range(repeats):
         arguments = () if prepared.before is None else (prepared.before(),)
         start = time.perf_counter()
-        numbers = prepared.call(*arguments)
+        result = prepared.call(*arguments)
         seconds += time.perf_counter() - start
-    return seconds / repeats, numbers
+    return seconds / repeats, prepared.numbers(result)
 
 
 def serve() -> None:

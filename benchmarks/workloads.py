@@ -1,6 +1,12 @@
-"""The data and parameters that all contestants are given, from NumPy alone."""
+"""The data, parameters and networks that all contestants are given, from NumPy and the standard library alone."""
 
+import gzip
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +44,11 @@ def chain(sequences: int, steps: int, states: int) -> ChainWorkload:
     )
 
 
+def evidence_number(log_evidence: float) -> dict[str, float]:
+    """Returns a log evidence by its name."""
+    return {"log evidence": float(log_evidence)}
+
+
 def counts(initial: Array, transition: Array, emission: Array) -> dict[str, float]:
     """Returns numbers that differ where expected counts do: the root of the sum of their squares."""
     named = {"initial counts": initial, "transition counts": transition, "emission counts": emission}
@@ -59,3 +70,44 @@ def mixture(size: int, components: int, dims: int) -> MixtureWorkload:
     """Returns standard normal data and means."""
     rng = np.random.default_rng(0)
     return MixtureWorkload(rng.standard_normal((size, dims)), rng.standard_normal((components, dims)))
+
+
+@dataclass(frozen=True)
+class NetworkWorkload:
+    """A Bayesian network as text in the BIF format, and what is observed."""
+
+    text: str
+
+    nodes: tuple[str, ...]
+    """All nodes, in the order of the file."""
+
+    observed: tuple[str, ...]
+    """The first five leaves in the order of the file; each has its first state."""
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """The nodes that are not observed."""
+        return tuple(node for node in self.nodes if node not in self.observed)
+
+
+def network(name: str) -> NetworkWorkload:
+    """Returns a network that the package pgmpy carries."""
+    package = find_spec("pgmpy")
+    assert package is not None and package.origin is not None
+    packed = Path(package.origin).parent / "utils" / "example_models" / f"{name}.bif.gz"
+    text = gzip.decompress(packed.read_bytes()).decode()
+    nodes = tuple(re.findall(r"^variable (\S+)", text, re.MULTILINE))
+    conditions = re.findall(r"^probability \( \S+ \| ([^)]+)\)", text, re.MULTILINE)
+    parents = {parent.strip() for condition in conditions for parent in condition.split(",")}
+    return NetworkWorkload(text, nodes, tuple(node for node in nodes if node not in parents)[:5])
+
+
+def posterior_numbers(evidence: float, marginals: Iterable[Any]) -> dict[str, float]:
+    """Returns numbers that differ where an evidence or marginals differ."""
+    return {"log evidence": float(np.log(evidence)), **marginal_numbers(marginals)}
+
+
+def marginal_numbers(marginals: Iterable[Any]) -> dict[str, float]:
+    """Returns a number that differs where marginals differ; each is an array, or has `toarray`."""
+    arrays = [np.asarray(marginal.toarray() if hasattr(marginal, "toarray") else marginal) for marginal in marginals]
+    return {"mean squared marginal": sum(float((array**2).sum()) for array in arrays) / len(arrays)}

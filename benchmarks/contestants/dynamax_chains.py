@@ -1,10 +1,12 @@
 """dynamax: its E-step, one jitted function of all sequences."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from dynamax.hidden_markov_model import CategoricalHMM
 from worker import Prepared
-from workloads import SYMBOLS, chain, counts
+from workloads import SYMBOLS, chain, counts, evidence_number
 
 
 def e_step(sequences: int, steps: int, states: int) -> Prepared:
@@ -19,12 +21,12 @@ def e_step(sequences: int, steps: int, states: int) -> Prepared:
     data = jnp.asarray(workload.data)[..., None]
 
     @jax.jit
-    def summed():
+    def summed() -> Any:
         statistics = jax.vmap(lambda sequence: hmm.e_step(params, sequence))(data)
         return jax.tree.map(lambda leaf: leaf.sum(0), statistics)
 
-    def call() -> dict[str, float]:
-        (initial, transition, emission), log_evidence = jax.block_until_ready(summed())
-        return {"log evidence": float(log_evidence), **counts(initial, transition, emission["sum_x"])}
+    def numbers(found: Any) -> dict[str, float]:
+        (initial, transition, emission), log_evidence = found
+        return {**evidence_number(log_evidence), **counts(initial, transition, emission["sum_x"])}
 
-    return Prepared(call)
+    return Prepared(lambda: jax.block_until_ready(summed()), numbers)

@@ -6,7 +6,7 @@ from pomegranate.distributions import Normal
 from pomegranate.gmm import GeneralMixtureModel
 from sklearn.mixture import GaussianMixture
 from worker import Prepared
-from workloads import mixture
+from workloads import evidence_number, mixture
 
 
 def scikit_learn(size: int, components: int, dims: int) -> Prepared:
@@ -19,12 +19,12 @@ def scikit_learn(size: int, components: int, dims: int) -> Prepared:
         model.covariances_ = model.precisions_cholesky_ = np.ones((components, dims))
         return model
 
-    def call(model: GaussianMixture) -> dict[str, float]:
+    def call(model: GaussianMixture) -> float:
         mean_log_evidence, log_responsibilities = model._e_step(workload.data)
         model._m_step(workload.data, log_responsibilities)
-        return {"log evidence": size * float(mean_log_evidence)}
+        return size * float(mean_log_evidence)
 
-    return Prepared(call, fresh)
+    return Prepared(call, evidence_number, fresh)
 
 
 def pomegranate(size: int, components: int, dims: int) -> Prepared:
@@ -33,12 +33,12 @@ def pomegranate(size: int, components: int, dims: int) -> Prepared:
     data, means = torch.tensor(workload.data).float(), torch.tensor(workload.means).float()
 
     def fresh() -> GeneralMixtureModel:
-        parts = [Normal(means=mean, covs=torch.ones(dims), covariance_type="diag") for mean in means]
+        parts = [Normal(means=mean.clone(), covs=torch.ones(dims), covariance_type="diag") for mean in means]
         return GeneralMixtureModel(parts, priors=torch.full((components,), 1 / components))
 
-    def call(model: GeneralMixtureModel) -> dict[str, float]:
-        log_evidence = model.summarize(data)
+    def call(model: GeneralMixtureModel) -> float:
+        log_evidence = float(model.summarize(data))
         model.from_summaries()
-        return {"log evidence": float(log_evidence.sum())}
+        return log_evidence
 
-    return Prepared(call, fresh)
+    return Prepared(call, evidence_number, fresh)

@@ -9,8 +9,5 @@ from worker import Prepared
 def imported(modules: str) -> Prepared:
     """Starts an interpreter, imports and ends."""
 
-    def call() -> dict[str, float]:
-        subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
-        return {}
-
-    return Prepared(call)
+    command = [sys.executable, "-c", f"import {modules}"]
+    return Prepared(lambda: subprocess.run(command, check=True), lambda _: {})

@@ -1,9 +1,11 @@
 """hmmlearn: the E-step of its `fit`, without the M-step."""
 
+from typing import Any
+
 import numpy as np
 from hmmlearn.hmm import CategoricalHMM
 from worker import Prepared
-from workloads import SYMBOLS, chain, counts
+from workloads import SYMBOLS, chain, counts, evidence_number
 
 
 def e_step(sequences: int, steps: int, states: int, implementation: str) -> Prepared:
@@ -14,8 +16,8 @@ def e_step(sequences: int, steps: int, states: int, implementation: str) -> Prep
     symbols, lengths = workload.data.reshape(-1, 1), np.full(sequences, steps)
     hmm._check()
 
-    def call() -> dict[str, float]:
-        stats, log_evidence = hmm._do_estep(symbols, lengths)
-        return {"log evidence": float(log_evidence), **counts(stats["start"], stats["trans"], stats["obs"])}
+    def numbers(found: Any) -> dict[str, float]:
+        stats, log_evidence = found
+        return {**evidence_number(log_evidence), **counts(stats["start"], stats["trans"], stats["obs"])}
 
-    return Prepared(call)
+    return Prepared(lambda: hmm._do_estep(symbols, lengths), numbers)

@@ -15,7 +15,7 @@ from numpyro.contrib.funsor import log_density as enumerated_log_density
 from numpyro.infer.util import log_density
 from numpyro.ops.indexing import Vindex
 from worker import Prepared
-from workloads import ChainWorkload, chain, counts
+from workloads import ChainWorkload, chain, counts, evidence_number
 
 
 def forward(sequences: int, steps: int, states: int) -> Prepared:
@@ -63,8 +63,8 @@ def _prepared(
 
     gradients = jax.jit(jax.value_and_grad(log_evidence, (0, 1, 2)))
 
-    def call() -> dict[str, float]:
-        value, expected = jax.block_until_ready(gradients(*logs))
-        return {"log evidence": float(value), **({} if normalized else counts(*expected))}
+    def numbers(found: Any) -> dict[str, float]:
+        value, expected = found
+        return {**evidence_number(value), **({} if normalized else counts(*expected))}
 
-    return Prepared(call)
+    return Prepared(lambda: jax.block_until_ready(gradients(*logs)), numbers)

@@ -12,7 +12,7 @@ from numpyro.contrib.funsor import log_density as enumerated_log_density
 from numpyro.infer.util import log_density
 from numpyro.ops.indexing import Vindex
 from worker import Prepared
-from workloads import MixtureWorkload, mixture
+from workloads import MixtureWorkload, evidence_number, mixture
 
 
 def marginal(size: int, components: int, dims: int) -> Prepared:
@@ -50,8 +50,4 @@ def _prepared(model: Callable[..., None], density: Callable[..., Any], workload:
 
     gradients = jax.jit(jax.value_and_grad(log_evidence, (0, 1, 2)))
 
-    def call() -> dict[str, float]:
-        value, _ = jax.block_until_ready(gradients(*parameters))
-        return {"log evidence": float(value)}
-
-    return Prepared(call)
+    return Prepared(lambda: jax.block_until_ready(gradients(*parameters)), lambda found: evidence_number(found[0]))

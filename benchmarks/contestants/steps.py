@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 from pyro.infer import TraceEnum_ELBO
 from worker import Prepared
+from workloads import evidence_number
 
 import pyro_vfe as vfe
 from contestants.programs import Model, empty, gaussian_mixture, hidden_markov, small_chain
@@ -24,34 +25,34 @@ PYROS: Mapping[str, tuple[Callable[..., Model], int]] = {
 
 def ours(program: str, sizes: list[int]) -> Prepared:
     """FreeEnergy's loss and gradients."""
-    return Prepared(step(vfe.FreeEnergy(), OURS[program](*sizes)))
+    return Prepared(step(vfe.FreeEnergy(), OURS[program](*sizes)), evidence_number)
 
 
 def pyros(program: str, sizes: list[int]) -> Prepared:
     """TraceEnum_ELBO's loss and gradients; the loop is annotated with pyro.markov."""
     make, nesting = PYROS[program]
-    return Prepared(step(TraceEnum_ELBO(max_plate_nesting=nesting), make(*sizes)))
+    return Prepared(step(TraceEnum_ELBO(max_plate_nesting=nesting), make(*sizes)), evidence_number)
 
 
 def our_loss(program: str, sizes: list[int]) -> Prepared:
     """FreeEnergy's loss without gradients."""
     elbo, model = vfe.FreeEnergy(), OURS[program](*sizes)
-    return Prepared(lambda: {"log evidence": -elbo.loss(model, empty)})
+    return Prepared(lambda: -elbo.loss(model, empty), evidence_number)
 
 
 def our_decomposition(program: str, sizes: list[int]) -> Prepared:
     """FreeEnergy's decomposition."""
     elbo, model = vfe.FreeEnergy(), OURS[program](*sizes)
-    return Prepared(lambda: {"log evidence": -float(elbo.decompose(model, empty).surprise)})
+    return Prepared(lambda: elbo.decompose(model, empty), lambda terms: evidence_number(-terms.surprise))
 
 
-def step(loss: Any, model: Model) -> Callable[[], dict[str, float]]:
-    """Loss and gradients, which are then thrown away."""
+def step(loss: Any, model: Model) -> Callable[[], float]:
+    """Loss and gradients, which are then thrown away; returns the log evidence."""
 
-    def run() -> dict[str, float]:
-        value = loss.loss_and_grads(model, empty)
+    def run() -> float:
+        value: float = loss.loss_and_grads(model, empty)
         for _, parameter in pyro.get_param_store().named_parameters():
             parameter.grad = None
-        return {"log evidence": -value}
+        return -value
 
     return run

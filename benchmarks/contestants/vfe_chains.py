@@ -7,7 +7,7 @@ from pyro_vfe.engine.chains import chain_log_normalizer
 from torch import Tensor
 from torch.distributions import constraints
 from worker import Prepared
-from workloads import chain, counts
+from workloads import chain, counts, evidence_number
 
 import pyro_vfe as vfe
 from contestants.programs import Model
@@ -33,7 +33,7 @@ def markov_chain(sequences: int, steps: int, states: int) -> Model:
 
 def program(sequences: int, steps: int, states: int) -> Prepared:
     """The whole of what a user runs: the program, its loss and its gradients."""
-    return Prepared(step(vfe.FreeEnergy(), markov_chain(sequences, steps, states)))
+    return Prepared(step(vfe.FreeEnergy(), markov_chain(sequences, steps, states)), evidence_number)
 
 
 def engine(sequences: int, steps: int, states: int) -> Prepared:
@@ -42,12 +42,11 @@ def engine(sequences: int, steps: int, states: int) -> Prepared:
     data = torch.tensor(workload.data.T.copy())
     tables = [torch.tensor(table).float() for table in (workload.initial, workload.transition, workload.emission)]
 
-    def call() -> dict[str, float]:
+    def call() -> tuple[Tensor, tuple[Tensor, ...]]:
         initial, transition, emission = logs = [table.log().requires_grad_() for table in tables]
         unary = emission.T.contiguous()[data]
         first = torch.cat([(unary[0] + initial)[None], unary[1:]])
         total = chain_log_normalizer(first, transition[None, None]).sum()
-        expected: tuple[Tensor, ...] = torch.autograd.grad(total, logs)
-        return {"log evidence": float(total), **counts(*(table.numpy() for table in expected))}
+        return total, torch.autograd.grad(total, logs)
 
-    return Prepared(call)
+    return Prepared(call, lambda found: {**evidence_number(found[0]), **counts(*found[1])})
