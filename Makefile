@@ -32,10 +32,13 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Chosen cases alone, without the page: make bench BENCH="-k mixture"
+BENCH ?= --results benchmarks/RESULTS.md
 bench: $(VENV)/.installed-bench
 	mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks --override-ini python_files='bench_*.py' --override-ini pythonpath=benchmarks \
-		--benchmark-columns=min,median,rounds --benchmark-group-by=group --benchmark-json=.benchmarks/latest.json
+	$(BIN)/python -m pytest benchmarks/bench_*.py --override-ini python_files='bench_*.py' \
+		--override-ini pythonpath=benchmarks --benchmark-columns=min,median,rounds --benchmark-group-by=group \
+		--benchmark-json=.benchmarks/latest.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks docs/_build examples/output
