@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from contest import Case, Worker
-from report import Row, page, rows_of
+from report import GeometricMean, Row, page, rows_of
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
-ROWS: pytest.StashKey[list[Row]] = pytest.StashKey()
+ROWS: pytest.StashKey[list[Row | GeometricMean]] = pytest.StashKey()
 
 
 class Stopwatch:
@@ -52,13 +52,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest) -> list[Row]:
+def rows(request: pytest.FixtureRequest) -> list[Row | GeometricMean]:
     """The rows of the page so far."""
     return request.config.stash[ROWS]
 
 
 @pytest.fixture
-def contest(request: pytest.FixtureRequest, rows: list[Row]) -> Iterator[Callable[[str, Case], None]]:
+def contest(request: pytest.FixtureRequest, rows: list[Row | GeometricMean]) -> Iterator[Callable[[str, Case], None]]:
     """Measures a case: before each call of ours the peers run once each, as long as their budgets last."""
     with ExitStack() as stack:
 

@@ -40,6 +40,9 @@ class Outcome:
     """What one contestant took; `failed` says why it took nothing."""
 
     times: tuple[float, ...] = ()
+    first: float = 0.0
+    """Seconds of the first call, which is not among `times` unless it took very long."""
+
     peak: int = 0
     numbers: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
@@ -151,12 +154,12 @@ class Worker:
         A first call that takes very long counts as a measurement.
         """
         facts = self._answer().get("facts", {})
-        seconds = self.call()
+        seconds = first = self.call()
         if 0 < seconds < LONGEST:
             self.times.clear()
             seconds = self.call()
             self.repeats = max(1, round(SHORTEST / seconds)) if seconds else 1
-        self._note(facts=facts)
+        self._note(facts=facts, first=first)
         return self.repeats * seconds
 
     def call(self) -> float:

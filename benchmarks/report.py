@@ -82,9 +82,12 @@ class Row:
             for who, outcome in (("ours", self.ours), (self.peer, self.theirs))
             if outcome.failed
         ]
-        counts = [f"{len(self.ours.times)} and {len(self.theirs.times)} times"] if self.complete else []
+        measured = []
+        if self.complete:
+            measured.append(f"{len(self.ours.times)} and {len(self.theirs.times)} times")
+            measured.append(f"first calls {self.ours.first:.3g} and {self.theirs.first:.3g} s")
         numbers = ["other numbers!"] if self.differs else []
-        return "; ".join([*counts, *facts, *failures, *numbers]).replace("|", "/")
+        return "; ".join([*measured, *facts, *failures, *numbers]).replace("|", "/")
 
     def __str__(self) -> str:
         unit = self.target.unit if self.target else ""
@@ -103,6 +106,21 @@ class Row:
         return "| " + " | ".join(cells) + " |"
 
 
+@dataclass(frozen=True)
+class GeometricMean:
+    """The geometric mean of several rows' readings."""
+
+    case: str
+    peer: str
+    readings: Sequence[float]
+    limit: float
+
+    def __str__(self) -> str:
+        mean = math.exp(sum(map(math.log, self.readings)) / len(self.readings))
+        verdict = "met" if mean <= self.limit else "missed"
+        return f"| {self.case} | {self.peer} | | | {mean:.2f} | {self.limit:g} | {verdict} | | | |"
+
+
 def rows_of(name: str, case: Case, ours: Outcome, peers: Mapping[str, Outcome]) -> list[Row]:
     """Returns a row for each peer and target."""
     measured = {who: peers[who].seconds for who in case.peers if peers[who].times}
@@ -114,7 +132,7 @@ def rows_of(name: str, case: Case, ours: Outcome, peers: Mapping[str, Outcome]) 
     return rows
 
 
-def page(rows: Sequence[object]) -> str:
+def page(rows: Sequence[Row | GeometricMean]) -> str:
     """Returns the page in Markdown.
 
     Args:
@@ -173,8 +191,9 @@ Times are medians in milliseconds, ours and the peers' in turn, each contestant 
 threads as its library takes; a contestant whose calls are long has fewer of them. The reading is ours over the peer's
 where it has no unit. A target held against the fastest peer stands in that peer's row. Peak memory, in MiB, is the
 most that the process held beyond its imports and data, the first call (our analysis and spot check, jax's
-compilation) included. The last column counts the measurements of both. Contestants must agree on the log evidence,
-and on the counts where both give them. What was tried is in [NOTES.md](NOTES.md).
+compilation) included. The last column counts the measurements of both, and gives the seconds of the first calls, which
+are not among them: in those of networks our plan is searched for. Contestants must agree on the log evidence, and on
+counts and marginals where both give them. What was tried is in [NOTES.md](NOTES.md).
 
 | case | peer | ours | peer's | reading | target | | ours MiB | peer's MiB | |
 | --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |
