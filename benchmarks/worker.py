@@ -18,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+SHARE = 0.8
+"""How much of the free memory a contestant may take."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -43,6 +46,14 @@ def memory(name: str) -> int:
     return 1024 * int(found[1])
 
 
+def limit_memory() -> None:
+    """Has what would not fit fail in this process, instead of having the system end some process."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    most = int(SHARE * 1024 * int(found[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
 def timed_calls(prepared: Prepared, repeats: int) -> tuple[float, Mapping[str, float]]:
     """Returns the mean seconds of some calls, and the numbers of the last."""
     seconds, result = 0.0, None
@@ -64,6 +75,7 @@ def serve() -> None:
         answers.flush()
 
     try:
+        limit_memory()
         task = json.loads(sys.stdin.readline())
         prepared = getattr(import_module(task["module"]), task["function"])(**task["arguments"])
         gc.collect()
