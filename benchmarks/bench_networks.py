@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from contest import Case, Contestant, ratio
+from contest import Case, Contestant, first_call_seconds, ratio
 from report import GeometricMean, Row
 
 USUAL = ("asia", "alarm", "insurance", "hailfinder", "win95pts", "andes", "pigs")
@@ -25,7 +25,7 @@ def test_network(contest: Callable[[str, Case], None], network: str) -> None:
         Contestant(f"contestants.{module}_networks", "posterior", {"name": network})
         for module in ("vfe", "pyagrum", "pgmpy")
     )
-    targets = {PEER: (ratio(1.0),)} if network in HARD else {}
+    targets = {PEER: (ratio(1.0), first_call_seconds(10.0))} if network in HARD else {}
     contest(_name(network), Case(ours, {PEER: peer}, targets, {"pgmpy": small} if network in SMALL else {}, budget=4.0))
 
 
