@@ -3,7 +3,6 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro_vfe.engine.chains import chain_log_normalizer
 from torch import Tensor
 from torch.distributions import constraints
 from worker import Prepared
@@ -12,6 +11,7 @@ from workloads import chain, counts, evidence_number
 import pyro_vfe as vfe
 from contestants.programs import Model
 from contestants.steps import step
+from pyro_vfe.engine.chains import chain_log_normalizer
 
 
 def markov_chain(sequences: int, steps: int, states: int) -> Model:
