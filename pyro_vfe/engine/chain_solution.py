@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.chain_logspace import LogChain, swept_in_logs
 from pyro_vfe.engine.chain_plan import Stretch
-from pyro_vfe.engine.chain_sweeps import Run, Sweeps, swept
+from pyro_vfe.engine.chain_sweeps import Run, Sweeps, columns, swept
 
 SCALED_EVERY = {torch.float64: 32, torch.float32: 8}
 """Steps between scalings; a step rarely shrinks a message by more than a factor of 1e-4."""
@@ -226,12 +226,12 @@ def _counts(run: Run, num_sequences: int, pairs: Tensor) -> Counts:
     pair_total = total[1:].clone()
     pair_total[run.every - 1 :: run.every] *= run.scales[:, 0]
     C, N, K = run.stretch.count, num_sequences, forward.shape[-1]
-    steps = run.matrices[:, 0]
+    steps = run.matrices[:, 0].mT
     if len(pairs) > 1 and C > 1:
         steps = steps.unflatten(1, (C, N)).transpose(0, 1).flatten(0, 1)[:, : pairs.shape[1]]
     elif pairs.shape[1] > 1:
         steps = steps.unflatten(1, (C, N))[:, 0]
-    return Counts(run.stretch, forward, backward, joint, total, pair_total, steps.view(-1, pairs.shape[1], K, K))
+    return Counts(run.stretch, forward, backward, joint, total, pair_total, steps.reshape(-1, pairs.shape[1], K, K))
 
 
 def _share_lost(bound: Sweeps, floor: float) -> Tensor:
@@ -253,8 +253,8 @@ def _run_share(run: Run) -> Tensor:
     if length == 1:
         return 1 / run.messages[0, 0].sum((0, 2))
     matrices = run.matrices[:, 0]
-    rows = run.messages[:-1, 0].reshape(length - 1, matrices.shape[1], -1, K)
-    arriving = torch.matmul(rows, matrices).view(length - 1, C, N, K)
+    arriving = torch.matmul(matrices, columns(run.messages[:-1, :1], matrices.shape[1]))
+    arriving = arriving.movedim(2, 3).reshape(length - 1, C, N, K)
     meeting = (arriving * run.messages[:, 1].flip(0)[1:]).sum(-1)
     scales = torch.ones_like(meeting)
     scales[:-1] = run.scales[:-1, 1, ..., 0].flip(0)

@@ -8,7 +8,8 @@ sum to at most 1, messages never grow; every few steps they are scaled to sum to
 sequences of their own, once the messages at their ends are known from their transfer matrices.
 
 Shapes: L steps per chunk, D directions (forward, backward), C chunks, N sequences, K values. A backward message lies at
-the index of its sweep, that is mirrored in time within its chunk.
+the index of its sweep, that is mirrored in time within its chunk. Where all rows share a matrix, values lie before
+sequences in memory, whatever the order of the dimensions: a product with such columns is twice as fast.
 
 References:
     Rabiner (1989), A tutorial on hidden Markov models, section V.A (scaling).
@@ -35,7 +36,7 @@ class Run:
     """e in the order of the sweeps, `(L + 1, D, C, N, K)`."""
 
     matrices: Tensor
-    """A and its transpose, `(L or 1, D, 1 or C * N, K, K)`."""
+    """What columns are multiplied by, A' and A, `(L or 1, D, 1 or C * N, K, K)`."""
 
     messages: Tensor
     """a and b, `(L + 1, D, C, N, K)`."""
@@ -132,19 +133,32 @@ def _finite(peaks: Tensor) -> Tensor:
 def _load(stretch: Stretch, unary: Tensor, peaks: Tensor, potentials: Tensor, directions: int) -> tuple[Tensor, Tensor]:
     """Returns emissions `(L + 1, D, C, N, K)` and matrices `(L or 1, D, 1 or C * N, K, K)` of a stretch."""
     (_, N, K), C, L = unary.shape, stretch.count, stretch.length
-    emissions = unary.new_empty(L + 1, directions, C, N, K)
+    shared = potentials.shape[1] == 1 and (len(potentials) == 1 or C == 1)
+    emissions = _empty(unary, (L + 1, directions, C, N, K), shared)
     torch.sub(_windows(unary, stretch), _windows(peaks, stretch), out=emissions[:, 0]).exp_()
-    varying, shared = len(potentials) > 1, potentials.shape[1] == 1
-    steps = potentials[stretch.first : stretch.last] if varying else potentials
-    if varying and C > 1:
-        steps = steps.reshape(C, L, *steps.shape[1:]).transpose(0, 1)
-        steps = steps.expand(L, C, N, K, K).flatten(1, 2)
-    elif not shared:
-        steps = steps[:, None].expand(len(steps), C, N, K, K).flatten(1, 2)
+    steps = potentials[stretch.first : stretch.last] if len(potentials) > 1 else potentials
+    if not shared:
+        steps = steps.unflatten(0, (C, -1)) if len(potentials) > 1 else steps[None]
+        steps = steps.transpose(0, 1).expand(-1, C, N, K, K).flatten(1, 2)
     if directions == 1:
-        return emissions, steps[:, None]
+        return emissions, steps.mT[:, None]
     emissions[:, 1] = emissions[:, 0].flip(0)
-    return emissions, torch.stack([steps, steps.flip(0).mT], 1)
+    return emissions, torch.stack([steps.mT, steps.flip(0)], 1)
+
+
+def _empty(like: Tensor, shape: Sequence[int], shared: bool) -> Tensor:
+    """Returns memory for `(L + 1, D, C, N, K)`, values before sequences if these share a matrix."""
+    if not shared:
+        return like.new_empty(*shape)
+    *outer, C, N, K = shape
+    return like.new_empty(*outer, K, C, N).movedim(-3, -1)
+
+
+def columns(messages: Tensor, groups: int) -> Tensor:
+    """Returns a view of `(L, D, C, N, K)` as `(L, G, K, M)`, where `groups` = 1 or C * N share a matrix each."""
+    if groups == 1:
+        return messages.movedim(-1, 2).flatten(3)
+    return messages.flatten(1, 3)[..., None]
 
 
 def _windows(values: Tensor, stretch: Stretch) -> Tensor:
@@ -156,16 +170,14 @@ def _windows(values: Tensor, stretch: Stretch) -> Tensor:
 
 def _sweep_all(messages: Tensor, matrices: Tensor, emissions: Tensor | None, every: int, floor: float) -> Tensor:
     """Fills `messages[1:]` from `messages[0]` and returns the scales, `(R, D, C, N, 1)`."""
-    shape = messages.shape
-    groups = shape[1] * matrices.shape[2]
-    rows = messages.view(shape[0], groups, -1, shape[-1]).unbind(0)
-    factors = None if emissions is None else emissions.view(shape[0], groups, -1, shape[-1]).unbind(0)
-    scales = _sweep(rows, rows, matrices.flatten(1, 2), factors, every, floor)
-    return scales.view(-1, *shape[1:4], 1)
+    groups = matrices.shape[2]
+    steps = columns(messages, groups).unbind(0)
+    factors = None if emissions is None else columns(emissions, groups).unbind(0)
+    return _sweep(steps, steps, matrices.flatten(1, 2), factors, every, floor).view(-1, *messages.shape[1:4], 1)
 
 
 def _sweep(
-    rows: Sequence[Tensor],
+    messages: Sequence[Tensor],
     entries: Sequence[Tensor],
     matrices: Tensor,
     emissions: Sequence[Tensor] | None,
@@ -175,7 +187,7 @@ def _sweep(
     """Runs one recursion in place.
 
     Args:
-        rows: Messages of each step as rows, `(G, M, K)`; the first is given.
+        messages: Those of each step as columns, `(G, K, M)`; the first is given.
         entries: The same memory in a shape that emissions broadcast to.
         matrices: `(L or 1, G, K, K)`.
         emissions: What messages are multiplied by; None for nothing.
@@ -183,36 +195,45 @@ def _sweep(
         floor: As for `swept`.
 
     Returns:
-        The scales, `(R, G, M, 1)`.
+        The scales, `(R, G, 1, M)`.
     """
-    tiny = torch.finfo(rows[0].dtype).tiny
-    steps = matrices.unbind(0) if len(matrices) > 1 else matrices.unbind(0) * (len(rows) - 1)
+    tiny = torch.finfo(messages[0].dtype).tiny
+    steps = matrices.unbind(0) if len(matrices) > 1 else matrices.unbind(0) * (len(messages) - 1)
     scales = []
-    for t in range(1, len(rows)):
-        row = torch.bmm(rows[t - 1], steps[t - 1], out=rows[t])
+    for t in range(1, len(messages)):
+        message = torch.bmm(steps[t - 1], messages[t - 1], out=messages[t])
         if emissions is not None:
             entries[t].mul_(emissions[t])
         if floor:
-            row.clamp_(min=floor)
+            message.clamp_(min=floor)
         if t % every == 0:
-            scales.append(row.sum(-1, keepdim=True).clamp_(min=tiny))
-            row.div_(scales[-1])
-    return torch.stack(scales) if scales else rows[0].new_empty(0, *rows[0].shape[:2], 1)
+            scales.append(message.sum(1, keepdim=True).clamp_(min=tiny))
+            message.div_(scales[-1])
+    return torch.stack(scales) if scales else matrices.new_empty(0, len(messages[0]), 1, messages[0].shape[2])
 
 
 def _transfer(emissions: Tensor, matrices: Tensor, every: int, floor: float) -> Tensor:
     """Returns the transfer matrix of every chunk, `(C, N, K, K)`, its largest row summing to about one."""
-    length, (C, N, K) = len(emissions) - 1, emissions.shape[2:]
-    matrices = matrices[:, 0]
-    state = torch.eye(K, dtype=emissions.dtype, device=emissions.device).expand(C * N, K, K).contiguous()
-    buffers = (state, torch.empty_like(state))
-    entries = [buffers[t % 2] for t in range(length + 1)]
-    rows = [entry.view(matrices.shape[1], -1, K) for entry in entries]
-    factors = emissions[:, 0].reshape(length + 1, C * N, 1, K).unbind(0)
-    scales = _sweep(rows, entries, matrices, factors, every, floor)
-    logs = scales.log().sum(0).view(C * N, K)
+    length, (C, N, K), groups = len(emissions) - 1, emissions.shape[2:], matrices.shape[2]
+    factors = columns(emissions[:, :1], groups)
+    state = torch.eye(K, dtype=emissions.dtype, device=emissions.device)
+    state = state[..., None].expand(K, K, C * N) if groups == 1 else state.expand(C * N, K, K)
+    entries = (state.contiguous(), torch.empty_like(state, memory_format=torch.contiguous_format))
+    messages = [entry.view(groups, K, -1) for entry in entries]
+    scales = _sweep(
+        [messages[t % 2] for t in range(length + 1)],
+        [entries[t % 2] for t in range(length + 1)],
+        matrices[:, 0],
+        factors.reshape(length + 1, *((K, 1, C * N) if groups == 1 else (C * N, K, 1))).unbind(0),
+        every,
+        floor,
+    )
+    logs, last = scales.log().sum(0), messages[length % 2]
+    if groups == 1:
+        last, logs = last.view(K, K, C * N).permute(2, 0, 1), logs.view(K, C * N).T
+    logs = logs.reshape(C, N, K)
     sizes = (logs - logs.amax(-1, keepdim=True)).exp()
-    return (entries[-1] * sizes[..., None]).view(C, N, K, K)
+    return last.mT.reshape(C, N, K, K) * sizes[..., None]
 
 
 def _across(transfers: Tensor, first: Tensor, directions: int, floor: float) -> Run:
@@ -225,9 +246,9 @@ def _across(transfers: Tensor, first: Tensor, directions: int, floor: float) -> 
         floor: As for `swept`.
     """
     C, N, K, _ = transfers.shape
-    both = (transfers, transfers.flip(0).mT)[:directions]
+    both = (transfers.mT, transfers.flip(0))[:directions]
     matrices = torch.stack(both, 1)
-    messages = first.new_empty(C + 1, directions, 1, N, K)
+    messages = _empty(first, (C + 1, directions, 1, N, K), N == 1)
     messages[0, 0, 0] = first.clamp(min=floor)
     messages[0, 1:] = 1.0
     scales = _sweep_all(messages, matrices, None, 1, floor)
