@@ -11,20 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-CALL = 3.0
+CALL = 2.5
 """Microseconds that a step costs before any arithmetic: one matrix product and one product of entries."""
 
-ENTRY = 2e-3
+ENTRY = 4e-4
 """Microseconds per entry of a message that is written."""
 
-TERM = 1.5e-4
+TERM = 1e-4
 """Microseconds per term of a matrix product."""
 
 OWN_MATRIX = 0.1
 """Microseconds more per matrix where every row has its own."""
-
-BOUNDARY_CALLS = 3.0
-"""A step over the chunks costs so many times `CALL`: it rescales every time."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def cost_of(plan: tuple[Stretch, ...], num_sequences: int, num_values: int, own_
         if chunks > 1:
             total += stretch.length * _step(groups, num_values, num_values, own_matrices)
     if chunks > 1:
-        total += chunks * (BOUNDARY_CALLS * CALL + _step(2 * num_sequences, 1, num_values, True))
+        total += chunks * _step(2 * num_sequences, 1, num_values, True)
     return total
 
 

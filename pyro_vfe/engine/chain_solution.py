@@ -80,11 +80,20 @@ class Counts:
         target = unary[first + 1 : self.stretch.last + 1].view(C, L, *unary.shape[1:]).transpose(0, 1)
         torch.mul(self.joint[1:], weights / self.total[1:], out=target)
         leading = self.backward[1:] * (weights / self.pair_total)
-        varying, own = len(pairs) > 1, pairs.shape[1] > 1
-        axes = ("cl" if varying else "") + ("n" if own else "") + "ij"
-        counts = torch.einsum(f"lcni,lcnj->{axes}", self.forward[:-1], leading)
-        steps = pairs[first : self.stretch.last] if varying else pairs
+        counts = _transitions(self.forward[:-1], leading, len(pairs) > 1, pairs.shape[1] > 1)
+        steps = pairs[first : self.stretch.last] if len(pairs) > 1 else pairs
         steps.add_(counts.reshape(self.potentials.shape) * self.potentials)
+
+
+def _transitions(forward: Tensor, leading: Tensor, varying: bool, own: bool) -> Tensor:
+    """Returns the products of neighbours, summed over what shares a matrix."""
+    _, C, N, K = forward.shape
+    if varying or own or C * N < K:
+        axes = ("cl" if varying else "") + ("n" if own else "") + "ij"
+        return torch.einsum(f"lcni,lcnj->{axes}", forward, leading)
+    # A product per step is no larger than the messages here, and takes them as they lie in memory.
+    here, there = (columns(messages[:, None], 1).squeeze(1) for messages in (forward, leading))
+    return torch.bmm(here, there.mT).sum(0)
 
 
 @dataclass(frozen=True)

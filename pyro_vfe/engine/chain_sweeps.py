@@ -114,7 +114,7 @@ def swept(
         starts = [emissions[0]]
     else:
         transfers = [_transfer(*both_of, every, floor) for both_of in loaded]
-        boundary = _across(torch.cat(transfers), loaded[0][0][0, 0, 0], directions, floor)
+        boundary = _across(torch.cat(transfers), loaded[0][0][0, 0, 0], directions, every, floor)
         starts = _ends(plan, boundary.messages, loaded)
     runs = []
     for stretch, (emissions, matrices), start in zip(plan, loaded, starts, strict=True):
@@ -236,13 +236,14 @@ def _transfer(emissions: Tensor, matrices: Tensor, every: int, floor: float) -> 
     return last.mT.reshape(C, N, K, K) * sizes[..., None]
 
 
-def _across(transfers: Tensor, first: Tensor, directions: int, floor: float) -> Run:
+def _across(transfers: Tensor, first: Tensor, directions: int, every: int, floor: float) -> Run:
     """Returns the messages at the ends of the chunks; those backward lack the emission at their own time.
 
     Args:
         transfers: A matrix per chunk, `(C, N, K, K)`.
         first: Emissions at the beginning, `(N, K)`.
         directions: 1 or 2.
+        every: As for `swept`.
         floor: As for `swept`.
     """
     C, N, K, _ = transfers.shape
@@ -251,13 +252,15 @@ def _across(transfers: Tensor, first: Tensor, directions: int, floor: float) -> 
     messages = _empty(first, (C + 1, directions, 1, N, K), N == 1)
     messages[0, 0, 0] = first.clamp(min=floor)
     messages[0, 1:] = 1.0
-    scales = _sweep_all(messages, matrices, None, 1, floor)
-    return Run(Stretch(0, 1, C), messages, matrices, messages, scales, 1)
+    scales = _sweep_all(messages, matrices, None, every, floor)
+    return Run(Stretch(0, 1, C), messages, matrices, messages, scales, every)
 
 
 def _ends(plan: Sequence[Stretch], boundary: Tensor, loaded: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Returns the messages that each stretch starts its sweeps from, `(D, C, N, K)`."""
-    starts, begin = [], 0
+    masses = boundary.sum(-1, keepdim=True)
+    masses[0] = 1.0
+    boundary, starts, begin = boundary / masses, [], 0
     for stretch, (emissions, _) in zip(plan, loaded, strict=True):
         stop = begin + stretch.count
         forward = boundary[begin:stop, 0, 0]
