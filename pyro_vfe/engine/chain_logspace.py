@@ -52,14 +52,10 @@ def swept_in_logs(unary: Tensor, pairs: Tensor) -> LogChain:
         unary: Log potentials, `(T, N, K)`.
         pairs: Log potentials, `(T - 1 or 1, N or 1, K, K)`.
     """
-    forward, backward = torch.empty_like(unary), torch.zeros_like(unary)
-    forward[0], total = unary[0], torch.zeros_like(unary[0, :, 0])
-    for t in range(1, len(unary)):
-        message, peak = _relative(forward[t - 1])
-        total = total + peak
-        forward[t] = unary[t] + log_sum_exp(message[:, :, None] + at_step(pairs, t - 1), (1,))
+    messages, total = filtered_in_logs(unary, pairs)
+    forward, backward = torch.stack(messages), torch.zeros_like(unary)
     for t in range(len(unary) - 2, -1, -1):
-        message, _ = _relative(unary[t + 1] + backward[t + 1])
+        message, _ = relative(unary[t + 1] + backward[t + 1])
         backward[t] = log_sum_exp(message[:, None, :] + at_step(pairs, t), (2,))
     return LogChain(unary, pairs, forward, backward, total + log_sum_exp(forward[-1], (1,)))
 
@@ -69,9 +65,24 @@ def at_step(pairs: Tensor, t: int) -> Tensor:
     return pairs[t if len(pairs) > 1 else 0]
 
 
-def _relative(message: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns log entries less their largest, and the largest; of -inf alone, themselves and a number."""
-    peak = message.amax(1).clamp(min=torch.finfo(message.dtype).min)
+def filtered_in_logs(unary: Tensor, pairs: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Returns the forward log messages, `(N, K)` each, and what the last one lacks to its true size, `(N,)`.
+
+    Args:
+        unary: Log potentials, `(T, N, K)`.
+        pairs: Log potentials, `(T - 1 or 1, N or 1, K, K)`.
+    """
+    messages, total = [unary[0]], torch.zeros_like(unary[0, :, 0])
+    for t in range(1, len(unary)):
+        message, peak = relative(messages[-1])
+        total = total + peak
+        messages.append(unary[t] + log_sum_exp(message[:, :, None] + at_step(pairs, t - 1), (1,)))
+    return messages, total
+
+
+def relative(message: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log entries `(N, K)` less their largest, and the largest; of -inf alone, themselves and a number."""
+    peak = message.detach().amax(1).clamp(min=torch.finfo(message.dtype).min)
     return message - peak[:, None], peak
 
 

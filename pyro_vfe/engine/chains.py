@@ -2,6 +2,9 @@ r"""Sums over the paths of a Markov chain along time, for a batch of sequences a
 
     Z_n  =  sum over x_1 .. x_T of  exp( sum_t unary[t, n, x_t]  +  sum_t pairs[t, n, x_t, x_t+1] )
 
+The backward pass is not autograd through T steps but the forward-backward algorithm: memory is O(T N K), never
+O(T N K^2). Only second derivatives, asked for by `create_graph`, come from differentiating the plain sweep.
+
 References:
     Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition.
 """
@@ -13,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.chain_logspace import at_step
+from pyro_vfe.engine.chain_logspace import at_step, filtered_in_logs, relative
 from pyro_vfe.engine.chain_solution import SCALED_EVERY, gradients, solve
 from pyro_vfe.engine.logspace import log_sum_exp
 
 
 def plain_log_normalizer(unary: Tensor, pairs: Tensor) -> Tensor:
     """Returns what `chain_log_normalizer` returns, by a broadcast log-sum-exp per step: slow, large and simple."""
-    message = unary[0]
-    for t in range(1, len(unary)):
-        message = unary[t] + log_sum_exp(message[:, :, None] + at_step(pairs, t - 1), (1,))
-    return log_sum_exp(message, (1,))
+    messages, total = filtered_in_logs(unary, pairs)
+    return total + log_sum_exp(messages[-1], (1,))
 
 
 def plain_marginals(initial: Tensor, conditionals: Tensor, num_steps: int | None = None) -> Tensor:
@@ -49,8 +50,10 @@ def chain_log_normalizer(unary: Tensor, pairs: Tensor) -> Tensor:
     References:
         Rabiner (1989), section III.A (forward-backward).
     """
-    if unary.dtype not in SCALED_EVERY:
-        return chain_log_normalizer(unary.float(), pairs.float()).to(unary.dtype)
+    dtype = torch.promote_types(unary.dtype, pairs.dtype)
+    if dtype not in SCALED_EVERY:
+        return chain_log_normalizer(unary.float(), pairs.float()).to(dtype)
+    unary, pairs = unary.to(dtype), pairs.to(dtype)
     if unary.shape[1] == 0 or len(pairs) == 0:
         return plain_log_normalizer(unary, pairs)
     pairs = pairs[: max(1, len(unary) - 1)]
@@ -153,7 +156,7 @@ def chain_mode(unary: Tensor, pairs: Tensor) -> Tensor:
     """
     best, origins = unary[0], []
     for t in range(1, len(unary)):
-        reached, origin = (best[:, :, None] + at_step(pairs, t - 1)).max(1)
+        reached, origin = (relative(best)[0][:, :, None] + at_step(pairs, t - 1)).max(1)
         best = reached + unary[t]
         origins.append(origin)
     path = [best.argmax(1)]
@@ -175,9 +178,7 @@ def chain_sample(unary: Tensor, pairs: Tensor, num_samples: int) -> Tensor:
         Scott (2002), Bayesian methods for hidden Markov models.
     """
     T, N, K = unary.shape
-    messages = [unary[0]]
-    for t in range(1, T):
-        messages.append(unary[t] + log_sum_exp(messages[-1][:, :, None] + at_step(pairs, t - 1), (1,)))
+    messages, _ = filtered_in_logs(unary, pairs)
     rows = torch.arange(N, device=unary.device)
     path = [_drawn(messages[-1].expand(num_samples, N, K))]
     for t in range(T - 2, -1, -1):

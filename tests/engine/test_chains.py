@@ -318,6 +318,32 @@ def test_samples_have_the_frequencies_of_the_paths(variant: str) -> None:
         assert chi_square < 30, "seven degrees of freedom exceed 30 once in ten thousand times"
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_without_gradients_the_same_comes_from_the_forward_sweep_alone(plan: str) -> None:
+    unary, pairs = chain(13, 3, 4, "per step")
+    (part,) = solve(unary, pairs, gradient=False, plan=PLANS[plan])
+    assert isinstance(part.chain, LinearChain) and part.chain.counts == ()
+    close(part.chain.log_normalizer, plain_log_normalizer(unary, pairs))
+
+
+def test_decoding_in_float32_keeps_its_precision_along_a_long_chain() -> None:
+    unary, pairs = chain(3000, 2, 3, "homogeneous", dtype=torch.float32)
+    far = unary - 1000.0
+    assert (chain_mode(far, pairs) == chain_mode(far.double(), pairs.double())).float().mean() > 0.999
+    drawn = chain_sample(far, pairs, 500)
+    marginals = differentiated(chain_log_normalizer, far, pairs)[1]
+    often = torch.nn.functional.one_hot(drawn, 3).double().mean(0)
+    close(often.mean(0), marginals.double().mean(0), atol=2e-3, rtol=0.0)
+
+
+def test_mixed_and_half_precision_are_promoted() -> None:
+    unary, pairs = chain(6, 2, 3, "homogeneous")
+    close(chain_log_normalizer(unary.float(), pairs), chain_log_normalizer(unary.float().double(), pairs))
+    half = chain_log_normalizer(unary.bfloat16(), pairs.bfloat16())
+    assert half.dtype == torch.bfloat16
+    close(half.double(), chain_log_normalizer(unary, pairs), rtol=2e-2, atol=2e-2)
+
+
 def test_saved_memory_grows_with_steps_and_values_alone() -> None:
     def numbers_kept(T: int, K: int) -> int:
         parts = solve(*chain(T, 2, K, "homogeneous"), gradient=True)
