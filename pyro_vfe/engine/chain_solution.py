@@ -11,9 +11,10 @@ products loses at most about K tiny, so that an entry of at least `floor` = 4 K 
    messages a', b' bound the true ones from above, since they gain at least what the true recursion could lose. What
    is added at time t, at most `floor` per entry, ends up in paths whose share of the sum is at most
    K floor / (s_t Z'_t), with Z'_t = a'_t-1 A b'_t and s_t what b'_t was divided by: all is in units of the same time,
-   so no scale has to be carried along. Backward messages add as much, transfer matrices as much again. The plain sweep
-   loses no more than the raised one gains. So if these shares add up to at most eps, the plain messages are right, to
-   eps in the log normaliser and in every marginal, and true zeros in them are exact.
+   so no scale has to be carried along. Backward messages add as much. So do transfer matrices: weighted by the message
+   that enters a chunk, their rows are its forward messages. The plain sweep, cut into the same chunks, loses no more
+   than the raised one gains. So if these shares add up to at most eps, the plain messages are right, to eps in the log
+   normaliser and (absolutely) in every marginal, and true zeros in them are exact.
 3. The remaining sequences are done in log space.
 
 In float32 a sequence that fails test 1 is done in float64.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.chain_logspace import LogChain, swept_in_logs
 from pyro_vfe.engine.chain_plan import Stretch
-from pyro_vfe.engine.chain_sweeps import Run, Sweeps, columns, swept
+from pyro_vfe.engine.chain_sweeps import Run, Sweeps, columns, sweep_plan, swept
 
 SCALED_EVERY = {torch.float64: 32, torch.float32: 8}
 """Steps between scalings; a step rarely shrinks a message by more than a factor of 1e-4."""
@@ -196,6 +197,8 @@ def gradients(parts: Sequence[Part], weights: Tensor, unary: Tensor, pairs: Tens
 def _solve_carefully(unary: Tensor, pairs: Tensor, gradient: bool, plan: Sequence[Stretch] | None) -> list[Part]:
     """Returns the chains whose messages have small entries: those that are proved right, then the others."""
     floor = floor_of(unary.dtype, unary.shape[-1])
+    # What is proved of one plan need not hold for another, and fewer sequences would get another.
+    plan = plan or sweep_plan(unary, pairs)
     bound = swept(unary, pairs, both=True, every=1, floor=floor, plan=plan)
     right = _share_lost(bound, floor) <= torch.finfo(unary.dtype).eps
     del bound

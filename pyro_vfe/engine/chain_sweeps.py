@@ -98,9 +98,8 @@ def swept(
         floor: Entries are raised to it, so that messages are bounds from above; 0 leaves them.
         plan: Which steps are swept side by side; the cheapest by default.
     """
-    T, N, K = unary.shape
-    if plan is None:
-        plan = plan_sweep(T - 1, N, K, len(pairs) > 1 or pairs.shape[1] > 1)
+    T = len(unary)
+    plan = plan or sweep_plan(unary, pairs)
     peaks = _finite(unary.amax(-1, keepdim=True))
     rows = _finite(pairs.logsumexp(-1).amax(-1))
     potentials = (pairs - rows[..., None, None]).exp()
@@ -123,6 +122,12 @@ def swept(
         scales = _sweep_all(messages, matrices, emissions, every, floor)
         runs.append(Run(stretch, emissions, matrices, messages, scales, every))
     return Sweeps(tuple(runs), offset.to(unary.dtype), boundary)
+
+
+def sweep_plan(unary: Tensor, pairs: Tensor) -> tuple[Stretch, ...]:
+    """Returns which steps are best swept side by side."""
+    T, N, K = unary.shape
+    return plan_sweep(T - 1, N, K, len(pairs) > 1 or pairs.shape[1] > 1)
 
 
 def _finite(peaks: Tensor) -> Tensor:

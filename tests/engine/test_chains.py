@@ -165,6 +165,18 @@ def test_left_to_right_chains_agree_with_log_space(leak: float) -> None:
             close(ours, plain)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_values_that_die_and_come_back_agree_with_log_space(seed: int) -> None:
+    torch.manual_seed(seed)
+    drift = torch.where(torch.arange(13) < 6, 1.0, -1.0)[:, None, None] * torch.linspace(-1, 1, 6)
+    unary = (150 + 150 * (seed % 3)) * torch.randn(13, 4, 6) * drift
+    pairs = torch.randn(1, 4, 6, 6).masked_fill(~torch.eye(6, dtype=torch.bool), [-30.0, -700.0][seed % 2])
+    expected = differentiated(plain_log_normalizer, unary, pairs)
+    for plan in (None, *PLANS.values()):
+        for ours, plain in zip(solved(unary, pairs, plan), expected, strict=True):
+            close(ours, plain)
+
+
 def test_small_entries_that_do_not_matter_need_no_log_space() -> None:
     unary, pairs = chain(40, 3, 3, "homogeneous")
     unary[::4, :2, 1] -= 2000.0
