@@ -165,7 +165,7 @@ def test_left_to_right_chains_agree_with_log_space(leak: float) -> None:
             close(ours, plain)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(12), 1063, 1065, 1597])
 def test_values_that_die_and_come_back_agree_with_log_space(seed: int) -> None:
     torch.manual_seed(seed)
     drift = torch.where(torch.arange(13) < 6, 1.0, -1.0)[:, None, None] * torch.linspace(-1, 1, 6)
