@@ -232,8 +232,8 @@ def _scaled(
 def _counts(run: Run, num_sequences: int, pairs: Tensor) -> Counts:
     """Returns the marginals of a run; its emissions are overwritten."""
     forward, backward = run.messages[:, 0], run.messages[:, 1].flip(0)
-    emissions = run.emissions[:, 0].clamp_(min=torch.finfo(forward.dtype).tiny)
-    joint = torch.div(forward, emissions).mul_(backward)
+    emissions = run.emissions.clamp_(min=torch.finfo(forward.dtype).tiny)
+    joint = torch.div(forward, emissions, out=emissions).mul_(backward)
     total = joint.sum(-1, keepdim=True)
     pair_total = total[1:].clone()
     pair_total[run.every - 1 :: run.every] *= run.scales[:, 0]

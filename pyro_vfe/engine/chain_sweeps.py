@@ -24,6 +24,9 @@ from torch import Tensor
 
 from pyro_vfe.engine.chain_plan import Stretch, plan_sweep
 
+Factors = tuple[tuple[Tensor, Tensor], ...]
+"""Entries of a message, each with the emissions that multiply them."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -33,7 +36,7 @@ class Run:
     """Which steps."""
 
     emissions: Tensor
-    """e in the order of the sweeps, `(L + 1, D, C, N, K)`."""
+    """e in the order of time, `(L + 1, C, N, K)`."""
 
     matrices: Tensor
     """What columns are multiplied by, A' and A, `(L or 1, D, 1 or C * N, K, K)`."""
@@ -110,14 +113,15 @@ def swept(
     loaded = [_load(stretch, unary, peaks, potentials, directions) for stretch in plan]
     if sum(stretch.count for stretch in plan) == 1:
         (emissions, matrices), boundary = loaded[0], None
-        starts = [emissions[0]]
+        starts = [torch.stack([emissions[0], emissions[-1]][:directions])]
     else:
         transfers = [_transfer(*both_of, every, floor) for both_of in loaded]
-        boundary = _across(torch.cat(transfers), loaded[0][0][0, 0, 0], directions, every, floor)
+        boundary = _across(torch.cat(transfers), loaded[0][0][0, 0], directions, every, floor)
         starts = _ends(plan, boundary.messages, loaded)
     runs = []
     for stretch, (emissions, matrices), start in zip(plan, loaded, starts, strict=True):
-        messages = torch.empty_like(emissions)
+        groups = matrices.shape[2]
+        messages = _empty(emissions, (len(emissions), directions, *emissions.shape[1:]), groups == 1)
         messages[0] = start.clamp(min=floor)
         scales = _sweep_all(messages, matrices, emissions, every, floor)
         runs.append(Run(stretch, emissions, matrices, messages, scales, every))
@@ -136,23 +140,22 @@ def _finite(peaks: Tensor) -> Tensor:
 
 
 def _load(stretch: Stretch, unary: Tensor, peaks: Tensor, potentials: Tensor, directions: int) -> tuple[Tensor, Tensor]:
-    """Returns emissions `(L + 1, D, C, N, K)` and matrices `(L or 1, D, 1 or C * N, K, K)` of a stretch."""
+    """Returns emissions `(L + 1, C, N, K)` and matrices `(L or 1, D, 1 or C * N, K, K)` of a stretch."""
     (_, N, K), C, L = unary.shape, stretch.count, stretch.length
     shared = potentials.shape[1] == 1 and (len(potentials) == 1 or C == 1)
-    emissions = _empty(unary, (L + 1, directions, C, N, K), shared)
-    torch.sub(_windows(unary, stretch), _windows(peaks, stretch), out=emissions[:, 0]).exp_()
+    emissions = _empty(unary, (L + 1, C, N, K), shared)
+    torch.sub(_windows(unary, stretch), _windows(peaks, stretch), out=emissions).exp_()
     steps = potentials[stretch.first : stretch.last] if len(potentials) > 1 else potentials
     if not shared:
         steps = steps.unflatten(0, (C, -1)) if len(potentials) > 1 else steps[None]
         steps = steps.transpose(0, 1).expand(-1, C, N, K, K).flatten(1, 2)
     if directions == 1:
         return emissions, steps.mT[:, None]
-    emissions[:, 1] = emissions[:, 0].flip(0)
     return emissions, torch.stack([steps.mT, steps.flip(0)], 1)
 
 
 def _empty(like: Tensor, shape: Sequence[int], shared: bool) -> Tensor:
-    """Returns memory for `(L + 1, D, C, N, K)`, values before sequences if these share a matrix."""
+    """Returns memory for `(..., C, N, K)`, values before sequences if these share a matrix."""
     if not shared:
         return like.new_empty(*shape)
     *outer, C, N, K = shape
@@ -176,16 +179,22 @@ def _windows(values: Tensor, stretch: Stretch) -> Tensor:
 def _sweep_all(messages: Tensor, matrices: Tensor, emissions: Tensor | None, every: int, floor: float) -> Tensor:
     """Fills `messages[1:]` from `messages[0]` and returns the scales, `(R, D, C, N, 1)`."""
     groups = matrices.shape[2]
-    steps = columns(messages, groups).unbind(0)
-    factors = None if emissions is None else columns(emissions, groups).unbind(0)
-    return _sweep(steps, steps, matrices.flatten(1, 2), factors, every, floor).view(-1, *messages.shape[1:4], 1)
+    factors: list[Factors] = [()] * len(messages)
+    if emissions is not None:
+        there, back = messages[:, 0].unbind(0), messages[:, -1].unbind(0)
+        e = emissions.unbind(0)
+        both = messages.shape[1] == 2
+        factors = [
+            ((there[t], e[t]), (back[t], e[-1 - t])) if both else ((there[t], e[t]),) for t in range(len(messages))
+        ]
+    scales = _sweep(columns(messages, groups).unbind(0), factors, matrices.flatten(1, 2), every, floor)
+    return scales.view(-1, *messages.shape[1:4], 1)
 
 
 def _sweep(
     messages: Sequence[Tensor],
-    entries: Sequence[Tensor],
+    factors: Sequence[Factors],
     matrices: Tensor,
-    emissions: Sequence[Tensor] | None,
     every: int,
     floor: float,
 ) -> Tensor:
@@ -193,9 +202,8 @@ def _sweep(
 
     Args:
         messages: Those of each step as columns, `(G, K, M)`; the first is given.
-        entries: The same memory in a shape that emissions broadcast to.
+        factors: Parts of each message, and what they are multiplied by.
         matrices: `(L or 1, G, K, K)`.
-        emissions: What messages are multiplied by; None for nothing.
         every: As for `swept`.
         floor: As for `swept`.
 
@@ -207,8 +215,8 @@ def _sweep(
     scales = []
     for t in range(1, len(messages)):
         message = torch.bmm(steps[t - 1], messages[t - 1], out=messages[t])
-        if emissions is not None:
-            entries[t].mul_(emissions[t])
+        for entries, emissions in factors[t]:
+            entries.mul_(emissions)
         if floor:
             message.clamp_(min=floor)
         if t % every == 0:
@@ -219,17 +227,17 @@ def _sweep(
 
 def _transfer(emissions: Tensor, matrices: Tensor, every: int, floor: float) -> Tensor:
     """Returns the transfer matrix of every chunk, `(C, N, K, K)`, its largest row summing to about one."""
-    length, (C, N, K), groups = len(emissions) - 1, emissions.shape[2:], matrices.shape[2]
-    factors = columns(emissions[:, :1], groups)
+    length, (C, N, K), groups = len(emissions) - 1, emissions.shape[1:], matrices.shape[2]
+    factors = columns(emissions[:, None], groups)
+    factors = factors.reshape(length + 1, *((K, 1, C * N) if groups == 1 else (C * N, K, 1)))
     state = torch.eye(K, dtype=emissions.dtype, device=emissions.device)
     state = state[..., None].expand(K, K, C * N) if groups == 1 else state.expand(C * N, K, K)
     entries = (state.contiguous(), torch.empty_like(state, memory_format=torch.contiguous_format))
     messages = [entry.view(groups, K, -1) for entry in entries]
     scales = _sweep(
         [messages[t % 2] for t in range(length + 1)],
-        [entries[t % 2] for t in range(length + 1)],
+        [((entries[t % 2], factor),) for t, factor in enumerate(factors.unbind(0))],
         matrices[:, 0],
-        factors.reshape(length + 1, *((K, 1, C * N) if groups == 1 else (C * N, K, 1))).unbind(0),
         every,
         floor,
     )
@@ -273,6 +281,6 @@ def _ends(plan: Sequence[Stretch], boundary: Tensor, loaded: Sequence[tuple[Tens
             starts.append(forward[None])
         else:
             backward = boundary[:, 1, 0].flip(0)[begin + 1 : stop + 1]
-            starts.append(torch.stack([forward, backward * emissions[0, 1]]))
+            starts.append(torch.stack([forward, backward * emissions[-1]]))
         begin = stop
     return starts
