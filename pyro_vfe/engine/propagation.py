@@ -16,7 +16,7 @@ References:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log, prod
 
 import numpy as np
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from pyro_vfe.engine.cost import check_cost
 from pyro_vfe.engine.elimination import reference_tensor, with_uniform_factors
-from pyro_vfe.engine.factors import FactorGraph, Table
-from pyro_vfe.engine.schedule import NO_NAMES, Product, Read, Schedule, Turn, schedule_of
+from pyro_vfe.engine.factors import FactorGraph
+from pyro_vfe.engine.schedule import NO_NAMES, Schedule, Turn, schedule_of
 from pyro_vfe.engine.unrolling import structure_of
 
 Array = npt.NDArray[np.float64]
@@ -81,14 +81,15 @@ def propagate(
     """
     if not _applies(graph):
         return None
-    graph = with_uniform_factors(graph, NO_NAMES)
-    schedule = schedule_of(structure_of(graph), tuple(scopes), own_tables)
+    graph.check()
+    full = with_uniform_factors(graph, NO_NAMES)
+    schedule = schedule_of(structure_of(full), tuple(scopes), len(graph.factors) if own_tables else 0)
     if schedule is None:
         return None
     like = reference_tensor(graph)
     check_cost(schedule.plan, np.dtype(np.float64).itemsize, like.device, max_bytes)
     try:
-        passes = _Passes(schedule, graph)
+        passes = _Passes(schedule, full)
         log_normalizer = passes.up()
         passes.down()
     except _OutOfRangeError:
@@ -100,7 +101,7 @@ def _applies(graph: FactorGraph) -> bool:
     return all(
         factor.scale == 1.0 and not factor.plates and factor.table.values.device.type == "cpu"
         for factor in graph.factors
-    ) and all(variable.scale == 1.0 and not variable.plates for variable in graph.variables.values())
+    ) and all(variable.scale == 1.0 and not variable.plates and variable.size for variable in graph.variables.values())
 
 
 class _Passes:
@@ -211,7 +212,8 @@ class _Passes:
         flat = np.concatenate([self.weights[position] for position in range(len(starts) - 1)])
         lengths = np.diff(starts)
         flat /= np.add.reduceat(flat, starts[:-1]).repeat(lengths)
-        return torch.from_numpy(flat).to(dtype).split(lengths.tolist())
+        parts: tuple[Tensor, ...] = torch.from_numpy(flat).to(dtype).split(lengths.tolist())
+        return parts
 
     def _measure(self, slot: int) -> float:
         """Divides a table by its largest entry, which is returned."""

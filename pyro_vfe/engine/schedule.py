@@ -1,9 +1,10 @@
-r"""A plan written out for two passes: which numbers of which table are multiplied, in which order, going up and down.
+r"""A plan written out for two passes: which tables are multiplied, in which order of their axes, going up and down.
 
-    up      C[b, r, c]  =  sum_i A[b, r, i] B[b, i, c]                     each step of the plan, a batch of matrix products
-    down    A'[b, r, i]  =  sum_c C'[b, r, c] B[b, i, c]                    B'[b, i, c]  =  sum_r A[b, r, i] C'[b, r, c]
+    up      C[b, r, c]   =  sum_i A[b, r, i] B[b, i, c]            each step of the plan: a batch of matrix products
+    down    A'[b, r, i]  =  sum_c C'[b, r, c] B[b, i, c]           X' is the derivative of Z in the table X
+            B'[b, i, c]  =  sum_r A[b, r, i] C'[b, r, c]
 
-with X' the derivative of Z in the table X. Names and sizes only, cached by structure; the numbers are in propagation.py.
+Names and sizes only, cached by structure; propagation.py has the numbers.
 
 References:
     Darwiche (2003), A differential approach to inference in Bayesian networks.
@@ -98,20 +99,20 @@ class Schedule(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def schedule_of(structure: Structure, scopes: tuple[Axes, ...], own_tables: bool) -> Schedule | None:
+def schedule_of(structure: Structure, scopes: tuple[Axes, ...], n_own: int) -> Schedule | None:
     """Returns the two passes for a structure without plates; None where nothing is to be done.
 
     Args:
         structure: Names and sizes; each variable is an axis of some factor.
         scopes: The scopes whose marginals are wanted.
-        own_tables: Whether the derivative in each factor's own table is wanted as well, after the scopes.
+        n_own: Of how many factors, from the first, the probabilities of their own entries are wanted as well.
     """
     held = [frozenset(factor.axes) for factor in structure.factors]
     lacking = [scope for scope in scopes if len(scope) > 1 and not any(own.issuperset(scope) for own in held)]
     probes = tuple(FactorShape("marginal", scope, NO_NAMES) for scope in lacking)
     full = structure._replace(factors=(*structure.factors, *probes))
     order = plan(full, NO_NAMES, NO_NAMES)
-    return _Writer(order, len(structure.factors), scopes, own_tables).written() if order.results else None
+    return _Writer(order, len(structure.factors), scopes, n_own).written() if order.results else None
 
 
 class _Step(NamedTuple):
@@ -126,12 +127,12 @@ class _Step(NamedTuple):
 class _Writer:
     """Writes a schedule; an axis of size one is left out throughout."""
 
-    def __init__(self, order: Plan, n_factors: int, scopes: tuple[Axes, ...], own_tables: bool) -> None:
+    def __init__(self, order: Plan, n_factors: int, scopes: tuple[Axes, ...], n_own: int) -> None:
         self.plan = order
         self.n_factors = n_factors
         self.size = {v.name: v.size for v in order.structure.variables}
         self.scopes = scopes
-        self.own_tables = own_tables
+        self.n_own = n_own
         # Slots: factors, probes, then ones for steps of one operand, then what steps make.
         self.made: list[Axes] = [self._shown(factor.axes) for factor in order.structure.factors]
         self.used: dict[int, Axes] = {}
@@ -228,12 +229,10 @@ class _Writer:
         for scope in scopes:
             self._require(self._topmost(scope, holders), needed)
         places = [(self._smallest(scope, holders, needed), scope) for scope in scopes]
-        if not self.own_tables:
-            return list(self.scopes), places, needed
-        for slot in range(self.n_factors):
+        for slot in range(self.n_own):
             self._require(slot, needed)
             places.append((slot, self.made[slot]))
-        own = [factor.axes for factor in self.plan.structure.factors[: self.n_factors]]
+        own = [factor.axes for factor in self.plan.structure.factors[: self.n_own]]
         return [*self.scopes, *own], places, needed
 
     def _holders(self) -> dict[str, list[int]]:
