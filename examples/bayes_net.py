@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import pyro
@@ -161,7 +162,7 @@ def solve(source: str, evidence: Evidence | None = None) -> Answer:
     marginals = posterior.marginals()
     ticks.append(time.perf_counter())
     plan = vfe.explain(model, nothing).plan
-    read, run, propagated = (end - start for start, end in zip(ticks, ticks[1:], strict=False))
+    read, run, propagated = (end - start for start, end in pairwise(ticks))
     return Answer(
         network, evidence, float(posterior.log_evidence), marginals, plan.flops, plan.bytes, (read, run, propagated)
     )

@@ -1,4 +1,4 @@
-"""Bayesian networks of up to 441 nodes as Pyro programs: P(e) and marginals against known answers and other programs."""
+"""Bayesian networks of up to 441 nodes as Pyro programs: P(e) and every marginal against what others find."""
 
 import math
 from functools import cache
