@@ -72,6 +72,20 @@ def log_normalizer_and_marginals(
     return found.log_normalizer, dict(zip(wanted, tables, strict=True))
 
 
+def evidence(graph: FactorGraph, *, max_bytes: float | None = None) -> Tensor:
+    """Returns the log normaliser, a scalar in nats, detached; -inf where nothing is possible.
+
+    Args:
+        graph: The factors.
+        max_bytes: The most memory that intermediate tables may take; half of the free memory by default.
+    """
+    found = propagate(graph, (), max_bytes=max_bytes)
+    if found is not None:
+        return found.log_normalizer
+    with torch.no_grad():
+        return log_normalizer(_detached(graph), max_bytes=max_bytes).total
+
+
 def _by_gradient(
     graph: FactorGraph, wanted: Sequence[tuple[str, ...]], max_bytes: float | None
 ) -> tuple[Tensor, dict[tuple[str, ...], Table]]:

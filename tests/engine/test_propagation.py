@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from pyro_vfe.engine import Factor, FactorGraph, Table, Variable, expected_tables, log_normalizer, marginals
-from pyro_vfe.engine.inference import log_normalizer_and_marginals
+from pyro_vfe.engine.inference import evidence, log_normalizer_and_marginals
 from pyro_vfe.engine.propagation import propagate
 from pyro_vfe.errors import CostError, ImpossibleDataError, VFEError
 
@@ -64,6 +64,11 @@ def test_random_graphs_equal_the_full_joint_table(graph: FactorGraph) -> None:
         assert propagate(free, all_scopes(free)) is None
     else:
         assert_equals_the_full_joint_table(free)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_evidence_is_the_log_normalizer_with_plates_and_without(name: str) -> None:
+    close(evidence(GRAPHS[name]), full_joint(GRAPHS[name]).log_normalizer)
 
 
 @pytest.mark.parametrize("name", PLATELESS)
@@ -200,10 +205,10 @@ def test_what_is_not_a_number_is_refused(bad: float) -> None:
 
 def test_impossible_data_are_an_error() -> None:
     graph = graph_of({"a": (2, "")}, [("a", "", ""), ("a", "", "")], {})
-    with pytest.raises(ImpossibleDataError):
-        log_normalizer_and_marginals(
-            with_values(graph, [torch.tensor([0.0, -INF]), torch.tensor([-INF, 0.0])]), [("a",)]
-        )
+    impossible = with_values(graph, [torch.tensor([0.0, -INF]), torch.tensor([-INF, 0.0])])
+    assert evidence(impossible) == -INF
+    with pytest.raises(ImpossibleDataError, match="jointly"):
+        log_normalizer_and_marginals(impossible, [("a",)])
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
