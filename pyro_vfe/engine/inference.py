@@ -66,7 +66,7 @@ def log_normalizer_and_marginals(
     if found is None:
         return _by_gradient(graph, wanted, max_bytes)
     tables = (
-        Table(probs.reshape([graph.variables[name].size for name in scope]), scope)
+        Table(probs if len(scope) == 1 else probs.reshape([graph.variables[name].size for name in scope]), scope)
         for scope, probs in zip(wanted, found.probabilities, strict=True)
     )
     return found.log_normalizer, dict(zip(wanted, tables, strict=True))

@@ -224,7 +224,8 @@ class _Passes:
 
 def _logs(graph: FactorGraph) -> Array:
     """Returns the numbers of all factors, laid end to end: a copy."""
-    flat = torch.cat([factor.table.values.detach().reshape(-1) for factor in graph.factors])
+    with torch.no_grad():
+        flat = torch.cat([factor.table.values.reshape(-1) for factor in graph.factors])
     logs: Array = flat.to(torch.float64).numpy()
     return logs
 
