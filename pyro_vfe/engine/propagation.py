@@ -29,6 +29,7 @@ from pyro_vfe.engine.elimination import reference_tensor, with_uniform_factors
 from pyro_vfe.engine.factors import FactorGraph
 from pyro_vfe.engine.schedule import NO_NAMES, Schedule, Turn, schedule_of
 from pyro_vfe.engine.unrolling import structure_of
+from pyro_vfe.errors import CostError
 
 Array = npt.NDArray[np.float64]
 
@@ -72,11 +73,10 @@ def propagate(
         max_bytes: The most memory that intermediate tables may take; half of the free memory by default.
 
     Returns:
-        None where this does not apply: there are plates or scales, the tables are not on the CPU, the sum is zero or
-        not a number, or its terms span more than float64 can hold.
+        None where this does not apply: there are plates or scales, the tables are not on the CPU or would not fit, the
+        sum is zero or not a number, or its terms span more than float64 can hold.
 
     Raises:
-        CostError: The plan would not fit.
         VFEError: The graph is inconsistent.
     """
     if not _applies(graph):
@@ -87,12 +87,12 @@ def propagate(
     if schedule is None:
         return None
     like = reference_tensor(graph)
-    check_cost(schedule.plan, np.dtype(np.float64).itemsize, like.device, max_bytes)
     try:
+        check_cost(schedule.plan, np.dtype(np.float64).itemsize, like.device, max_bytes)
         passes = _Passes(schedule, full)
         log_normalizer = passes.up()
         passes.down()
-    except _OutOfRangeError:
+    except (CostError, _OutOfRangeError):
         return None
     return Propagation(like.new_tensor(log_normalizer), passes.probabilities(like.dtype))
 

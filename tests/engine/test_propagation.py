@@ -212,6 +212,7 @@ def test_impossible_data_are_an_error() -> None:
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
+    assert propagate(PLATELESS["grid"], [("a",)], max_bytes=8) is None
     with pytest.raises(CostError):
         marginals(PLATELESS["grid"], [("a",)], max_bytes=8)
 
