@@ -247,5 +247,8 @@ def _measured(table: Array) -> tuple[float, float]:
     peak = float(table.max())
     if peak == 0.0:
         raise _OutOfRangeError
+    lowest = float(table.min(where=table > 0, initial=peak)) / peak
+    if lowest < LOWEST:
+        raise _OutOfRangeError
     table /= peak
-    return peak, float(table.min(where=table > 0, initial=1.0))
+    return peak, lowest

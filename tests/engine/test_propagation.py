@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from engine.full_joint import full_joint
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pyro_vfe.engine import Factor, FactorGraph, Table, Variable, expected_tables, log_normalizer, marginals
 from pyro_vfe.engine.inference import evidence, log_normalizer_and_marginals
-from pyro_vfe.engine.propagation import propagate
+from pyro_vfe.engine.propagation import _measured, propagate
 from pyro_vfe.errors import CostError, ImpossibleDataError, VFEError
 
 close = torch.testing.assert_close
@@ -110,6 +111,28 @@ def test_a_sum_that_grows_beyond_the_largest_number_is_rescaled() -> None:
     close(float(found.log_normalizer), 120 * math.log(1000) + math.log(2))
     close(found.probabilities[0], torch.tensor([0.5, 0.5], dtype=torch.float64))
     close(found.probabilities[1], torch.full((1000,), 1e-3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_entries_far_below_a_peak_that_later_evidence_rules_out_are_not_lost(first: bool) -> None:
+    ones, single = torch.zeros(1000, dtype=torch.float64), torch.full((1000,), -INF, dtype=torch.float64)
+    logs = torch.stack([ones, single, single], 1)
+    logs[0, 1:] = torch.tensor([-3 * math.log(10), 0.0])
+    names = [f"v{n}" for n in range(140)]
+    factors = [Factor(name, Table(logs, (name, "hub")), NO_PLATES) for name in names]
+    evidence_on_hub = torch.tensor([-INF, 0.0, -600.0], dtype=torch.float64)
+    factors.insert(0 if first else len(factors), Factor("e", Table(evidence_on_hub, ("hub",)), NO_PLATES))
+    variables = {name: Variable(name, 1000, NO_PLATES) for name in names} | {"hub": Variable("hub", 3, NO_PLATES)}
+    log_z, found = log_normalizer_and_marginals(FactorGraph(tuple(factors), variables, {}), [("hub",)])
+    weights = torch.tensor([-INF, -420 * math.log(10), -600.0], dtype=torch.float64)
+    close(log_z, weights.logsumexp(0))
+    close(found["hub",].values, weights.softmax(0))
+
+
+def test_a_measured_table_keeps_every_entry_or_is_refused() -> None:
+    with pytest.raises(ArithmeticError):
+        _measured(np.array([[[1e280, 1e-100]]]))
+    assert _measured(np.array([[[1e100, 0.0, 1e-100]]])) == (1e100, pytest.approx(1e-200))
 
 
 @pytest.mark.parametrize(
