@@ -20,7 +20,7 @@ BORDERS = {
 }
 """Which rooms may import a foreign library; who is not named may not."""
 
-ENGINE_NEEDS_ONLY = {"torch", "opt_einsum", "pyro_vfe", *sys.stdlib_module_names}
+ENGINE_NEEDS_ONLY = {"torch", "numpy", "opt_einsum", "pyro_vfe", *sys.stdlib_module_names}
 PLANS = ("ordering", "paths")
 """Modules that see names and sizes only."""
 

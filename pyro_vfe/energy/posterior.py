@@ -15,9 +15,8 @@ from torch import Tensor
 from pyro_vfe.energy.impossible import impossible_data
 from pyro_vfe.energy.parts import joint_graph, normalized
 from pyro_vfe.engine.decoding import mode, sample
-from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import FactorGraph, Table
-from pyro_vfe.engine.inference import expected_tables, marginals
+from pyro_vfe.engine.inference import evidence, expected_tables, marginals
 from pyro_vfe.engine.lookup import read_factor
 from pyro_vfe.engine.scales import applied
 from pyro_vfe.errors import StructureError, VFEError
@@ -68,9 +67,8 @@ class Posterior:
         self._enumeration = normalized(enumeration, torch.float64)
         self._max_bytes = max_bytes
         self._graph: FactorGraph = joint_graph(self._enumeration)
-        with torch.no_grad():
-            self.log_evidence: Tensor = log_normalizer(self._graph, max_bytes=max_bytes).total
-            """log p(u), a scalar in nats."""
+        self.log_evidence: Tensor = evidence(self._graph, max_bytes=max_bytes)
+        """log p(u), a scalar in nats."""
         if bool(self.log_evidence.isneginf()):
             raise impossible_data(self._enumeration)
 

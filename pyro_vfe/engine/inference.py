@@ -3,6 +3,7 @@ r"""Marginals as gradients of the log normaliser: one backward pass gives all.
     d log Z / d f(x_s)  =  P(x_s)            for a factor f over the scope s
 
 A scope that no factor has gets a table of zeros, which changes nothing and has the scope's marginal for its gradient.
+Without plates and scales the two passes are written out in propagation.py; elsewhere autograd makes the second.
 
 References:
     Darwiche (2003), A differential approach to inference in Bayesian networks.
@@ -18,6 +19,7 @@ from torch import Tensor
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.execution import reference_tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
+from pyro_vfe.engine.propagation import propagate
 from pyro_vfe.errors import ImpossibleDataError, VFEError
 
 _FAINT = 1e-30
@@ -41,14 +43,62 @@ def marginals(
     References:
         Darwiche (2003), A differential approach to inference in Bayesian networks.
     """
+    return log_normalizer_and_marginals(graph, scopes, max_bytes=max_bytes)[1]
+
+
+def log_normalizer_and_marginals(
+    graph: FactorGraph, scopes: Iterable[tuple[str, ...]], *, max_bytes: float | None = None
+) -> tuple[Tensor, dict[tuple[str, ...], Table]]:
+    """Returns the log normaliser, a scalar in nats, and what `marginals` gives, from the same passes; detached.
+
+    Args:
+        graph: The factors.
+        scopes: Tuples of variable names; the plates of a scope are those of all its variables together.
+        max_bytes: The most memory that intermediate tables may take; half of the free memory by default.
+
+    Raises:
+        ImpossibleDataError: The log normaliser is -inf.
+        VFEError: A scope names an unknown variable, or one twice.
+    """
     wanted = list(dict.fromkeys(scopes))
-    graph = _never_zero(_detached(graph))
-    probes = [_probe(scope, graph) for scope in wanted]
-    gradients = _gradients(graph.with_factors(*probes), [probe.table.values for probe in probes], max_bytes)
-    return {
-        scope: _normalised(Table(gradient, probe.table.axes), len(scope))
+    for scope in wanted:
+        _check_scope(scope, graph)
+    found = propagate(graph, wanted, max_bytes=max_bytes)
+    if found is None:
+        return _by_gradient(graph, wanted, max_bytes)
+    tables = (
+        Table(probs if len(scope) == 1 else probs.reshape([graph.variables[name].size for name in scope]), scope)
+        for scope, probs in zip(wanted, found.probabilities, strict=True)
+    )
+    return found.log_normalizer, dict(zip(wanted, tables, strict=True))
+
+
+def evidence(graph: FactorGraph, *, max_bytes: float | None = None) -> Tensor:
+    """Returns the log normaliser, a scalar in nats, detached; -inf where nothing is possible.
+
+    Args:
+        graph: The factors.
+        max_bytes: The most memory that intermediate tables may take; half of the free memory by default.
+    """
+    found = propagate(graph, (), max_bytes=max_bytes)
+    if found is not None:
+        return found.log_normalizer
+    with torch.no_grad():
+        return log_normalizer(_detached(graph), max_bytes=max_bytes).total
+
+
+def _by_gradient(
+    graph: FactorGraph, wanted: Sequence[tuple[str, ...]], max_bytes: float | None
+) -> tuple[Tensor, dict[tuple[str, ...], Table]]:
+    weighted = _never_zero(_detached(graph))
+    probes = [_probe(scope, weighted) for scope in wanted]
+    full = weighted.with_factors(*probes)
+    log_evidence, gradients = _gradients(full, [probe.table.values for probe in probes], max_bytes)
+    tables = (
+        _normalised(Table(gradient, probe.table.axes), len(scope))
         for scope, probe, gradient in zip(wanted, probes, gradients, strict=True)
-    }
+    )
+    return log_evidence, dict(zip(wanted, tables, strict=True))
 
 
 def expected_tables(graph: FactorGraph, *, max_bytes: float | None = None) -> list[Tensor]:
@@ -61,10 +111,14 @@ def expected_tables(graph: FactorGraph, *, max_bytes: float | None = None) -> li
     Raises:
         ImpossibleDataError: The log normaliser is -inf.
     """
+    found = propagate(graph, (), own_tables=True, max_bytes=max_bytes)
+    if found is not None:
+        shapes = (factor.table.values.shape for factor in graph.factors)
+        return [probs.reshape(shape) for probs, shape in zip(found.probabilities, shapes, strict=True)]
     detached = _detached(graph)
     for table in detached.tables:
         table.values.requires_grad_()
-    return _gradients(detached, [table.values for table in detached.tables], max_bytes)
+    return _gradients(detached, [table.values for table in detached.tables], max_bytes)[1]
 
 
 def check_possible(log_evidence: Tensor, graph: FactorGraph) -> None:
@@ -114,14 +168,17 @@ def _never_zero(graph: FactorGraph) -> FactorGraph:
     return replace(graph, factors=factors, variables=variables)
 
 
-def _probe(scope: tuple[str, ...], graph: FactorGraph) -> Factor:
-    """Returns a table of zeros over a scope and its plates, with the scale of its most deeply plated variable."""
+def _check_scope(scope: tuple[str, ...], graph: FactorGraph) -> None:
     unknown = [name for name in scope if name not in graph.variables]
     if unknown or len(set(scope)) < len(scope):
         raise VFEError(
             f"The scope {scope} names {f'unknown variables {unknown}' if unknown else 'a variable twice'}.",
             hint=f"The variables are {sorted(graph.variables)[:20]}.",
         )
+
+
+def _probe(scope: tuple[str, ...], graph: FactorGraph) -> Factor:
+    """Returns a table of zeros over a scope and its plates, with the scale of its most deeply plated variable."""
     variables = [graph.variables[name] for name in scope]
     plates = frozenset[str]().union(*(variable.plates for variable in variables))
     axes = (*sorted(plates), *scope)
@@ -130,11 +187,13 @@ def _probe(scope: tuple[str, ...], graph: FactorGraph) -> Factor:
     return Factor(f"marginal of {scope}", Table(zeros, axes), plates, scale)
 
 
-def _gradients(graph: FactorGraph, tables: Sequence[Tensor], max_bytes: float | None) -> list[Tensor]:
+def _gradients(graph: FactorGraph, tables: Sequence[Tensor], max_bytes: float | None) -> tuple[Tensor, list[Tensor]]:
+    """Returns the log normaliser, detached, and its gradients."""
     with torch.enable_grad():
         log_evidence = log_normalizer(graph, max_bytes=max_bytes).outside
         check_possible(log_evidence.detach(), graph)
-        return list(torch.autograd.grad(log_evidence, tables)) if tables else []
+        gradients = list(torch.autograd.grad(log_evidence, tables)) if tables else []
+    return log_evidence.detach(), gradients
 
 
 def _normalised(weights: Table, n_variables: int) -> Table:
