@@ -2,8 +2,8 @@ r"""Which variables to sum value by value, so that what is held at a time fits.
 
     sum_{x, c} prod_f f(x, c)  =  sum_c [ sum_x prod_f f(x, c) ]        held: one value's tables        slices = |c|
 
-A variable that is cut leaves every table; the tables that lack it are made anew for each of its values. Chosen
-greedily: the variable that saves the most memory per factor of work. Names and sizes only; no tensors.
+A variable that is cut leaves every table; what was made of such a table is made anew for each value. Chosen greedily:
+the variable that saves the most memory per factor of work. Names and sizes only; no tensors.
 
 References:
     Darwiche (2001), Recursive conditioning.

@@ -53,9 +53,9 @@ class Component(NamedTuple):
 
     @property
     def held(self) -> int:
-        """Numbers that are held for a gradient: those of one slice, and each slice's result."""
+        """Numbers that are held for a gradient: those of one slice, and what sums the slices' results."""
         one = sum(step.held for step in self.steps)
-        return one + self.slices * self.steps[-1].entries if self.cut and self.steps else one
+        return one + 3 * self.slices * self.steps[-1].entries if self.cut and self.steps else one
 
 
 class Largest(NamedTuple):
