@@ -20,8 +20,8 @@ BORDERS = {
 }
 """Which rooms may import a foreign library; who is not named may not."""
 
-ENGINE_NEEDS_ONLY = {"torch", "opt_einsum", "pyro_vfe", *sys.stdlib_module_names}
-PLANS = ("ordering", "paths")
+ENGINE_NEEDS_ONLY = {"torch", "opt_einsum", "cotengra", "pyro_vfe", *sys.stdlib_module_names}
+PLANS = ("ordering", "paths", "search", "contraction_trees", "elimination_orders", "cuts", "structure")
 """Modules that see names and sizes only."""
 
 MODULE_LINES = 400

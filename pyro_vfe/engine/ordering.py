@@ -270,7 +270,8 @@ class _Planner:
 
     def _add_component(self, plates: frozenset[str], slots: list[int], local: list[str]) -> _Stuck | None:
         scope = dict.fromkeys(axis for slot in slots for axis in self.axes[slot] if axis in self.plates_of)
-        left = [name for name in scope if name not in local]
+        inside = set(local)
+        left = [name for name in scope if name not in inside]
         unsummed = tuple(name for name in left if name in self.to_sum)
         self._check_kept_plates(plates, (*local, *unsummed))
         target = frozenset().union(*(self.plates_of[name] for name in left)) | (self.keep_plates & plates)

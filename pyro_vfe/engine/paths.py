@@ -28,6 +28,10 @@ CUT_EFFORT = MOST_EFFORT // 4
 """The most effort of each further search, where a plan has to be made to fit."""
 
 
+MOST_VARIABLES = 5_000
+"""Above, a search over sets of variables takes too long, and only the program's order competes."""
+
+
 class Step(NamedTuple):
     """One pairwise contraction; slots are numbered as they come to be."""
 
@@ -130,6 +134,12 @@ def _uncut(
     largest_input = max(prod(sizes[a] for a in axes) for axes in inputs.values())
     if len(inputs) < 3 or max(step.flops for step in steps) <= largest_input:
         return Steps(steps, AT_ONCE)
+    if len(eliminated) > MOST_VARIABLES:
+        work = sum(step.flops for step in steps)
+        rival = pairs_of_order(scopes, range(len(eliminated)), contraction.sizes, work)
+        in_order = steps if rival is None else _pairwise(inputs, rival, eliminated, sizes, first_slot)
+        better = sum(step.flops for step in in_order) < work
+        return Steps(in_order, AT_ONCE._replace(method="program order")) if better else Steps(steps, AT_ONCE)
     pairs, report = _searched(contraction, tuple(first), limit, most_effort)
     return Steps(_pairwise(inputs, pairs, eliminated, sizes, first_slot), report)
 

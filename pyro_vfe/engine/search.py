@@ -46,9 +46,6 @@ MOST_EFFORT = 4_000_000
 WORK_PER_EFFORT = 4
 """How much work of the plan allows for one unit of effort: a plan is made once and executed many times."""
 
-MOST_VARIABLES = 5_000
-"""Above, sets as bits are too long, and only the quickest candidates compete."""
-
 RANDOM_GREEDY = 8
 """How many randomised greedy paths are tried."""
 
@@ -65,7 +62,9 @@ _NEAR = 1.5
 """How many times the least work of cliques an order may have so that its subtrees are improved: that halves some."""
 
 _FINALISTS = 3
-_QUICK_WIDTH, _QUICK_PASSES = 6, 3
+_QUICK_WIDTH, _QUICK_PASSES, _QUICK_SHARE = 6, 3, 0.25
+"""The most leaves, passes and share of the effort left, to improve a candidate; next, to improve the finalists."""
+
 _FINAL_WIDTH, _FINAL_PASSES = 8, 10
 
 
@@ -125,10 +124,7 @@ class _Searcher:
         self._enter("min-weight", first)
         if self._left() > 32 * self.contraction.n_summed:
             self._enter_order("program order", range(self.contraction.n_summed))
-            if self.contraction.n_summed <= MOST_VARIABLES:
-                self._enter_orders()
-            else:
-                self._enter_greedy_paths()
+            self._enter_orders()
         for _, _, _, tree in self.best:
             self._improve(tree, _FINAL_WIDTH, _FINAL_PASSES)
         _, _, method, tree = min((tree.cost(self.limit), n, name, tree) for _, n, name, tree in self.best)
@@ -142,13 +138,13 @@ class _Searcher:
     def _enter(self, method: str, pairs: Pairs) -> None:
         tree = ContractionTree(self.masks, self.contraction.sizes, self.contraction.n_summed, pairs)
         self.tried += 1
-        self._improve(tree, _QUICK_WIDTH, _QUICK_PASSES)
+        self._improve(tree, _QUICK_WIDTH, _QUICK_PASSES, _QUICK_SHARE)
         self.best.append((tree.cost(self.limit), self.tried, method, tree))
         self.best = sorted(self.best)[:_FINALISTS]
 
-    def _improve(self, tree: ContractionTree, width: int, passes: int) -> None:
+    def _improve(self, tree: ContractionTree, width: int, passes: int, share: float = 1.0) -> None:
         self.least = min(self.least, tree.cost(self.limit))
-        self.effort += tree.improve(width, passes, self._left())
+        self.effort += tree.improve(width, passes, share * self._left())
         self.least = min(self.least, tree.cost(self.limit))
 
     def _enter_order(self, method: str, order: Sequence[int]) -> None:
