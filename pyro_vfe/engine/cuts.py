@@ -10,7 +10,7 @@ References:
     Gray and Kourtis (2021), Hyper-optimized tensor network contraction (slicing).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import log2
 
 MOST_SLICES = 4096
@@ -46,6 +46,27 @@ def cut_to_fit(
         slices *= sizes[best]
         products, tables = _without(products, best, sizes[best]), _without(tables, best, sizes[best])
     return tuple(cut)
+
+
+def dependent(
+    inputs: Mapping[int, Iterable[str]],
+    operands: Iterable[tuple[int, int | None]],
+    cut: Container[str],
+    first_slot: int,
+) -> set[int]:
+    """Returns the slots whose tables differ from slice to slice.
+
+    Args:
+        inputs: The axes of each input slot, those of the cut variables included.
+        operands: The slots that each step reads.
+        cut: The variables that are cut.
+        first_slot: The slot of the first step's result.
+    """
+    found = {slot for slot, axes in inputs.items() if any(axis in cut for axis in axes)}
+    for slot, (left, right) in enumerate(operands, first_slot):
+        if left in found or right in found:
+            found.add(slot)
+    return found
 
 
 def _saving(products: Sequence[Sized], tables: Sequence[Sized], name: str, size: int) -> float:

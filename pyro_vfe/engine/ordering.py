@@ -18,6 +18,7 @@ from functools import lru_cache
 from math import inf, prod
 from typing import NamedTuple
 
+from pyro_vfe.engine.cuts import dependent
 from pyro_vfe.engine.paths import AT_ONCE, Step, Steps, contraction_steps
 from pyro_vfe.engine.search import Search
 from pyro_vfe.engine.structure import FactorShape, Structure, Unrolling, tied_inside, unrolled
@@ -49,7 +50,10 @@ class Component(NamedTuple):
     """Variables that are summed value by value around all the steps, whose axes the steps lack."""
 
     slices: int = 1
-    """How often the steps are executed: once for each joint value of `cut`."""
+    """How often the steps that depend on `cut` are executed: once for each of its joint values."""
+
+    flops: int = 0
+    """Multiply-adds of all slices."""
 
     @property
     def held(self) -> int:
@@ -101,7 +105,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """Multiply-adds of all contractions."""
-        return sum(c.slices * sum(step.flops for step in c.steps) for c in self.components)
+        return sum(component.flops for component in self.components)
 
     @property
     def entries(self) -> int:
@@ -278,15 +282,18 @@ class _Planner:
         if target == plates and unsummed:
             return _Stuck(plates, tuple(scope), unsummed)
         found = Steps((), AT_ONCE)
+        slices, flops = 1, 0
         if local:
-            inputs = {slot: self.axes[slot] for slot in slots}
-            found = contraction_steps(inputs, local, self.sizes, len(self.axes), self.limit)
+            inputs, first_slot = {slot: self.axes[slot] for slot in slots}, len(self.axes)
+            found = contraction_steps(inputs, local, self.sizes, first_slot, self.limit)
+            slices = prod(self.sizes[name] for name in found.cut)
+            again = dependent(inputs, [(s.left, s.right) for s in found.steps], found.cut, first_slot)
+            flops = sum(s.flops * (slices if n in again else 1) for n, s in enumerate(found.steps, first_slot))
             self.axes.extend(step.axes for step in found.steps)
         last = self.axes[-1 if found.steps else slots[0]]
         result = FactorShape("", tuple(a for a in last if a not in plates - target and a not in found.cut), target)
-        slices = prod(self.sizes[name] for name in found.cut)
         self.components.append(
-            Component(plates, tuple(slots), tuple(local), found.steps, target, found.search, found.cut, slices)
+            Component(plates, tuple(slots), tuple(local), found.steps, target, found.search, found.cut, slices, flops)
         )
         self.axes.append(result.axes)
         self._file(len(self.axes) - 1, result)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyro_vfe.engine.cuts import dependent
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.engine.logspace import log_sum_exp
 from pyro_vfe.engine.paths import Step
@@ -37,15 +38,13 @@ def sum_over_slices(
         first_slot: The slot of the first step's result.
         contract: How two tables are contracted.
     """
+    operands = [(step.left, step.right) for step in steps]
+    varying = dependent({slot: table.axes for slot, table in inputs.items()}, operands, cut, first_slot)
     tables = dict(inputs)
-    varying = [slot for slot, table in inputs.items() if not cut.keys().isdisjoint(table.axes)]
-    again: list[tuple[int, Step]] = []
     for slot, step in enumerate(steps, first_slot):
-        if step.left in varying or step.right in varying:
-            varying.append(slot)
-            again.append((slot, step))
-        else:
+        if slot not in varying:
             tables[slot] = _contracted(tables, step, contract)
+    again = [(slot, step) for slot, step in enumerate(steps, first_slot) if slot in varying]
     axes = {slot: tuple(axis for axis in table.axes if axis not in cut) for slot, table in tables.items()}
     left = steps[-1].axes if steps else next(iter(axes.values()))
 
@@ -53,7 +52,7 @@ def sum_over_slices(
         made = {slot: Table(part, axes[slot]) for slot, part in zip(tables, values, strict=True)}
         for slot, step in again:
             made[slot] = _contracted(made, step, contract)
-        return made[again[-1][0] if again else varying[0]].aligned(left)
+        return made[again[-1][0] if again else min(varying)].aligned(left)
 
     parts = [
         _formed_again(one_slice, [_read(table, dict(zip(cut, index, strict=True))) for table in tables.values()])
