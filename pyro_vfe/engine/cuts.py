@@ -21,7 +21,12 @@ Sized = tuple[frozenset[str], int]
 
 
 def cut_to_fit(
-    products: Sequence[Sized], tables: Sequence[Sized], variables: Iterable[str], sizes: Mapping[str, int], limit: float
+    products: Sequence[Sized],
+    tables: Sequence[Sized],
+    variables: Iterable[str],
+    sizes: Mapping[str, int],
+    limit: float,
+    result: int = 1,
 ) -> tuple[str, ...]:
     """Returns the variables to cut so that at most `limit` numbers are held at a time; none where that cannot be.
 
@@ -31,11 +36,12 @@ def cut_to_fit(
         variables: The variables that may be cut.
         sizes: The size of each.
         limit: The most numbers.
+        result: Entries of what is left of a slice.
     """
     cut: list[str] = []
     slices = 1
     left = {name for name in variables if sizes[name] > 1}
-    while _total(tables) > limit:
+    while _total(tables) + held_beside(slices, result) > limit:
         largest = max(tables, key=lambda table: table[1])
         within = sorted(name for name in largest[0] & left if slices * sizes[name] <= MOST_SLICES)
         if not within:
@@ -46,6 +52,11 @@ def cut_to_fit(
         slices *= sizes[best]
         products, tables = _without(products, best, sizes[best]), _without(tables, best, sizes[best])
     return tuple(cut)
+
+
+def held_beside(slices: int, result: int) -> int:
+    """Returns how many numbers the slices' results have, which are held until they are summed."""
+    return slices * result if slices > 1 else 0
 
 
 def dependent(

@@ -18,7 +18,7 @@ from functools import lru_cache
 from math import inf, prod
 from typing import NamedTuple
 
-from pyro_vfe.engine.cuts import dependent
+from pyro_vfe.engine.cuts import dependent, held_beside
 from pyro_vfe.engine.paths import AT_ONCE, Step, Steps, contraction_steps
 from pyro_vfe.engine.search import Search
 from pyro_vfe.engine.structure import FactorShape, Structure, Unrolling, tied_inside, unrolled
@@ -59,7 +59,7 @@ class Component(NamedTuple):
     def held(self) -> int:
         """Numbers that are held for a gradient: those of one slice, and what sums the slices' results."""
         one = sum(step.held for step in self.steps)
-        return one + 3 * self.slices * self.steps[-1].entries if self.cut and self.steps else one
+        return one + held_beside(self.slices, self.steps[-1].entries) if self.steps else one
 
 
 class Largest(NamedTuple):

@@ -17,7 +17,7 @@ from math import inf, prod
 from typing import NamedTuple
 
 from pyro_vfe.engine.contraction_trees import Pairs, pairs_of_order
-from pyro_vfe.engine.cuts import cut_to_fit
+from pyro_vfe.engine.cuts import cut_to_fit, held_beside
 from pyro_vfe.engine.elimination_orders import min_weight_order
 from pyro_vfe.engine.search import MOST_EFFORT, Contraction, Search, search
 
@@ -101,13 +101,16 @@ def contraction_steps(
     products = [(frozenset((*step.axes, *step.summed)), step.flops) for step in fitted.steps]
     results = [(frozenset(step.axes), step.entries) for step in fitted.steps]
     formed = [product for product, step in zip(products, fitted.steps, strict=True) if step.formed]
-    cut = cut_to_fit(products, results + formed, chosen, sizes, limit)
+    result = fitted.steps[-1].entries
+    cut = cut_to_fit(products, results + formed, chosen, sizes, limit, result)
     if not cut:
         return whole
     left = {slot: tuple(axis for axis in axes if axis not in cut) for slot, axes in inputs.items()}
     rest = tuple(name for name in chosen if name not in cut)
     sliced = _uncut(left, rest, sizes, first_slot, limit, CUT_EFFORT)
-    return Steps(sliced.steps, sliced.search, cut) if _held(sliced.steps) <= limit else whole
+    slices = prod(sizes[name] for name in cut)
+    fits = _held(sliced.steps) + held_beside(slices, result) <= limit
+    return Steps(sliced.steps, sliced.search, cut) if fits else whole
 
 
 def _held(steps: Iterable[Step]) -> int:

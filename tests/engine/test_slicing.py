@@ -143,9 +143,9 @@ def test_draws_need_every_table_and_are_not_cut() -> None:
 def test_the_slices_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = [(frozenset("abc"), 27), (frozenset("ab"), 9)]
     sizes = dict.fromkeys("abc", 3)
-    assert cut_to_fit(tables, tables, "abc", sizes, 12) == ("a",)
+    assert cut_to_fit(tables, tables, "abc", sizes, 16) == ("a",)
     monkeypatch.setattr("pyro_vfe.engine.cuts.MOST_SLICES", 2)
-    assert cut_to_fit(tables, tables, "abc", sizes, 12) == ()
+    assert cut_to_fit(tables, tables, "abc", sizes, 16) == ()
 
 
 def test_the_variable_that_most_tables_have_is_cut_first() -> None:
