@@ -24,9 +24,9 @@ PAIRS = [(a + b, "", "") for n, a in enumerate("abcdefgh") for b in "abcdefgh"[:
 CLIQUE = graph_of(dict.fromkeys("abcdefgh", (3, "")), PAIRS, {}, seed=5)
 ZEROS = graph_of(dict.fromkeys("abcdefgh", (3, "")), PAIRS, {}, seed=6, zeros=0.2)
 PLATED = graph_of(
-    dict.fromkeys("abcdef", (3, "i")) | {"z": (2, "")},
-    [(a + b, "i", "") for n, a in enumerate("abcdef") for b in "abcdef"[:n]] + [("az", "i", ""), ("z", "", "")],
-    {"i": 3},
+    dict.fromkeys("abcde", (3, "i")) | {"z": (2, "")},
+    [(a + b, "i", "") for n, a in enumerate("abcde") for b in "abcde"[:n]] + [("az", "i", ""), ("z", "", "")],
+    {"i": 2},
 )
 TIED = graph_of(dict.fromkeys("abcdefgh", (3, "")), [*PAIRS, ("abcdef", "", "")], {}, seed=7)
 CUT = {"clique": CLIQUE, "zeros": ZEROS, "inside a plate": PLATED, "beside a large factor": TIED}
@@ -65,14 +65,14 @@ def test_gradients_through_slices_equal_those_of_the_whole(name: str) -> None:
 
 
 def test_a_second_derivative_through_slices_is_right() -> None:
-    graph = graph_of(dict.fromkeys("abcde", (2, "")), [pair for pair in PAIRS if set(pair[0]) <= set("abcde")], {})
+    graph = graph_of(dict.fromkeys("abcde", (4, "")), [pair for pair in PAIRS if set(pair[0]) <= set("abcde")], {})
 
     def total(*tables: Tensor) -> Tensor:
         return log_normalizer(with_values(graph, list(tables)), max_bytes=tight(graph, 1.5)).total
 
     assert any(component.cut for component in cut_plan(graph, tight(graph, 1.5)).components)
     tables = [values.requires_grad_() for values in values_of(graph)]
-    assert torch.autograd.gradgradcheck(total, tables)
+    assert torch.autograd.gradgradcheck(total, tables, fast_mode=True)
 
 
 def test_marginals_fit_as_well() -> None:
