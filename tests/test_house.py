@@ -20,8 +20,21 @@ BORDERS = {
 }
 """Which rooms may import a foreign library; who is not named may not."""
 
-ENGINE_NEEDS_ONLY = {"torch", "numpy", "opt_einsum", "pyro_vfe", *sys.stdlib_module_names}
-PLANS = ("ordering", "paths")
+ENGINE_NEEDS_ONLY = {"torch", "numpy", "opt_einsum", "cotengra", "pyro_vfe", *sys.stdlib_module_names}
+PLANS = (
+    "chain_groups",
+    "chain_plan",
+    "contraction_trees",
+    "cuts",
+    "elimination_orders",
+    "ordering",
+    "outline",
+    "paths",
+    "repeats",
+    "schedule",
+    "search",
+    "structure",
+)
 """Modules that see names and sizes only."""
 
 MODULE_LINES = 400

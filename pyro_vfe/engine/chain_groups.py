@@ -63,6 +63,11 @@ class ChainGroup(NamedTuple):
         return 3 * self.steps * self.n_sequences * self.n_states + self.n_transitions * self.n_states**2
 
     @property
+    def held(self) -> int:
+        """Numbers that are held at once: all of them, for the gradient."""
+        return self.entries
+
+    @property
     def largest(self) -> Largest:
         """The largest table."""
         messages = Largest((self.plate, *self.batch, *self.states), self.steps * self.n_sequences * self.n_states)

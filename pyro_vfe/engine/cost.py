@@ -1,18 +1,26 @@
 """What an exact computation may cost: a plan that will not fit raises before anything is allocated.
 
-bytes  =  itemsize * sum over steps of entries(step)        raised when above half of the free memory
+bytes  =  itemsize * sum over steps of held(step)        raised when above half of the free memory
+
+What would exceed it is first cut into slices, if the caller can execute these.
 """
 
 from collections.abc import Callable
+from math import floor, log2
 from pathlib import Path
 
 import torch
 
 from pyro_vfe.engine.chain_groups import ChainGroup
-from pyro_vfe.engine.ordering import Plan
+from pyro_vfe.engine.ordering import Plan, plan
+from pyro_vfe.engine.structure import Structure
 from pyro_vfe.errors import CostError
 
 _MEMINFO = Path("/proc/meminfo")
+
+
+UNASKED = 2**20
+"""So few bytes fit without asking how many are free."""
 
 
 def free_bytes(device: torch.device) -> float:
@@ -53,6 +61,35 @@ def readable_bytes(count: float) -> str:
     return f"{count:.3g} PiB"
 
 
+def plan_within(
+    structure: Structure,
+    keep: frozenset[str],
+    keep_plates: frozenset[str],
+    itemsize: int,
+    device: torch.device,
+    max_bytes: float | None,
+) -> Plan:
+    """Returns the plan of a graph, cut into slices where it would not fit and that helps.
+
+    Args:
+        structure: Names and sizes of the factor graph.
+        keep: Variables that stay.
+        keep_plates: Plates that are never multiplied out.
+        itemsize: Bytes per number.
+        device: Where the tables will lie.
+        max_bytes: The limit; None asks `default_limit`.
+    """
+    found = plan(structure, keep, keep_plates)
+    needed = itemsize * found.held
+    if max_bytes is None and needed < UNASKED:
+        return found
+    limit = table_limit(max_bytes, device) / itemsize
+    if found.held <= limit or limit < 1:
+        return found
+    # Free memory differs at every call: few limits, so that few plans are searched for.
+    return plan(structure, keep, keep_plates, 2 ** (floor(4 * log2(limit)) / 4))
+
+
 def check_cost(
     plan: Plan | ChainGroup, itemsize: int, device: torch.device, max_bytes: float | None, *, entries: int | None = None
 ) -> None:
@@ -63,13 +100,13 @@ def check_cost(
         itemsize: Bytes per number.
         device: Where the tables will lie.
         max_bytes: The limit; None asks `default_limit`.
-        entries: How many numbers are made; the plan's own by default.
+        entries: How many numbers are held; the plan's own by default.
 
     Raises:
         CostError: They do not fit.
     """
-    needed = itemsize * (plan.entries if entries is None else entries)
-    if max_bytes is None and needed < 2**20:
+    needed = itemsize * (plan.held if entries is None else entries)
+    if max_bytes is None and needed < UNASKED:
         return
     limit = table_limit(max_bytes, device)
     if needed <= limit:

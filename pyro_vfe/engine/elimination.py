@@ -88,7 +88,7 @@ def eliminate(
     """
     graph.check()
     graph = without_chains(rolled(graph, keep), keep, keep_plates, max_bytes)
-    execution = execute_sum(graph, keep, keep_plates, max_bytes)
+    execution = execute_sum(graph, keep, keep_plates, max_bytes, cut=True)
     return Elimination(execution.factors, execution.graph, execution.plan.unrollings)
 
 
@@ -146,7 +146,7 @@ def without_chains(
         return graph
 
     def executor(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
-        return execute_sum(part, kept, plates, max_bytes)
+        return execute_sum(part, kept, plates, max_bytes, cut=True)
 
     groups = chain_groups(structure_of(graph), keep, keep_plates)
     like = reference_tensor(graph)

@@ -17,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.cost import check_cost
+from pyro_vfe.engine.cost import check_cost, plan_within
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.logspace import SumProduct
 from pyro_vfe.engine.ordering import Component, Plan, plan
 from pyro_vfe.engine.scales import applied, common_scale, rescaled
+from pyro_vfe.engine.slicing import sum_over_slices
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 
 NO_NAMES: frozenset[str] = frozenset()
@@ -54,13 +55,17 @@ def execute_sum(
     keep: frozenset[str] = NO_NAMES,
     keep_plates: frozenset[str] = NO_NAMES,
     max_bytes: float | None = None,
+    *,
+    cut: bool = False,
 ) -> Execution:
     """Returns the executed sum-product elimination; off the CPU, done again with care if a product underflowed."""
     like = reference_tensor(graph)
     on_cpu = like.device.type == "cpu"
     first = SumProduct(careful=on_cpu)
-    execution = execute(graph, first, keep, keep_plates, max_bytes)
-    return execute(graph, SumProduct(careful=True), keep, keep_plates, max_bytes) if first.underflowed() else execution
+    execution = execute(graph, first, keep, keep_plates, max_bytes, cut=cut)
+    if not first.underflowed():
+        return execution
+    return execute(graph, SumProduct(careful=True), keep, keep_plates, max_bytes, cut=cut)
 
 
 def execute(
@@ -70,6 +75,8 @@ def execute(
     keep_plates: frozenset[str] = NO_NAMES,
     max_bytes: float | None = None,
     entries_of: Callable[[Plan], int] | None = None,
+    *,
+    cut: bool = False,
 ) -> Execution:
     """Returns the executed plan of a graph.
 
@@ -80,11 +87,17 @@ def execute(
         keep_plates: Plates that are not multiplied out.
         max_bytes: The most memory that intermediate tables may take.
         entries_of: How many numbers the semiring makes of a plan; the plan's intermediates by default.
+        cut: Sum value by value over some variables where the plan would not fit. Their components have no tables of
+            their steps in the slots then, only of the result.
     """
     graph.check()
     graph = with_uniform_factors(graph, keep)
-    order = plan(structure_of(graph), keep, keep_plates)
     like = reference_tensor(graph)
+    structure = structure_of(graph)
+    if cut:
+        order = plan_within(structure, keep, keep_plates, like.element_size(), like.device, max_bytes)
+    else:
+        order = plan(structure, keep, keep_plates)
     check_cost(order, like.element_size(), like.device, max_bytes, entries=entries_of(order) if entries_of else None)
     for unrolling in order.unrollings:
         graph = apply_unrolling(graph, unrolling)
@@ -96,18 +109,27 @@ def execute(
 
 def _run_component(component: Component, slots: list[Factor], graph: FactorGraph, semiring: Semiring) -> None:
     result = slots[component.inputs[0]]
-    if component.steps:
+    if component.steps or component.cut:
         scale = common_scale([graph.variables[name] for name in component.variables])
         for slot in component.inputs:
             slots[slot] = rescaled(slots[slot], scale)
         name = _result_name(component.variables)
-        for step in component.steps:
+        if component.cut:
+            result = Factor(name, _sliced(component, slots, graph, semiring), component.plates, scale)
+            slots.extend([result] * len(component.steps))
+        for step in () if component.cut else component.steps:
             right = None if step.right is None else slots[step.right].table
             table = semiring.contract(slots[step.left].table, right, step.axes, step.summed)
-            slots.append(Factor(name, table, component.plates, scale))
-        result = slots[-1]
+            result = Factor(name, table, component.plates, scale)
+            slots.append(result)
     reduced = component.plates - component.target
     slots.append(without_plates(result, reduced, graph) if reduced else result)
+
+
+def _sliced(component: Component, slots: list[Factor], graph: FactorGraph, semiring: Semiring) -> Table:
+    inputs = {slot: slots[slot].table for slot in component.inputs}
+    cut = {name: graph.variables[name].size for name in component.cut}
+    return sum_over_slices(inputs, component.steps, cut, len(slots), semiring.contract)
 
 
 def without_plates(factor: Factor, plates: Iterable[str], graph: FactorGraph) -> Factor:

@@ -15,9 +15,12 @@ References:
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf, prod
 from typing import NamedTuple
 
-from pyro_vfe.engine.paths import Step, contraction_steps
+from pyro_vfe.engine.cuts import dependent, held_beside
+from pyro_vfe.engine.paths import AT_ONCE, Step, Steps, contraction_steps
+from pyro_vfe.engine.search import Search
 from pyro_vfe.engine.structure import FactorShape, Structure, Unrolling, tied_inside, unrolled
 from pyro_vfe.errors import PlateError
 
@@ -39,6 +42,24 @@ class Component(NamedTuple):
 
     target: frozenset[str]
     """The plates of the result, which is the slot after the steps' ones."""
+
+    search: Search = AT_ONCE
+    """What was searched for the steps."""
+
+    cut: tuple[str, ...] = ()
+    """Variables that are summed value by value around all the steps, whose axes the steps lack."""
+
+    slices: int = 1
+    """How often the steps that depend on `cut` are executed: once for each of its joint values."""
+
+    flops: int = 0
+    """Multiply-adds of all slices."""
+
+    @property
+    def held(self) -> int:
+        """Numbers that are held for a gradient: those of one slice, and what sums the slices' results."""
+        one = sum(step.held for step in self.steps)
+        return one + held_beside(self.slices, self.steps[-1].entries) if self.steps else one
 
 
 class Largest(NamedTuple):
@@ -74,18 +95,28 @@ class Plan:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """The variables in the order in which they are summed."""
-        return tuple(name for step in self.steps for name in step.summed)
+        """The variables in the order in which they are summed; those that are cut come after what they surround."""
+        return tuple(
+            name
+            for component in self.components
+            for name in (*(name for step in component.steps for name in step.summed), *component.cut)
+        )
 
     @property
     def flops(self) -> int:
         """Multiply-adds of all contractions."""
-        return sum(step.flops for step in self.steps)
+        return sum(component.flops for component in self.components)
 
     @property
     def entries(self) -> int:
-        """Numbers in all intermediate tables together."""
+        """Numbers in all intermediate tables together; of a component that is cut, those of one slice."""
         return sum(step.entries for step in self.steps)
+
+    @property
+    def held(self) -> int:
+        """Numbers that are held at a time if gradients are taken; slices are formed again for theirs."""
+        cut = max((component.held for component in self.components if component.cut), default=0)
+        return cut + sum(component.held for component in self.components if not component.cut)
 
     @property
     def bytes(self) -> int:
@@ -105,7 +136,20 @@ class Plan:
             (listed(s.summed) or "-", listed(s.axes) or "1", f"{s.flops:,}", f"{8 * s.entries:,}") for s in self.steps
         ]
         rows.append(("total", "", f"{self.flops:,}", f"{self.bytes:,}"))
-        return aligned_rows([("sum over", "leaves", "flops", "bytes"), *rows])
+        notes = [note for component in self.components for note in _notes(component)]
+        return "\n".join([aligned_rows([("sum over", "leaves", "flops", "bytes"), *rows]), *notes])
+
+
+def _notes(component: Component) -> list[str]:
+    """Returns what is worth telling of a component: a search, and what is cut."""
+    of = f"{len(component.variables)} variables"
+    method, tried, effort = component.search
+    notes = [f"order of {of}: {method}, the best of {tried:,} tried; effort {effort:,}"] if effort else []
+    if component.cut:
+        notes.append(
+            f"the steps of {of} are done {component.slices:,} times, for each value of {listed(component.cut)}"
+        )
+    return notes
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -128,21 +172,38 @@ def aligned_rows(rows: Sequence[Sequence[str]]) -> str:
 
 
 @lru_cache(maxsize=256)
-def plan(structure: Structure, keep: frozenset[str] = frozenset(), keep_plates: frozenset[str] = frozenset()) -> Plan:
+def plan(
+    structure: Structure,
+    keep: frozenset[str] = frozenset(),
+    keep_plates: frozenset[str] = frozenset(),
+    limit: float = inf,
+) -> Plan:
     """Returns how to sum every variable that is not kept, and at what cost.
 
     Args:
         structure: Names and sizes of the factor graph.
         keep: Variables that stay.
         keep_plates: Plates that are never multiplied out.
+        limit: The most numbers to hold at a time: variables are cut to keep to it, where that is possible.
 
     Raises:
         PlateError: A variable outside a kept plate is tied to factors inside it.
         CostError: Crossing plates would have to be written out into too many factors.
     """
+    found = _planned(structure, keep, keep_plates, limit)
+    # Each component may keep to the limit and all together exceed it: then each is given less.
+    for tighter in _TIGHTER:
+        if found.held <= limit:
+            break
+        rival = _planned(structure, keep, keep_plates, limit / tighter)
+        found = rival if rival.held <= limit else found
+    return found
+
+
+def _planned(structure: Structure, keep: frozenset[str], keep_plates: frozenset[str], limit: float) -> Plan:
     unrollings: list[Unrolling] = []
     while True:
-        planner = _Planner(structure, keep, keep_plates)
+        planner = _Planner(structure, keep, keep_plates, limit)
         stuck = planner.run()
         if stuck is None:
             return Plan(structure, tuple(unrollings), tuple(planner.components), tuple(planner.results))
@@ -150,6 +211,10 @@ def plan(structure: Structure, keep: frozenset[str] = frozenset(), keep_plates: 
         structure, _ = unrolled(structure, unrollings[-1])
         copies = {name: unrollings[-1].copies(name) for name in unrollings[-1].variables}
         keep = frozenset(copy for name in keep for copy in copies.get(name, (name,)))
+
+
+_TIGHTER = (2, 8, 32)
+"""By how much the limit of each component is divided, in turn, where all together exceed it."""
 
 
 class _Stuck(NamedTuple):
@@ -172,8 +237,9 @@ def _way_out(structure: Structure, stuck: _Stuck) -> Unrolling:
 class _Planner:
     """One attempt: takes the largest plate sets first and stops where it is stuck."""
 
-    def __init__(self, structure: Structure, keep: frozenset[str], keep_plates: frozenset[str]) -> None:
+    def __init__(self, structure: Structure, keep: frozenset[str], keep_plates: frozenset[str], limit: float) -> None:
         self.keep_plates = keep_plates
+        self.limit = limit
         self.position = {v.name: n for n, v in enumerate(structure.variables)}
         self.plates_of = {v.name: v.plates for v in structure.variables}
         self.sizes = {v.name: v.size for v in structure.variables} | dict(structure.plates)
@@ -208,20 +274,27 @@ class _Planner:
 
     def _add_component(self, plates: frozenset[str], slots: list[int], local: list[str]) -> _Stuck | None:
         scope = dict.fromkeys(axis for slot in slots for axis in self.axes[slot] if axis in self.plates_of)
-        left = [name for name in scope if name not in local]
+        inside = set(local)
+        left = [name for name in scope if name not in inside]
         unsummed = tuple(name for name in left if name in self.to_sum)
         self._check_kept_plates(plates, (*local, *unsummed))
         target = frozenset().union(*(self.plates_of[name] for name in left)) | (self.keep_plates & plates)
         if target == plates and unsummed:
             return _Stuck(plates, tuple(scope), unsummed)
-        steps: tuple[Step, ...] = ()
+        found = Steps((), AT_ONCE)
+        slices, flops = 1, 0
         if local:
-            steps = contraction_steps({slot: self.axes[slot] for slot in slots}, local, self.sizes, len(self.axes))
-            self.axes.extend(step.axes for step in steps)
-        result = FactorShape(
-            "", tuple(a for a in self.axes[-1 if steps else slots[0]] if a not in plates - target), target
+            inputs, first_slot = {slot: self.axes[slot] for slot in slots}, len(self.axes)
+            found = contraction_steps(inputs, local, self.sizes, first_slot, self.limit)
+            slices = prod(self.sizes[name] for name in found.cut)
+            again = dependent(inputs, [(s.left, s.right) for s in found.steps], found.cut, first_slot)
+            flops = sum(s.flops * (slices if n in again else 1) for n, s in enumerate(found.steps, first_slot))
+            self.axes.extend(step.axes for step in found.steps)
+        last = self.axes[-1 if found.steps else slots[0]]
+        result = FactorShape("", tuple(a for a in last if a not in plates - target and a not in found.cut), target)
+        self.components.append(
+            Component(plates, tuple(slots), tuple(local), found.steps, target, found.search, found.cut, slices, flops)
         )
-        self.components.append(Component(plates, tuple(slots), tuple(local), steps, target))
         self.axes.append(result.axes)
         self._file(len(self.axes) - 1, result)
         return None

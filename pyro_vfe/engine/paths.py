@@ -1,24 +1,35 @@
-r"""The order in which variables are summed, as pairwise steps, and what each step costs.
+r"""The steps in which variables are summed, pairwise, and what each costs.
 
     flops(i, j -> k)  =  prod over axes(i) | axes(j) of size          entries(k)  =  prod over axes(k) of size
 
-A variable is summed at the step after which no other factor has it. Three candidates compete: variable elimination,
-cheapest clique first; variable elimination in the program's order, which suits the rows of a grid; and opt_einsum's
-greedy path. Names and sizes only; no tensors.
+A variable is summed at the step after which no other factor has it. Elimination by smallest clique is taken at once
+where it never forms a product larger than the largest factor, as in chains and trees; otherwise the search is asked.
+What would exceed a limit of entries is cut: summed value by value over a few variables. Names and sizes only; no
+tensors.
 
 References:
     Kjaerulff (1990), Triangulation of graphs: algorithms giving small total state space.
-    Smith and Gray (2018), opt_einsum: a Python package for optimizing contraction order for einsum-like expressions.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import inf, prod
 from typing import NamedTuple
 
-from opt_einsum.paths import greedy
+from pyro_vfe.engine.contraction_trees import Pairs, pairs_of_order
+from pyro_vfe.engine.cuts import cut_to_fit, held_beside
+from pyro_vfe.engine.elimination_orders import min_weight_order
+from pyro_vfe.engine.search import MOST_EFFORT, Contraction, Search, search
 
-Scope = frozenset[str]
+AT_ONCE = Search("smallest clique", 1, 0)
+"""No search was needed."""
+
+CUT_EFFORT = MOST_EFFORT // 4
+"""The most effort of each further search, where a plan has to be made to fit."""
+
+
+MOST_VARIABLES = 5_000
+"""Above, a search over sets of variables takes too long, and only the program's order competes."""
 
 
 class Step(NamedTuple):
@@ -42,10 +53,35 @@ class Step(NamedTuple):
     entries: int
     """Size of the result."""
 
+    formed: int
+    """Size of the product where it is formed whole and summed: where one operand has all axes. Otherwise 0."""
+
+    @property
+    def held(self) -> int:
+        """Numbers that are held for a gradient: the result, and the product that was formed."""
+        return self.entries + self.formed
+
+
+class Steps(NamedTuple):
+    """How a connected component is summed."""
+
+    steps: tuple[Step, ...]
+    """Pairwise contractions; where variables are cut, those for one of their values, and without their axes."""
+
+    search: Search
+    """What was searched."""
+
+    cut: tuple[str, ...] = ()
+    """The variables that are summed value by value around all the steps."""
+
 
 def contraction_steps(
-    inputs: Mapping[int, Sequence[str]], eliminated: Iterable[str], sizes: Mapping[str, int], first_slot: int
-) -> tuple[Step, ...]:
+    inputs: Mapping[int, Sequence[str]],
+    eliminated: Iterable[str],
+    sizes: Mapping[str, int],
+    first_slot: int,
+    limit: float = inf,
+) -> Steps:
     """Returns the cheapest found pairwise steps that sum `eliminated` out of the product of `inputs`.
 
     Args:
@@ -53,106 +89,69 @@ def contraction_steps(
         eliminated: The variables to sum out, in the program's order; each is an axis of some input.
         sizes: The size of each axis.
         first_slot: The number of the first new slot.
+        limit: The most entries that may be held; what exceeds it is cut, if that is possible.
     """
     chosen = tuple(eliminated)
-    by_weight = _by_variable(inputs, _min_weight(inputs, chosen, sizes), sizes)
-    assert by_weight is not None
-    steps = _pairwise(inputs, by_weight, chosen, sizes, first_slot)
+    whole = _uncut(inputs, chosen, sizes, first_slot, inf, MOST_EFFORT)
+    if _held(whole.steps) <= limit:
+        return whole
+    fitted = _uncut(inputs, chosen, sizes, first_slot, limit, CUT_EFFORT)
+    if _held(fitted.steps) <= limit:
+        return fitted
+    products = [(frozenset((*step.axes, *step.summed)), step.flops) for step in fitted.steps]
+    results = [(frozenset(step.axes), step.entries) for step in fitted.steps]
+    formed = [product for product, step in zip(products, fitted.steps, strict=True) if step.formed]
+    result = fitted.steps[-1].entries
+    cut = cut_to_fit(products, results + formed, chosen, sizes, limit, result)
+    if not cut:
+        return whole
+    left = {slot: tuple(axis for axis in axes if axis not in cut) for slot, axes in inputs.items()}
+    rest = tuple(name for name in chosen if name not in cut)
+    sliced = _uncut(left, rest, sizes, first_slot, limit, CUT_EFFORT)
+    slices = prod(sizes[name] for name in cut)
+    fits = _held(sliced.steps) + held_beside(slices, result) <= limit
+    return Steps(sliced.steps, sliced.search, cut) if fits else whole
+
+
+def _held(steps: Iterable[Step]) -> int:
+    return sum(step.held for step in steps)
+
+
+def _uncut(
+    inputs: Mapping[int, Sequence[str]],
+    eliminated: tuple[str, ...],
+    sizes: Mapping[str, int],
+    first_slot: int,
+    limit: float,
+    most_effort: int,
+) -> Steps:
+    position = {
+        name: n for n, name in enumerate(dict.fromkeys((*eliminated, *(a for s in inputs.values() for a in s))))
+    }
+    scopes = tuple(frozenset(map(position.__getitem__, axes)) for axes in inputs.values())
+    contraction = Contraction(scopes, tuple(sizes[name] for name in position), len(eliminated))
+    first = pairs_of_order(scopes, min_weight_order(scopes, len(eliminated), contraction.sizes), contraction.sizes)
+    assert first is not None
+    steps = _pairwise(inputs, first, eliminated, sizes, first_slot)
     # No order can do better than to never form a product larger than the largest factor.
     largest_input = max(prod(sizes[a] for a in axes) for axes in inputs.values())
     if len(inputs) < 3 or max(step.flops for step in steps) <= largest_input:
-        return steps
-    rivals = (_by_variable(inputs, chosen, sizes, _cost(steps)[0]), _by_opt_einsum(inputs, chosen, sizes))
-    return min(steps, *(_pairwise(inputs, r, chosen, sizes, first_slot) for r in rivals if r is not None), key=_cost)
+        return Steps(steps, AT_ONCE)
+    if len(eliminated) > MOST_VARIABLES:
+        work = sum(step.flops for step in steps)
+        rival = pairs_of_order(scopes, range(len(eliminated)), contraction.sizes, work)
+        in_order = steps if rival is None else _pairwise(inputs, rival, eliminated, sizes, first_slot)
+        better = sum(step.flops for step in in_order) < work
+        return Steps(in_order, AT_ONCE._replace(method="program order")) if better else Steps(steps, AT_ONCE)
+    pairs, report = _searched(contraction, tuple(first), limit, most_effort)
+    return Steps(_pairwise(inputs, pairs, eliminated, sizes, first_slot), report)
 
 
-def _cost(steps: tuple[Step, ...]) -> tuple[int, int]:
-    return sum(step.flops for step in steps), sum(step.entries for step in steps)
-
-
-def _min_weight(inputs: Mapping[int, Sequence[str]], eliminated: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
-    """Returns the variables in the order of the smallest clique first; near-linear for chains and trees."""
-    neighbours: dict[str, set[str]] = {name: set() for name in eliminated}
-    for axes in inputs.values():
-        for name in axes:
-            if name in neighbours:
-                neighbours[name].update(axes)
-    weight = {name: prod(sizes[a] for a in near) for name, near in neighbours.items()}
-    # Among equals the least recently touched comes first: on a grid that works inward from all sides.
-    rank = {name: (0, position) for position, name in enumerate(eliminated)}
-    heap = [(weight[name], rank[name], name) for name in eliminated]
-    heapq.heapify(heap)
-    order: list[str] = []
-    while heap:
-        found, since, name = heapq.heappop(heap)
-        if name not in neighbours or (found, since) != (weight[name], rank[name]):
-            continue
-        order.append(name)
-        clique = neighbours.pop(name) - {name}
-        for other in clique & neighbours.keys():
-            gained = clique - neighbours[other]
-            neighbours[other] |= gained
-            neighbours[other].remove(name)
-            weight[other] = weight[other] * prod(sizes[a] for a in gained) // sizes[name]
-            rank[other] = (len(order), rank[other][1])
-            heapq.heappush(heap, (weight[other], rank[other], other))
-    return order
-
-
-Pairs = list[tuple[int, int]]
-"""Positions to combine: inputs are 0..n-1 in their order, and each pair makes the next position."""
-
-
-def _by_variable(
-    inputs: Mapping[int, Sequence[str]], order: Sequence[str], sizes: Mapping[str, int], limit: float = inf
-) -> Pairs | None:
-    """Returns the pairs that eliminate variables in `order`, smallest factors first; None if one costs over `limit`."""
-    scopes: dict[int, Scope] = {position: frozenset(axes) for position, axes in enumerate(inputs.values())}
-    holders: dict[str, set[int]] = {name: set() for name in order}
-    for position, scope in scopes.items():
-        for name in scope & holders.keys():
-            holders[name].add(position)
-    pairs: Pairs = []
-    fresh = len(scopes)
-    for name in order:
-        queue = [(prod(sizes[a] for a in scopes[p]), p) for p in holders[name]]
-        heapq.heapify(queue)
-        while len(queue) > 1:
-            left, right = heapq.heappop(queue)[1], heapq.heappop(queue)[1]
-            pairs.append((left, right))
-            scopes[fresh] = scopes[left] | scopes[right]
-            for axis in scopes[fresh] & holders.keys():
-                holders[axis] -= {left, right}
-                holders[axis].add(fresh)
-            flops = prod(sizes[a] for a in scopes[fresh])
-            if flops > limit:
-                return None
-            heapq.heappush(queue, (flops, fresh))
-            fresh += 1
-        last = queue[0][1]
-        scopes[last] = scopes[last] - {name}
-        del holders[name]
-    return pairs
-
-
-def _by_opt_einsum(inputs: Mapping[int, Sequence[str]], eliminated: Sequence[str], sizes: Mapping[str, int]) -> Pairs:
-    """Returns the pairs of opt_einsum's greedy path, whose positions shift as operands are consumed."""
-    summed = frozenset(eliminated)
-    scopes = [frozenset(axes) for axes in inputs.values()]
-    output = frozenset().union(*scopes) - summed
-    alive = list(range(len(scopes)))
-    pairs: Pairs = []
-    fresh = len(scopes)
-    for picked in greedy(scopes, output, dict(sizes)):
-        operands = [alive[position] for position in picked]
-        for position in sorted(picked, reverse=True):
-            del alive[position]
-        while len(operands) > 1:
-            pairs.append((operands.pop(0), operands.pop(0)))
-            operands.insert(0, fresh)
-            fresh += 1
-        alive.append(operands[0])
-    return pairs
+@lru_cache(maxsize=64)
+def _searched(
+    contraction: Contraction, first: tuple[tuple[int, int], ...], limit: float, most_effort: int
+) -> tuple[Pairs, Search]:
+    return search(contraction, list(first), limit, most_effort)
 
 
 def _pairwise(
@@ -174,12 +173,11 @@ def _pairwise(
     for position in range(len(scopes)):
         alone = _last_met(scopes[position], (), remaining)
         if alone:
-            steps.append(_step(slots[position], None, scopes[position], alone, sizes))
+            steps.append(_step(slots[position], None, scopes[position], (), alone, sizes))
             slots[position], scopes[position] = first_slot + len(steps) - 1, steps[-1].axes
     for left, right in pairs:
-        union = tuple(dict.fromkeys(scopes[left] + scopes[right]))
         summed = _last_met(scopes[left], scopes[right], remaining)
-        steps.append(_step(slots[left], slots[right], union, summed, sizes))
+        steps.append(_step(slots[left], slots[right], scopes[left], scopes[right], summed, sizes))
         slots.append(first_slot + len(steps) - 1)
         scopes.append(steps[-1].axes)
     return tuple(steps)
@@ -199,7 +197,15 @@ def _last_met(left: Sequence[str], right: Sequence[str], remaining: dict[str, in
 
 
 def _step(
-    left: int, right: int | None, union: tuple[str, ...], summed: tuple[str, ...], sizes: Mapping[str, int]
+    left: int,
+    right: int | None,
+    left_axes: tuple[str, ...],
+    right_axes: tuple[str, ...],
+    summed: tuple[str, ...],
+    sizes: Mapping[str, int],
 ) -> Step:
+    union = tuple(dict.fromkeys(left_axes + right_axes))
     axes = tuple(axis for axis in union if axis not in summed)
-    return Step(left, right, axes, summed, prod(sizes[a] for a in union), prod(sizes[a] for a in axes))
+    flops, entries = prod(sizes[a] for a in union), prod(sizes[a] for a in axes)
+    whole = bool(summed) and (len(union) == len(left_axes) or len(union) == len(right_axes))
+    return Step(left, right, axes, summed, flops, entries, flops if whole else 0)

@@ -128,7 +128,7 @@ def test_the_limit_is_the_callers() -> None:
 def test_the_default_limit_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "default_limit", lambda device: 1.0)
     with pytest.raises(CostError, match=r"limit of 1.0 bytes"):
-        log_normalizer(clique(18, 2))
+        log_normalizer(clique(30, 2))
 
 
 def test_a_crossing_plate_too_large_to_write_out_names_its_sites(monkeypatch: pytest.MonkeyPatch) -> None:
