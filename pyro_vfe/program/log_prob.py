@@ -45,23 +45,31 @@ def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
     return result
 
 
-def support_table(fn: Any, dim: int) -> Tensor | None:
-    """The log-probabilities of the whole support of `fn` along batch dim `dim`, without a gather.
+def is_listed(fn: Any) -> bool:
+    """Whether the log-probabilities of all values of `fn` can be had at once, without scoring each of them."""
+    return type(_unexpanded(fn)).__name__ in _LISTED
 
-    Returns None where there is no such table; score the support with `log_prob` then.
+
+def listed(fn: Any) -> Tensor:
+    """The log-probabilities of all values of `fn`, shape `(*batch, K)`, with repeated axes dropped.
+
+    Args:
+        fn: A distribution for which `is_listed` holds.
     """
+    fn = _unexpanded(fn)
+    if type(fn).__name__ == "Bernoulli":
+        success, failure = _bernoulli_logs(fn, 0)
+        return torch.stack([failure, success], -1)
+    return _category_table(getattr(fn, "_categorical", fn), 0)
+
+
+_LISTED = frozenset(["Categorical", "OneHotCategorical", "OneHotCategoricalStraightThrough", "Bernoulli"])
+
+
+def _unexpanded(fn: Any) -> Any:
     while type(fn).__name__ == "ExpandedDistribution":
         fn = fn.base_dist
-    kind = type(fn).__name__
-    if len(fn.batch_shape) >= -dim and fn.batch_shape[dim] > 1:
-        return None  # A draw made once per value of this latent stands along the same dim: score value by value.
-    if kind in ("Categorical", "OneHotCategorical", "OneHotCategoricalStraightThrough"):
-        categorical = getattr(fn, "_categorical", fn)
-        return _last_to_batch_dim(_category_table(categorical, 0), dim)
-    if kind == "Bernoulli":
-        success, failure = _bernoulli_logs(fn, 0)
-        return _last_to_batch_dim(torch.stack([failure, success], -1), dim)
-    return None
+    return fn
 
 
 def exact_log(probs: Tensor) -> Tensor:
@@ -211,15 +219,6 @@ _EXACT = {
     "Bernoulli": _exact_bernoulli,
     "Binomial": _exact_binomial,
 }
-
-
-def _last_to_batch_dim(values: Tensor, dim: int) -> Tensor:
-    """Moves the last axis of `(*batch, K)` to batch dim `dim` (negative), which the batch does not use."""
-    values = values.movedim(-1, 0)
-    if -dim > values.dim() - 1:
-        padding = (1,) * (-dim - values.dim())
-        return values.reshape(values.shape[:1] + padding + values.shape[1:])
-    return values.transpose(0, dim).squeeze(0)
 
 
 def _slim_distribution(fn: Any, own_dims: int) -> Any:

@@ -129,6 +129,7 @@ class Programs:
             enumeration = call.enumeration(layout)
             if self.check:
                 call.spot_check(layout, enumeration)
+                _check_reads(layout, enumeration)
         except StructureChanged as error:
             raise _unstable(error) from error
         except VFEError:
@@ -189,6 +190,27 @@ class _Call:
         return tuple(  # type: ignore[return-value]
             _in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
         )
+
+
+def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
+    """Checks that each site reads the latents that it read a moment ago, at the same arguments.
+
+    Raises:
+        StructureChanged: It reads others, so the program draws its structure at random.
+    """
+    if layout.sequential:
+        return
+    latents = enumeration.supports.keys()
+    read: dict[tuple[Role, str], set[str]] = {}
+    for role, name, latent in enumeration.lost:
+        read.setdefault((role, name), set()).add(latent)
+    for key, factor in enumeration.factors.items():
+        known = layout.sites.get(key)
+        if known is None or enumeration.sites[key].controls:
+            continue
+        now = read.get(key, set()).union(factor.table.axes) & latents
+        if now - {key[1]} != (known.scope & latents) - {key[1]}:
+            raise StructureChanged(f"site '{key[1]}' read {sorted(known.scope & latents)}, and then {sorted(now)}")
 
 
 def _explained(error: Exception, model: Program, guide: Program) -> NotFiniteError | None:

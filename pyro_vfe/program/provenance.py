@@ -12,14 +12,18 @@ References:
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.distribution import COERCIONS
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
+
+from pyro_vfe.program.sharing import FAMILIES, PURE, Shared, circumstances, copied, describe, held_tensors, writes
 
 Sites = frozenset[str]
 NO_SITES: Sites = frozenset()
@@ -94,6 +98,13 @@ _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
 
 
+_LEAVES = (int, float, str, bool, torch.Size, type(None))
+"""What holds no tensors."""
+
+untracked = torch._C.DisableTorchFunction
+"""A context in which operations are not looked at."""
+
+
 class Escaped(Exception):
     """The program took a latent out of torch: it can only be enumerated by running the program once per value."""
 
@@ -107,12 +118,15 @@ class Escaped(Exception):
 class Provenance(TorchFunctionMode):
     """A torch function mode that knows, within its `with` block, which sites each tensor was computed from."""
 
-    def __init__(self, on_union: Callable[[Sites, str], None] | None = None) -> None:
+    def __init__(self, on_union: Callable[[Sites, str], None] | None = None, *, share: bool = False) -> None:
         """Args:
         on_union: Called with every new set of two or more sites that meet in one tensor, and the operation's name.
+        share: Do equal computations once.
         """
         super().__init__()
         self.on_union = on_union
+        self.shared = Shared() if share else None
+        """The results that later computations may take over."""
         self.watched: set[str] = set()
         """Sites whose values may not leave torch: those that are enumerated along a dim, or not in the guide."""
         self.draws: set[str] = set()
@@ -120,22 +134,50 @@ class Provenance(TorchFunctionMode):
         self.controls: Sites = NO_SITES
         """Draws that have left torch: whatever comes later may depend on them."""
         self._unions: set[Sites] = set()
+        self._refused: set[Any] = set()
+
+    def __enter__(self) -> "Provenance":
+        if self.shared is not None:
+            COERCIONS.append(self._distribution)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.shared is not None:
+            COERCIONS.remove(self._distribution)
 
     def mark(self, tensor: Tensor, sites: Sites) -> None:
         """Adds `sites` to what `tensor` was computed from."""
-        known = self.of(tensor)
-        if known is not sites and not sites <= known:
-            tensor._vfe_sites = (self, known | sites if known else sites)  # type: ignore[attr-defined]
+        mark = getattr(tensor, "_vfe_sites", None)
+        if mark is None or mark[0] is not self:
+            if sites:
+                tensor._vfe_sites = (self, sites, None)  # type: ignore[attr-defined]
+        elif mark[1] is not sites and not sites <= mark[1]:
+            tensor._vfe_sites = (self, mark[1] | sites, mark[2])  # type: ignore[attr-defined]
 
     def originate(self, tensor: Tensor, site: str) -> None:
         """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
-        tensor._vfe_sites = (self, frozenset((site,)))  # type: ignore[attr-defined]
+        original = self.original(tensor)
+        shown = original if original is not tensor else None
+        tensor._vfe_sites = (self, frozenset((site,)), shown)  # type: ignore[attr-defined]
         self.watched.add(site)
 
     def of(self, tensor: object) -> Sites:
         """The sites that `tensor` was computed from, in this run."""
         mark = getattr(tensor, "_vfe_sites", None)
         return mark[1] if mark is not None and mark[0] is self else NO_SITES
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """The tensor whose numbers `tensor` was handed out for: equal computations have the same."""
+        mark = getattr(tensor, "_vfe_sites", None)
+        return mark[2] if mark is not None and mark[0] is self and mark[2] is not None else tensor
+
+    def alias(self, original: Tensor, sites: Sites) -> Tensor:
+        """A tensor of its own with the numbers of `original`, computed from `sites`."""
+        tensor = original.view_as(original)
+        tensor._vfe_sites = (self, sites, original)  # type: ignore[attr-defined]
+        return tensor
 
     def of_distribution(self, fn: object) -> Sites:
         """The sites of all tensors that a distribution holds, at any depth: what its log-probability can depend on."""
@@ -144,18 +186,24 @@ class Provenance(TorchFunctionMode):
     def _held(self, holder: object, seen: set[int]) -> Sites:
         if isinstance(holder, Tensor):
             return self.of(holder)
-        if id(holder) in seen or isinstance(holder, (int, float, str, bool, torch.Size, type(None))):
+        if isinstance(holder, _LEAVES) or id(holder) in seen:
             return NO_SITES
         seen.add(id(holder))
-        if isinstance(holder, dict):
-            parts = list(holder.values())
+        if isinstance(holder, Distribution):
+            parts: Iterable[object] = holder.__dict__.values()
+        elif isinstance(holder, dict):
+            parts = holder.values()
         elif isinstance(holder, (list, tuple, set, frozenset)):
-            parts = list(holder)
+            parts = holder
         else:
             cells = getattr(holder, "__closure__", None) or ()
             parts = [*getattr(holder, "__dict__", {}).values(), *(cell.cell_contents for cell in cells)]
             parts += [getattr(holder, name, None) for name in ("func", "args", "keywords")]
-        return NO_SITES.union(*(self._held(part, seen) for part in parts))
+        sites = NO_SITES
+        for part in parts:
+            if not isinstance(part, _LEAVES):
+                sites = sites | self._held(part, seen)
+        return sites
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,19 +216,57 @@ class Provenance(TorchFunctionMode):
         sites = self._gather(args)
         if kwargs:
             sites = sites | self._gather(kwargs.values())
+        written = writes(name)
+        if self.shared is not None and (written or "out" in kwargs):
+            self.shared.check_write(kwargs.get("out", args[0] if args else None))
         if not sites:
             return func(*args, **kwargs)
         if self._escapes(name, args) and _by_the_program():
             self._escape(name, sites)
-        result = func(*args, **kwargs)
-        if len(sites) > 1 and sites not in self._unions:
+        result = self._result(func, name, args, kwargs, sites)
+        if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
-            if self.on_union is not None:
-                self.on_union(sites, name)
+            self.on_union(sites, name)
         self._mark_all(result, sites)
-        if name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__"):
+        if written:
             self._mark_written(args[0], sites)
         return result
+
+    def _result(self, func: Any, name: str, args: Any, kwargs: Any, sites: Sites) -> Any:
+        """What the operation returns: that of an earlier one with the same arguments if there was one."""
+        if self.shared is None or name not in PURE:
+            return func(*args, **kwargs)
+        key: list[object] = [func, circumstances()]
+        tensors: list[Tensor] = []
+        if "out" in kwargs or not describe((*args, *kwargs, *kwargs.values()), self.original, key, tensors):
+            return func(*args, **kwargs)
+        known = self.shared.find(whole := tuple(key))
+        if known is not None:
+            return self.alias(known, sites)
+        result = func(*args, **kwargs)
+        if type(result) is Tensor and all(result is not argument for argument in args):
+            self.shared.keep(whole, result, (result,), tensors)
+        return result
+
+    def _distribution(self, family: Any, args: Any, kwargs: Any) -> Any:
+        """Called by Pyro for every distribution that is made: an equal one was checked and normalised before."""
+        if self.shared is None or family not in FAMILIES or family in self._refused or len(COERCIONS) > 1:
+            return None
+        key: list[object] = [family, family._validate_args, circumstances()]
+        tensors: list[Tensor] = []
+        with untracked():
+            if not describe((*args, *kwargs, *kwargs.values()), self.original, key, tensors) or not tensors:
+                return None
+            known = self.shared.find(whole := tuple(key))
+            if known is None:
+                known = type.__call__(family, *args, **kwargs)
+                held = held_tensors(known)
+                if held is None:
+                    self._refused.add(family)
+                    return None
+                self.shared.keep(whole, known, held, tensors)
+            sites = self._gather(args).union(self._gather(kwargs.values()))
+            return copied(known, lambda tensor: self.alias(self.original(tensor), sites) if sites else tensor)
 
     def _gather(self, values: Any) -> Sites:
         sites = NO_SITES

@@ -17,11 +17,12 @@ from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.masks import absences
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
-from pyro_vfe.program.tables import batch_axes, masked, over_dims, scale_reads_latents, unmasked
+from pyro_vfe.program.tables import batch_axes, over_dims, scale_reads_latents
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run; with fewer than so many values every value of every latent is tried."""

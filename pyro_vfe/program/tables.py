@@ -4,7 +4,7 @@ Batch dims to the right belong to plates, dims further left to enumerated latent
 size one is dropped: nothing varies along it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,35 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.engine.stacks import Stack, StackedTable
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.enumeration import SiteKey
+from pyro_vfe.program.equal_sites import identity, reads_itself, stacked_log_prob
 from pyro_vfe.program.layout import Layout, plate_violation
-from pyro_vfe.program.log_prob import log_prob, support_table
+from pyro_vfe.program.log_prob import is_listed, listed, log_prob
+from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
 from pyro_vfe.program.recorder import Plate, Site
 
 
 class StructureChanged(Exception):
     """A run did not fit the layout: the programs are to be laid out again."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pattern:
+    """A tensor along what it varies; equal sites have one pattern, and names of their own for its latents."""
+
+    values: Tensor
+    """The numbers, without the dims along which nothing varies."""
+    dims: tuple[int | str, ...]
+    """For each dim its plate, the enumeration dim of its latent, or the sign for the site's own values."""
+    own: bool
+    """Whether the site's own values are listed along a dim of their own, so that none of the others is theirs."""
+
+
+_OWN = 0
+"""Stands for the dim of a site's own values; enumeration dims are negative."""
 
 
 @dataclass(eq=False)
@@ -43,55 +63,121 @@ class Labeller:
         for name, dim in self.layout.dims.items():
             self._latents_at.setdefault(dim, []).append(name)
 
-    def factor(self, site: Site, *, absent: Tensor | bool | None) -> Factor:
-        """The factor of `site`: its log-probability under its mask, and its scale.
+    def factors(self, sites: Mapping[SiteKey, Site], absent: Mapping[str, Tensor | bool]) -> dict[SiteKey, Factor]:
+        """The factor of each site; those of equal sites share their numbers.
 
         Args:
-            site: A site of an enumerated run.
-            absent: Where a latent of guide and model does not exist: it is pinned there to its first value.
+            sites: The sites of an enumerated run.
+            absent: Where each latent of guide and model does not exist.
         """
+        scopes = {key: self._scope(site) for key, site in sites.items()}
+        factors: dict[SiteKey, Factor] = {}
+        for group in self._groups(sites, scopes, absent):
+            if len(group) == 1 or not self._label_group(group, sites, scopes, factors):
+                for key in group:
+                    factors[key] = self._factor(sites[key], scopes[key], absent.get(key[1]))
+        return {key: factors[key] for key in sites}
+
+    def _groups(
+        self,
+        sites: Mapping[SiteKey, Site],
+        scopes: Mapping[SiteKey, Sites | None],
+        absent: Mapping[str, Tensor | bool],
+    ) -> Iterable[list[SiteKey]]:
+        """Sites that differ in nothing but which latents they read and which data they score."""
+        groups: dict[object, list[SiteKey]] = {}
+        for key, site in sites.items():
+            likeness = None if key[1] in absent else self._likeness(site, scopes[key])
+            groups.setdefault(key if likeness is None else likeness, []).append(key)
+        return groups.values()
+
+    def _likeness(self, site: Site, scope: Sites | None) -> object:
+        """What equal sites have in common; None for a site that stands for itself."""
+        provenance, value, scale = self.provenance, site.value, site.scale
+        if provenance is None or provenance.shared is None or scope is None or not scope.isdisjoint(self.draws):
+            return None
+        if isinstance(scale, Tensor) and scale.dim() > 0:
+            return None
         fn, mask = unmasked(site)
-        values = self._values(site, fn)
+        if site.kind == "enumerated":
+            if not self._is_listed(site, fn):
+                return None
+            return site.role, site.plates, identity(fn, provenance)
+        if site.kind != "observed" or provenance.of(value) or provenance.of(mask):
+            return None
+        masked_as = (mask.shape, mask.dtype) if isinstance(mask, Tensor) else mask
+        return site.role, site.plates, identity(fn, provenance), value.shape, value.dtype, value.device, masked_as
+
+    def _label_group(
+        self,
+        group: list[SiteKey],
+        sites: Mapping[SiteKey, Site],
+        scopes: Mapping[SiteKey, Sites | None],
+        factors: dict[SiteKey, Factor],
+    ) -> bool:
+        """Labels equal sites together; returns whether that was possible."""
+        first = sites[group[0]]
+        if first.kind == "enumerated":
+            pattern = self._pattern(listed(unmasked(first)[0]), first, own=True)
+            tables = [Table(pattern.values, self._axes(pattern, sites[key], scopes[key])) for key in group]
+        else:
+            values = stacked_log_prob([sites[key] for key in group])
+            if values is None:
+                return False
+            pattern = self._pattern(values, first, stacked=True)
+            stack = Stack(pattern.values)
+            tables = [
+                StackedTable(stack, index, self._axes(pattern, sites[key], scopes[key]))
+                for index, key in enumerate(group)
+            ]
+        for key, table in zip(group, tables, strict=True):
+            factors[key] = self._finished(sites[key], scopes[key], table, sites[key].scale)
+        return True
+
+    def _factor(self, site: Site, scope: Sites | None, absent: Tensor | bool | None) -> Factor:
+        """The factor of `site`: its log-probability under its mask, and its scale."""
+        fn, mask = unmasked(site)
+        own = self._is_listed(site, fn)
+        values = listed(fn) if own else log_prob(fn, site.value)
         if site.kind != "enumerated":
             values = masked(values, mask)
         elif absent is not None and absent is not False:
-            values = self._pinned(values, site, absent)
+            values = self._pinned(values, site, absent, own)
         scale = site.scale
         if scale_reads_latents(site, self.layout.nesting):
-            values, scale = values * scale, 1.0
-        scope = self._scope(site)
-        table = self.labelled(values, site, scope)
-        if scope is not None:
-            self._note_lost(site, scope, table)
-        return Factor(
-            site.name,
-            table,
-            site.plate_names,
-            self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale),
-        )
+            weights = torch.as_tensor(scale, device=values.device)
+            values, scale = values * (weights[..., None] if own else weights), 1.0
+        pattern = self._pattern(values, site, own=own)
+        axes = self._axes(pattern, site, scope)
+        drawn = tuple(sorted(scope & self.draws)) if scope else ()
+        values = pattern.values
+        table = Table(values.reshape([*values.shape, *(1,) * len(drawn)]) if drawn else values, (*axes, *drawn))
+        return self._finished(site, scope, table, scale)
 
-    def _note_lost(self, site: Site, scope: Sites, table: Table) -> None:
-        for name in scope.difference(table.axes):
+    def _finished(self, site: Site, scope: Sites | None, table: Table, scale: Tensor | float) -> Factor:
+        for name in scope.difference(table.axes) if scope is not None else ():
             if name in self.homes and name != site.name:
                 self.lost.add((site.role, site.name, name))
+        if isinstance(scale, Tensor) and scale.dim():
+            return Factor(site.name, table, site.plate_names, self.labelled(scale, site, NO_SITES))
+        return Factor(site.name, table, site.plate_names, float(scale))
 
-    def _values(self, site: Site, fn: Any) -> Tensor:
-        if site.kind == "enumerated" and site.name not in self.layout.sequential:
-            values = support_table(fn, self.layout.dims[site.name])
-            if values is not None:
-                return values
-        return log_prob(fn, site.value)
+    def _is_listed(self, site: Site, fn: Any) -> bool:
+        """Whether the site's log-probability is that of all its values, listed along an axis of their own."""
+        if site.kind != "enumerated" or site.name in self.layout.sequential:
+            return False
+        return is_listed(fn) and (self.provenance is None or not reads_itself(site, self.provenance))
 
-    def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool) -> Tensor:
+    def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool, own: bool) -> Tensor:
         """A latent that is masked in guide and model takes its first value there, at no cost."""
+        where = torch.as_tensor(absent, device=values.device)
         if site.name in self.layout.sequential:
             first = values.new_tensor(0.0 if self.choices[site.name] == 0 else -torch.inf)
-            return torch.where(torch.as_tensor(absent, device=values.device), first, values)
-        dim = self.layout.dims[site.name]
-        size = values.shape[dim]
-        first = torch.full((size, *(1,) * (-dim - 1)), -torch.inf, dtype=values.dtype, device=values.device)
+            return torch.where(where, first, values)
+        dim = -1 if own else self.layout.dims[site.name]
+        first = values.new_full((values.shape[dim], *(1,) * (-dim - 1)), -torch.inf)
         first[0] = 0.0
-        return torch.where(torch.as_tensor(absent, device=values.device), first, values)
+        return torch.where(where[..., None] if own and where.dim() else where, first, values)
 
     def _scope(self, site: Site) -> Sites | None:
         """The sites that the log-probability reads; None where each dim names its latent by itself."""
@@ -108,21 +194,46 @@ class Labeller:
             StructureError: It varies along a batch dim that is no plate.
             StructureChanged: It varies along a latent that it is not known to read.
         """
+        pattern = self._pattern(values, site)
+        return Table(pattern.values, self._axes(pattern, site, scope))
+
+    def _pattern(self, values: Tensor, site: Site, *, own: bool = False, stacked: bool = False) -> "_Pattern":
+        """What of a tensor varies, and along what.
+
+        Args:
+            values: The tensor.
+            site: A site around which its plates lie.
+            own: Whether the last dim is that of the site's own values.
+            stacked: Whether the first dim counts equal sites.
+        """
         plate_at = {plate.dim: plate for plate in site.plates}
-        axes, keep = [], []
-        for position, size in enumerate(values.shape):
+        start, stop = int(stacked), values.dim() - int(own)
+        dims: list[int | str] = []
+        keep = list(values.shape[:start])
+        for position, size in enumerate(values.shape[start:stop], start):
             if size == 1:
                 continue
-            dim = position - values.dim()
+            dim = position - stop
             if -dim > self.layout.nesting:
-                axes.append(self._latent(dim, site, scope))
+                dims.append(dim)
             elif dim in plate_at and plate_at[dim].size == size:
-                axes.append(plate_at[dim].name)
+                dims.append(plate_at[dim].name)
             else:
-                raise _no_plate(site, values.shape, dim)
+                raise _no_plate(site, values.shape[start:stop], dim)
             keep.append(size)
-        drawn = tuple(sorted(scope & self.draws)) if scope else ()
-        return Table(values.reshape([*keep, *(1,) * len(drawn)]), (*axes, *drawn))
+        if own and values.shape[-1] != 1:
+            dims.append(_OWN)
+            keep.append(values.shape[-1])
+        return _Pattern(values.reshape(keep), tuple(dims), own)
+
+    def _axes(self, pattern: "_Pattern", site: Site, scope: Sites | None) -> tuple[str, ...]:
+        """The names of a pattern's dims at a site."""
+        if pattern.own and scope is not None:
+            scope = scope - {site.name}
+        return tuple(
+            dim if isinstance(dim, str) else site.name if dim == _OWN else self._latent(dim, site, scope)
+            for dim in pattern.dims
+        )
 
     def _latent(self, dim: int, site: Site, scope: Sites | None) -> str:
         candidates = self._latents_at.get(dim, [])
@@ -156,25 +267,6 @@ def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
     """A table over plates as a tensor: batch dims lie where the plates' dims do, other axes follow on the right."""
     axes = batch_axes(plates)
     return table.aligned((*axes, *(axis for axis in table.axes if axis not in axes)))
-
-
-def unmasked(site: Site) -> tuple[Any, Tensor | bool | None]:
-    """The site's distribution and its mask, from `poutine.mask` and from `fn.mask(...)` together."""
-    fn, mask = site.fn, site.mask
-    while type(fn).__name__ == "MaskedDistribution":
-        own = fn._mask
-        mask = own if mask is None or mask is True else mask & own if not isinstance(mask, bool) else False
-        fn = fn.base_dist
-    return fn, None if mask is True else mask
-
-
-def masked(values: Tensor, mask: Tensor | bool | None) -> Tensor:
-    """The values where the mask holds, and zero elsewhere."""
-    if mask is None or mask is True:
-        return values
-    if mask is False:
-        return torch.zeros_like(values)
-    return torch.where(mask, values, values.new_zeros(()))
 
 
 def _no_plate(site: Site, shape: torch.Size, dim: int) -> StructureError:
