@@ -179,6 +179,17 @@ class Provenance(TorchFunctionMode):
         tensor._vfe_sites = (self, sites, original)  # type: ignore[attr-defined]
         return tensor
 
+    def lent(self, original: Tensor) -> Tensor:
+        """A tensor of its own with the numbers of `original`, which may not be written to from now on."""
+        if self.shared is not None:
+            self.shared.protect(original)
+        return self.alias(original, NO_SITES)
+
+    def finish(self) -> None:
+        """Forgets what was shared: tensors that outlive the run shall not keep all others alive."""
+        if self.shared is not None:
+            self.shared.finish()
+
     def of_distribution(self, fn: object) -> Sites:
         """The sites of all tensors that a distribution holds, at any depth: what its log-probability can depend on."""
         return self._held(fn, set())

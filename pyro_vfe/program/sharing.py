@@ -71,8 +71,10 @@ class _Result:
     """A result with what it was computed from, kept alive so that no other tensor takes over an identity."""
 
     value: Any
-    arguments: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    arguments: tuple[tuple[Tensor, int], ...]
+    """What it was computed from, with the number of writes into each."""
+    made: tuple[tuple[Tensor, int], ...]
+    """The tensors that it consists of, likewise."""
 
 
 class Shared:
@@ -88,7 +90,7 @@ class Shared:
         result = self._results.get(key)
         if result is None:
             return None
-        for argument, version in zip(result.arguments, result.versions, strict=True):
+        for argument, version in result.arguments:
             if argument._version != version:
                 return None
         return result.value
@@ -101,7 +103,7 @@ class Shared:
         self._room -= size
         for tensor in tensors:
             self.protect(tensor)
-        self._results[key] = _Result(value, tuple(arguments), tuple(argument._version for argument in arguments))
+        self._results[key] = _Result(value, _versions(arguments), _versions(tensors))
 
     def protect(self, tensor: Tensor) -> None:
         """Forbids writes into the memory of a tensor that several others stand for."""
@@ -124,10 +126,21 @@ class Shared:
         if pointer in self._storages:
             raise Unshareable
 
-    def clear(self) -> None:
-        """Forgets all results."""
+    def finish(self) -> None:
+        """Checks that nothing that was shared has been written to, and forgets it.
+
+        Raises:
+            Unshareable: Something has.
+        """
+        versions = [(tensor, version) for result in self._results.values() for tensor, version in result.made]
         self._results.clear()
         self._storages.clear()
+        if any(tensor._version != version for tensor, version in versions):
+            raise Unshareable
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, int], ...]:
+    return tuple((tensor, tensor._version) for tensor in tensors)
 
 
 def describe(values: Any, original: Callable[[Tensor], Tensor], key: list[object], tensors: list[Tensor]) -> bool:
