@@ -6,11 +6,9 @@ Equal computations of a run are shared, so that the distributions of equal steps
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked
@@ -18,21 +16,6 @@ from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.sharing import FAMILIES
 from pyro_vfe.program.supports import unwrapped
-
-
-def identity(fn: Any, provenance: Provenance) -> object:
-    """What two distributions have in common exactly if they are the same function of the same tensors."""
-    parts: list[object] = [type(fn)]
-    for name, value in fn.__dict__.items():
-        if isinstance(value, Tensor):
-            parts += (name, id(provenance.original(value)))
-        elif isinstance(value, Distribution):
-            parts += (name, identity(value, provenance))
-        elif value is None or isinstance(value, (bool, int, float, str, torch.Size)):
-            parts += (name, value)
-        else:
-            return object()
-    return tuple(parts)
 
 
 def reads_itself(site: Site, provenance: Provenance) -> bool:

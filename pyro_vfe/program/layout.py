@@ -16,9 +16,10 @@ from torch import Tensor
 from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.equal_sites import reads_itself
+from pyro_vfe.program.escapes import Escaped, Sites
 from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import unmasked
-from pyro_vfe.program.provenance import Escaped, Provenance, Sites
+from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 

@@ -221,6 +221,13 @@ _EXACT = {
 }
 
 
+def _common_shape(shapes: Sequence[torch.Size]) -> torch.Size:
+    """What shapes that are known to broadcast become together; torch's own takes as long as the log-probability."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return torch.Size([next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True)])
+
+
 def _slim_distribution(fn: Any, own_dims: int) -> Any:
     """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that may not be safe."""
     arguments = type(fn).arg_constraints
@@ -239,5 +246,5 @@ def _slim_distribution(fn: Any, own_dims: int) -> Any:
     shapes = [part.shape[: part.dim() - event_dims[name]] for name, part in slimmed.items()]
     result = copy.copy(fn)
     result.__dict__.update(slimmed)
-    result._batch_shape = torch.broadcast_shapes(*shapes)
+    result._batch_shape = _common_shape(shapes)
     return result

@@ -10,71 +10,26 @@ References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs (the axes this serves).
 """
 
-import os
-import sys
 from collections.abc import Callable, Iterable
-from types import FrameType
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions.distribution import COERCIONS
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from pyro_vfe.program.sharing import FAMILIES, PURE, Shared, circumstances, copied, describe, held_tensors, writes
-
-Sites = frozenset[str]
-NO_SITES: Sites = frozenset()
-
-_ESCAPES = frozenset(
-    [
-        "item",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "__contains__",
-        "tolist",
-        "numpy",
-        "__array__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "nonzero",
-        "argwhere",
-        "unique",
-        "unique_consecutive",
-        "masked_select",
-        "bincount",
-        "full",
-        "arange",
-        "linspace",
-        "range",
-        "eye",
-    ]
+from pyro_vfe.program.escapes import ESCAPES, INTEGER_ARGUMENTS, NO_SITES, Escaped, Sites, by_the_program, user_line
+from pyro_vfe.program.sharing import (
+    FAMILIES,
+    PURE,
+    Shared,
+    can_be_shared,
+    circumstances,
+    constant,
+    held_tensors,
+    writes,
 )
-"""Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
-
-_INTEGER_ARGUMENTS = frozenset(
-    [
-        "select",
-        "narrow",
-        "roll",
-        "repeat",
-        "tril",
-        "triu",
-        "zeros",
-        "ones",
-        "rand",
-        "randn",
-        "repeat_interleave",
-        "split",
-    ]
-)
-"""Operations whose later arguments are sizes or positions: a tensor there is read as a Python integer."""
 
 _INERT = frozenset(
     [
@@ -93,26 +48,11 @@ _INERT = frozenset(
 )
 """Operations that return no tensor; attributes such as `T` come through `__get__` and are looked at again."""
 
-_LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
-
-
 _LEAVES = (int, float, str, bool, torch.Size, type(None))
 """What holds no tensors."""
 
 untracked = torch._C.DisableTorchFunction
 """A context in which operations are not looked at."""
-
-
-class Escaped(Exception):
-    """The program took a latent out of torch: it can only be enumerated by running the program once per value."""
-
-    def __init__(self, sites: Sites, operation: str, line: str) -> None:
-        super().__init__(f"{operation} at {line}")
-        self.sites = sites
-        self.operation = operation
-        self.line = line
 
 
 class Provenance(TorchFunctionMode):
@@ -192,7 +132,33 @@ class Provenance(TorchFunctionMode):
 
     def of_distribution(self, fn: object) -> Sites:
         """The sites of all tensors that a distribution holds, at any depth: what its log-probability can depend on."""
-        return self._held(fn, set())
+        return self.look(fn)[0]
+
+    def look(self, fn: object) -> tuple[Sites, tuple[object, ...]]:
+        """The sites of a distribution, and what it has in common with those that are the same function."""
+        identity: list[object] = []
+        return self._look(fn, identity), tuple(identity)
+
+    def _look(self, fn: object, identity: list[object]) -> Sites:
+        identity.append(type(fn))
+        sites = NO_SITES
+        for name, value in fn.__dict__.items():
+            if isinstance(value, Tensor):
+                mark = getattr(value, "_vfe_sites", None)
+                if mark is not None and mark[0] is self:
+                    if mark[1] is not sites:
+                        sites = sites | mark[1] if sites else mark[1]
+                    value = value if mark[2] is None else mark[2]
+                identity += (name, id(value))
+            elif isinstance(value, _LEAVES):
+                identity += (name, value)
+            elif isinstance(value, Distribution):
+                identity.append(name)
+                sites = sites | self._look(value, identity)
+            else:
+                identity.append(object())
+                sites = sites | self._held(value, set())
+        return sites
 
     def _held(self, holder: object, seen: set[int]) -> Sites:
         if isinstance(holder, Tensor):
@@ -200,21 +166,15 @@ class Provenance(TorchFunctionMode):
         if isinstance(holder, _LEAVES) or id(holder) in seen:
             return NO_SITES
         seen.add(id(holder))
-        if isinstance(holder, Distribution):
-            parts: Iterable[object] = holder.__dict__.values()
-        elif isinstance(holder, dict):
-            parts = holder.values()
+        if isinstance(holder, dict):
+            parts: Iterable[object] = holder.values()
         elif isinstance(holder, (list, tuple, set, frozenset)):
             parts = holder
         else:
             cells = getattr(holder, "__closure__", None) or ()
             parts = [*getattr(holder, "__dict__", {}).values(), *(cell.cell_contents for cell in cells)]
             parts += [getattr(holder, name, None) for name in ("func", "args", "keywords")]
-        sites = NO_SITES
-        for part in parts:
-            if not isinstance(part, _LEAVES):
-                sites = sites | self._held(part, seen)
-        return sites
+        return NO_SITES.union(*(self._held(part, seen) for part in parts))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -224,17 +184,19 @@ class Provenance(TorchFunctionMode):
             if isinstance(result, Tensor):
                 self._mark_all(result, self.of(args[0]))
             return result
+        if self.shared is not None and name in PURE and "out" not in kwargs:
+            return self._pure(func, name, args, kwargs)
         sites = self._gather(args)
         if kwargs:
             sites = sites | self._gather(kwargs.values())
         written = writes(name)
         if self.shared is not None and (written or "out" in kwargs):
-            self.shared.check_write(kwargs.get("out", args[0] if args else None))
+            self.shared.written(kwargs.get("out", args[0] if args else None))
         if not sites:
             return func(*args, **kwargs)
-        if self._escapes(name, args) and _by_the_program():
+        if self._escapes(name, args) and by_the_program():
             self._escape(name, sites)
-        result = self._result(func, name, args, kwargs, sites)
+        result = func(*args, **kwargs)
         if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
             self.on_union(sites, name)
@@ -243,41 +205,94 @@ class Provenance(TorchFunctionMode):
             self._mark_written(args[0], sites)
         return result
 
-    def _result(self, func: Any, name: str, args: Any, kwargs: Any, sites: Sites) -> Any:
-        """What the operation returns: that of an earlier one with the same arguments if there was one."""
-        if self.shared is None or name not in PURE:
-            return func(*args, **kwargs)
-        key: list[object] = [func, circumstances()]
+    def _pure(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What an operation returns that changes nothing: an earlier result, where the arguments were the same."""
+        assert self.shared is not None
+        parts: list[object] = [func]
         tensors: list[Tensor] = []
-        if "out" in kwargs or not describe((*args, *kwargs, *kwargs.values()), self.original, key, tensors):
+        sites = self._describe(args, parts, tensors)
+        if kwargs:
+            parts += kwargs
+            sites = sites | self._describe(kwargs.values(), parts, tensors)
+        if not sites:
             return func(*args, **kwargs)
-        known = self.shared.find(whole := tuple(key))
+        parts.append(circumstances())
+        key = tuple(parts)
+        known = self.shared.find(key)
         if known is not None:
             return self.alias(known, sites)
+        if self._escapes(name, args) and by_the_program(3):
+            self._escape(name, sites)
         result = func(*args, **kwargs)
-        if type(result) is Tensor and all(result is not argument for argument in args):
-            self.shared.keep(whole, result, (result,), tensors)
+        if type(result) is Tensor and can_be_shared(result) and not any(result is argument for argument in args):
+            self.shared.keep(key, result, (result,), tensors)
+        self._mark_all(result, sites)
         return result
 
     def _distribution(self, family: Any, args: Any, kwargs: Any) -> Any:
         """Called by Pyro for every distribution that is made: an equal one was checked and normalised before."""
         if self.shared is None or family not in FAMILIES or family in self._refused or len(COERCIONS) > 1:
             return None
-        key: list[object] = [family, family._validate_args, circumstances()]
+        parts: list[object] = [family, family._validate_args, *kwargs]
         tensors: list[Tensor] = []
         with untracked():
-            if not describe((*args, *kwargs, *kwargs.values()), self.original, key, tensors) or not tensors:
+            sites = self._describe((*args, *kwargs.values()), parts, tensors)
+            if not tensors:
                 return None
-            known = self.shared.find(whole := tuple(key))
-            if known is None:
-                known = type.__call__(family, *args, **kwargs)
-                held = held_tensors(known)
-                if held is None:
-                    self._refused.add(family)
-                    return None
-                self.shared.keep(whole, known, held, tensors)
-            sites = self._gather(args).union(self._gather(kwargs.values()))
-            return copied(known, lambda tensor: self.alias(self.original(tensor), sites) if sites else tensor)
+            parts.append(circumstances())
+            key = tuple(parts)
+            known = self.shared.find(key)
+            if known is not None:
+                return self._copy(family, known, sites)
+            made = type.__call__(family, *args, **kwargs)
+            held = held_tensors(made)
+            if held is None or not all(can_be_shared(tensor) for tensor in held):
+                self._refused.add(family)
+                return None
+            for tensor in held if sites else ():
+                if not any(tensor is argument for argument in tensors):
+                    self.mark(tensor, sites)
+            self.shared.keep(key, dict(made.__dict__), held, tensors)
+            return made
+
+    def _copy(self, family: Any, known: dict[str, Any], sites: Sites) -> Any:
+        """A distribution of its own with the same numbers, computed from `sites`."""
+        result = object.__new__(family)
+        result.__dict__.update(known)
+        if sites:
+            aliases: dict[int, Tensor] = {}
+            for name, value in known.items():
+                if isinstance(value, Tensor):
+                    alias = aliases.get(id(value))
+                    if alias is None:
+                        alias = aliases[id(value)] = self.alias(self.original(value), sites)
+                    result.__dict__[name] = alias
+        return result
+
+    def _describe(self, values: Iterable[Any], parts: list[object], tensors: list[Tensor]) -> Sites:
+        """The sites of arguments; appends what identifies them to `parts`, and the tensors among them to `tensors`."""
+        sites = NO_SITES
+        for value in values:
+            if isinstance(value, Tensor):
+                mark = getattr(value, "_vfe_sites", None)
+                if mark is not None and mark[0] is self:
+                    if mark[1] is not sites:
+                        sites = sites | mark[1] if sites else mark[1]
+                    value = value if mark[2] is None else mark[2]
+                if can_be_shared(value):
+                    tensors.append(value)
+                    parts += (id(value), value.requires_grad)
+                else:
+                    parts.append(object())
+            elif isinstance(value, (list, tuple)):
+                parts += (type(value), len(value))
+                sites = sites | self._describe(value, parts, tensors)
+            elif isinstance(value, slice):
+                parts.append(slice)
+                sites = sites | self._describe((value.start, value.stop, value.step), parts, tensors)
+            else:
+                parts += constant(value) or (object(),)
+        return sites
 
     def _gather(self, values: Any) -> Sites:
         sites = NO_SITES
@@ -306,9 +321,9 @@ class Provenance(TorchFunctionMode):
                 self.mark(target._base, sites)
 
     def _escapes(self, name: str, args: Any) -> bool:
-        if name in _ESCAPES or (name == "where" and len(args) == 1):
+        if name in ESCAPES or (name == "where" and len(args) == 1):
             return True
-        if name in _INTEGER_ARGUMENTS:
+        if name in INTEGER_ARGUMENTS:
             return bool(self._gather(args if name in ("zeros", "ones", "rand", "randn") else args[1:]))
         if name == "__format__":
             return bool(args[1])
@@ -325,21 +340,3 @@ class Provenance(TorchFunctionMode):
         if not sites.isdisjoint(self.watched):
             raise Escaped(sites & self.watched, operation.strip("_"), user_line())
         self.controls |= sites & self.draws
-
-
-def _by_the_program() -> bool:
-    """Whether the program itself asked: checks inside torch.distributions and Pyro look at values without branching."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
-        frame = frame.f_back
-    return frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES)
-
-
-def user_line() -> str:
-    """The innermost line of the user's program that is running, as "file.py:12"."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
-        frame = frame.f_back
-    if frame is None:
-        return "an unknown line"
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -8,17 +8,15 @@ handed out as a tensor of its own, which carries its own provenance and remember
 may be written to: a program that does so is run again without sharing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyro.distributions.torch
 import torch
 from pyro.distributions.distribution import DistributionMeta
 from torch import Tensor
-from torch.distributions import Distribution
-
-T = TypeVar("T")
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 Key = tuple[object, ...]
 
@@ -66,7 +64,7 @@ def writes(name: str) -> bool:
     return name in _WRITING or (name[-1:] == "_" and name[-2:] != "__")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Result:
     """A result with what it was computed from, kept alive so that no other tensor takes over an identity."""
 
@@ -75,6 +73,8 @@ class _Result:
     """What it was computed from, with the number of writes into each."""
     made: tuple[tuple[Tensor, int], ...]
     """The tensors that it consists of, likewise."""
+    taken: bool = False
+    """Whether others have it too."""
 
 
 class Shared:
@@ -82,49 +82,58 @@ class Shared:
 
     def __init__(self) -> None:
         self._results: dict[Key, _Result] = {}
-        self._storages: set[int] = set()
+        self._read: dict[int, list[Key]] = {}
+        self._new: list[Key] = []
+        self._protected: set[int] = set()
         self._room = _ROOM
 
     def find(self, key: Key) -> Any:
-        """The result of an earlier computation with this key; None if there is none, or an argument has changed."""
+        """The result of an earlier computation with this key; None if there is none, or something has been written."""
         result = self._results.get(key)
         if result is None:
             return None
-        for argument, version in result.arguments:
-            if argument._version != version:
+        for tensor, version in result.arguments + result.made:
+            if tensor._version != version:
                 return None
+        if not result.taken:
+            for tensor, _ in result.made:
+                self.protect(tensor)
+            result.taken = True
         return result.value
 
-    def keep(self, key: Key, value: Any, tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+    def keep(self, key: Key, value: Any, tensors: Iterable[Tensor], arguments: Iterable[Tensor]) -> None:
         """Keeps a result, which consists of `tensors`, for later computations with this key."""
-        size = sum(tensor.numel() for tensor in tensors)
-        if size > self._room or any(tensor.layout is not torch.strided for tensor in tensors):
-            return
-        self._room -= size
-        for tensor in tensors:
-            self.protect(tensor)
-        self._results[key] = _Result(value, _versions(arguments), _versions(tensors))
+        made = _versions(tensors)
+        size = sum([tensor.numel() for tensor, _ in made])
+        if size <= self._room:
+            self._room -= size
+            self._results[key] = _Result(value, _versions(arguments), made)
+            self._new.append(key)
 
     def protect(self, tensor: Tensor) -> None:
-        """Forbids writes into the memory of a tensor that several others stand for."""
-        if tensor.numel():
-            self._storages.add(tensor.untyped_storage().data_ptr())
+        """Forbids writes into the memory of a tensor that others stand for."""
+        self._protected.add(_memory(tensor))
 
-    def check_write(self, target: object) -> None:
-        """Checks an operation that changes `target`.
+    def written(self, target: object) -> None:
+        """Takes note of an operation that changes `target`: what was computed from its memory is no longer known.
 
         Raises:
             Unshareable: Others share the memory.
         """
         if isinstance(target, (list, tuple)):
             for part in target:
-                self.check_write(part)
-        elif isinstance(target, Tensor) and target.layout is torch.strided and target.numel():
-            self._check_memory(target.untyped_storage().data_ptr())
-
-    def _check_memory(self, pointer: int) -> None:
-        if pointer in self._storages:
+                self.written(part)
+        if not isinstance(target, Tensor) or target.layout is not torch.strided or not target.numel():
+            return
+        memory = _memory(target)
+        if memory in self._protected:
             raise Unshareable
+        for key in self._new:
+            for argument, _ in self._results[key].arguments:
+                self._read.setdefault(_memory(argument), []).append(key)
+        self._new = []
+        for key in self._read.pop(memory, ()):
+            self._results.pop(key, None)
 
     def finish(self) -> None:
         """Checks that nothing that was shared has been written to, and forgets it.
@@ -132,53 +141,33 @@ class Shared:
         Raises:
             Unshareable: Something has.
         """
-        versions = [(tensor, version) for result in self._results.values() for tensor, version in result.made]
-        self._results.clear()
-        self._storages.clear()
-        if any(tensor._version != version for tensor, version in versions):
+        taken = [result.made for result in self._results.values() if result.taken]
+        self.__init__()  # type: ignore[misc]
+        if any(tensor._version != version for made in taken for tensor, version in made):
             raise Unshareable
 
 
-def _versions(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, int], ...]:
-    return tuple((tensor, tensor._version) for tensor in tensors)
+def _versions(tensors: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:
+    return tuple([(tensor, tensor._version) for tensor in tensors])
 
 
-def describe(values: Any, original: Callable[[Tensor], Tensor], key: list[object], tensors: list[Tensor]) -> bool:
-    """Appends what identifies the arguments of a computation to `key`, and the tensors among them to `tensors`.
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
-    Args:
-        values: The arguments.
-        original: The tensor that an argument stands for.
-        key: What is appended to.
-        tensors: What is appended to.
 
-    Returns:
-        Whether all arguments were of a kind that can be compared.
-    """
-    for value in values:
-        kind = type(value)
-        if isinstance(value, Tensor):
-            if value.layout is not torch.strided:
-                return False
-            first = original(value)
-            key.append(id(first))
-            tensors.append(first)
-        elif value is None:
-            key.append(None)
-        elif isinstance(value, (list, tuple)):
-            key += (kind, len(value))
-            if not describe(value, original, key, tensors):
-                return False
-        elif isinstance(value, slice):
-            key.append(slice)
-            if not describe((value.start, value.stop, value.step), original, key, tensors):
-                return False
-        elif isinstance(value, _PLAIN):
-            # 0.0 and -0.0 are equal, and so are 1, 1.0 and True: none of them does what another does.
-            key += (kind, value if value else repr(value))
-        else:
-            return False
-    return True
+def can_be_shared(tensor: Tensor) -> bool:
+    """Whether it can be seen when a tensor is written to, and by whom."""
+    return tensor.layout is torch.strided and not tensor.is_inference() and not is_functorch_wrapped_tensor(tensor)
+
+
+def constant(value: object) -> tuple[object, ...] | None:
+    """What tells an argument that is no tensor from others; None for what cannot be compared."""
+    if value is None:
+        return (None,)
+    if isinstance(value, _PLAIN):
+        # 0.0 and -0.0 are equal, and so are 1, 1.0 and True: none of them does what another does.
+        return type(value), value if value else repr(value)
+    return None
 
 
 def circumstances() -> tuple[bool, bool]:
@@ -190,30 +179,8 @@ def held_tensors(fn: Any) -> list[Tensor] | None:
     """The tensors that a distribution holds; None where it holds anything that may not be copied."""
     tensors: list[Tensor] = []
     for value in fn.__dict__.values():
-        if isinstance(value, Tensor):
-            if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
-                return None
+        if type(value) is Tensor:
             tensors.append(value)
-        elif isinstance(value, Distribution):
-            inner = held_tensors(value)
-            if inner is None:
-                return None
-            tensors += inner
         elif value is not None and not isinstance(value, (*_PLAIN, torch.Size)):
             return None
     return tensors
-
-
-def copied(fn: T, alias: Callable[[Tensor], Tensor]) -> T:
-    """A distribution of its own that holds an alias of each tensor of `fn`."""
-    made: dict[int, Tensor] = {}
-    result = object.__new__(type(fn))
-    for name, value in fn.__dict__.items():
-        if isinstance(value, Tensor):
-            known = made.get(id(value))
-            if known is None:
-                known = made[id(value)] = alias(value)
-            result.__dict__[name] = known
-        else:
-            result.__dict__[name] = copied(value, alias) if isinstance(value, Distribution) else value
-    return result

@@ -6,7 +6,7 @@ size one is dropped: nothing varies along it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.engine.stacks import Stack, StackedTable
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.enumeration import SiteKey
-from pyro_vfe.program.equal_sites import identity, reads_itself, stacked_log_prob
+from pyro_vfe.program.equal_sites import stacked_log_prob
+from pyro_vfe.program.escapes import NO_SITES, Sites
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
 from pyro_vfe.program.masking import masked, unmasked
-from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
+from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
 
 
@@ -43,6 +44,20 @@ _OWN = 0
 """Stands for the dim of a site's own values; enumeration dims are negative."""
 
 
+class _Reading(NamedTuple):
+    """What one site reads."""
+
+    fn: Any
+    """Its distribution, without masks."""
+    mask: Tensor | bool | None
+    scope: Sites | None
+    """The sites that its log-probability depends on; None where each dim names its latent by itself."""
+    own: bool
+    """Whether it is a latent all of whose values can be listed along an axis of their own."""
+    identity: object
+    """What its distribution has in common with others that are the same function."""
+
+
 @dataclass(eq=False)
 class Labeller:
     """Turns the sites of one enumerated run into factors."""
@@ -57,11 +72,6 @@ class Labeller:
     """Draws that count as variables with one value, so that terms know which of them they read."""
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     """Program, site and latent where the site reads the latent and does not vary with it."""
-    _latents_at: dict[int, list[str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, dim in self.layout.dims.items():
-            self._latents_at.setdefault(dim, []).append(name)
 
     def factors(self, sites: Mapping[SiteKey, Site], absent: Mapping[str, Tensor | bool]) -> dict[SiteKey, Factor]:
         """The factor of each site; those of equal sites share their numbers.
@@ -70,56 +80,66 @@ class Labeller:
             sites: The sites of an enumerated run.
             absent: Where each latent of guide and model does not exist.
         """
-        scopes = {key: self._scope(site) for key, site in sites.items()}
+        readings = {key: self._reading(site) for key, site in sites.items()}
         factors: dict[SiteKey, Factor] = {}
-        for group in self._groups(sites, scopes, absent):
-            if len(group) == 1 or not self._label_group(group, sites, scopes, factors):
+        for group in self._groups(sites, readings, absent):
+            if len(group) == 1 or not self._label_group(group, sites, readings, factors):
                 for key in group:
-                    factors[key] = self._factor(sites[key], scopes[key], absent.get(key[1]))
+                    factors[key] = self._factor(sites[key], readings[key], absent.get(key[1]))
         return {key: factors[key] for key in sites}
 
+    def _reading(self, site: Site) -> "_Reading":
+        """What a site reads, and how it can be had."""
+        fn, mask = unmasked(site)
+        if self.provenance is None:
+            return _Reading(fn, mask, None, self._may_be_listed(site, fn), None)
+        of = self.provenance.of
+        sites, identity = self.provenance.look(site.fn)
+        sites = sites.union(of(site.mask), of(site.scale), site.controls)
+        listed_own = self._may_be_listed(site, fn) and site.name not in sites
+        own = {site.name} if site.kind == "enumerated" or site.name in self.draws else NO_SITES
+        return _Reading(fn, mask, sites.union(own, of(site.value)), listed_own, identity)
+
+    def _may_be_listed(self, site: Site, fn: Any) -> bool:
+        return site.kind == "enumerated" and site.name not in self.layout.sequential and is_listed(fn)
+
     def _groups(
-        self,
-        sites: Mapping[SiteKey, Site],
-        scopes: Mapping[SiteKey, Sites | None],
-        absent: Mapping[str, Tensor | bool],
+        self, sites: Mapping[SiteKey, Site], readings: Mapping[SiteKey, "_Reading"], absent: Mapping[str, object]
     ) -> Iterable[list[SiteKey]]:
         """Sites that differ in nothing but which latents they read and which data they score."""
+        shares = self.provenance is not None and self.provenance.shared is not None
         groups: dict[object, list[SiteKey]] = {}
         for key, site in sites.items():
-            likeness = None if key[1] in absent else self._likeness(site, scopes[key])
+            likeness = self._likeness(site, readings[key]) if shares and key[1] not in absent else None
             groups.setdefault(key if likeness is None else likeness, []).append(key)
         return groups.values()
 
-    def _likeness(self, site: Site, scope: Sites | None) -> object:
+    def _likeness(self, site: Site, reading: "_Reading") -> object:
         """What equal sites have in common; None for a site that stands for itself."""
-        provenance, value, scale = self.provenance, site.value, site.scale
-        if provenance is None or provenance.shared is None or scope is None or not scope.isdisjoint(self.draws):
+        if isinstance(site.scale, Tensor) and site.scale.dim():
             return None
-        if isinstance(scale, Tensor) and scale.dim() > 0:
+        if self.draws and reading.scope and not reading.scope.isdisjoint(self.draws):
             return None
-        fn, mask = unmasked(site)
-        if site.kind == "enumerated":
-            if not self._is_listed(site, fn):
-                return None
-            return site.role, site.plates, identity(fn, provenance)
-        if site.kind != "observed" or provenance.of(value) or provenance.of(mask):
+        if reading.own:
+            return site.role, site.plates, reading.identity
+        if site.kind != "observed":
             return None
+        value, mask = site.value, reading.mask
         masked_as = (mask.shape, mask.dtype) if isinstance(mask, Tensor) else mask
-        return site.role, site.plates, identity(fn, provenance), value.shape, value.dtype, value.device, masked_as
+        return site.role, site.plates, reading.identity, value.shape, value.dtype, value.device, masked_as
 
     def _label_group(
         self,
         group: list[SiteKey],
         sites: Mapping[SiteKey, Site],
-        scopes: Mapping[SiteKey, Sites | None],
+        readings: Mapping[SiteKey, "_Reading"],
         factors: dict[SiteKey, Factor],
     ) -> bool:
         """Labels equal sites together; returns whether that was possible."""
         first = sites[group[0]]
         if first.kind == "enumerated":
-            pattern = self._pattern(listed(unmasked(first)[0]), first, own=True)
-            tables = [Table(pattern.values, self._axes(pattern, sites[key], scopes[key])) for key in group]
+            pattern = self._pattern(listed(readings[group[0]].fn), first, own=True)
+            tables = [Table(pattern.values, self._axes(pattern, sites[key], readings[key].scope)) for key in group]
         else:
             values = stacked_log_prob([sites[key] for key in group])
             if values is None:
@@ -127,20 +147,19 @@ class Labeller:
             pattern = self._pattern(values, first, stacked=True)
             stack = Stack(pattern.values)
             tables = [
-                StackedTable(stack, index, self._axes(pattern, sites[key], scopes[key]))
+                StackedTable(stack, index, self._axes(pattern, sites[key], readings[key].scope))
                 for index, key in enumerate(group)
             ]
         for key, table in zip(group, tables, strict=True):
-            factors[key] = self._finished(sites[key], scopes[key], table, sites[key].scale)
+            factors[key] = self._finished(sites[key], readings[key].scope, table, sites[key].scale)
         return True
 
-    def _factor(self, site: Site, scope: Sites | None, absent: Tensor | bool | None) -> Factor:
+    def _factor(self, site: Site, reading: "_Reading", absent: Tensor | bool | None) -> Factor:
         """The factor of `site`: its log-probability under its mask, and its scale."""
-        fn, mask = unmasked(site)
-        own = self._is_listed(site, fn)
-        values = listed(fn) if own else log_prob(fn, site.value)
+        scope, own = reading.scope, reading.own
+        values = listed(reading.fn) if own else log_prob(reading.fn, site.value)
         if site.kind != "enumerated":
-            values = masked(values, mask)
+            values = masked(values, reading.mask)
         elif absent is not None and absent is not False:
             values = self._pinned(values, site, absent, own)
         scale = site.scale
@@ -162,12 +181,6 @@ class Labeller:
             return Factor(site.name, table, site.plate_names, self.labelled(scale, site, NO_SITES))
         return Factor(site.name, table, site.plate_names, float(scale))
 
-    def _is_listed(self, site: Site, fn: Any) -> bool:
-        """Whether the site's log-probability is that of all its values, listed along an axis of their own."""
-        if site.kind != "enumerated" or site.name in self.layout.sequential:
-            return False
-        return is_listed(fn) and (self.provenance is None or not reads_itself(site, self.provenance))
-
     def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool, own: bool) -> Tensor:
         """A latent that is masked in guide and model takes its first value there, at no cost."""
         where = torch.as_tensor(absent, device=values.device)
@@ -178,13 +191,6 @@ class Labeller:
         first = values.new_full((values.shape[dim], *(1,) * (-dim - 1)), -torch.inf)
         first[0] = 0.0
         return torch.where(where[..., None] if own and where.dim() else where, first, values)
-
-    def _scope(self, site: Site) -> Sites | None:
-        """The sites that the log-probability reads; None where each dim names its latent by itself."""
-        if self.provenance is None:
-            return None
-        own = {site.name} if site.name in self.draws else NO_SITES
-        return site.reads(self.provenance).union(own)
 
     def labelled(self, values: Tensor, site: Site, scope: Sites | None) -> Table:
         """The table of a tensor whose dims lie as the layout says.
@@ -236,9 +242,11 @@ class Labeller:
         )
 
     def _latent(self, dim: int, site: Site, scope: Sites | None) -> str:
-        candidates = self._latents_at.get(dim, [])
-        if scope is not None:
-            candidates = [name for name in candidates if name in scope]
+        dims = self.layout.dims
+        if scope is None:
+            candidates = [name for name, its_dim in dims.items() if its_dim == dim]
+        else:
+            candidates = [name for name in scope if dims.get(name) == dim]
         if len(candidates) != 1:
             raise StructureChanged(f"site '{site.name}' varies along dim {dim}, which is of {candidates}")
         name = candidates[0]
