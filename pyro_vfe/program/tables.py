@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.engine.stacks import Stack, StackedTable
-from pyro_vfe.errors import StructureError
+from pyro_vfe.errors import StructureError, SupportError
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
 from pyro_vfe.program.escapes import NO_SITES, Sites
@@ -157,7 +157,7 @@ class Labeller:
     def _factor(self, site: Site, reading: "_Reading", absent: Tensor | bool | None) -> Factor:
         """The factor of `site`: its log-probability under its mask, and its scale."""
         scope, own = reading.scope, reading.own
-        values = listed(reading.fn) if own else log_prob(reading.fn, site.value)
+        values = listed(reading.fn) if own else _scored(site, reading.fn)
         if site.kind != "enumerated":
             values = masked(values, reading.mask)
         elif absent is not None and absent is not False:
@@ -257,6 +257,18 @@ class Labeller:
         if outside:
             raise plate_violation(site.name, site.role, name, min(outside))
         return name
+
+
+def _scored(site: Site, fn: Any) -> Tensor:
+    try:
+        return log_prob(fn, site.value)
+    except ValueError as error:
+        if site.kind != "observed":
+            raise
+        raise SupportError(
+            f"Site '{site.name}' of the {site.role} cannot score its value: {error}",
+            hint="Observe a value that the distribution can take.",
+        ) from error
 
 
 def scale_reads_latents(site: Site, nesting: int) -> bool:
