@@ -6,9 +6,9 @@ Where a distribution was given probabilities they are read as they are. Axes alo
 parameters are dropped before anything is computed: Categorical(table[z]) in a plate of a million is a small table.
 """
 
-import copy
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -230,21 +230,37 @@ def _common_shape(shapes: Sequence[torch.Size]) -> torch.Size:
 
 def _slim_distribution(fn: Any, own_dims: int) -> Any:
     """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that may not be safe."""
-    arguments = type(fn).arg_constraints
-    if not isinstance(arguments, dict):
+    family: Any = type(fn)
+    event_dims = _event_dims(family)
+    if event_dims is None:
         return fn
+    slimmed, shapes, changed = {}, [], False
     for name, part in fn.__dict__.items():
-        if isinstance(part, Distribution) or (isinstance(part, Tensor) and name not in arguments):
+        if isinstance(part, Tensor):
+            event_dim = event_dims.get(name)
+            if event_dim is None:
+                return fn
+            slimmed[name] = thin = slim(part, own_dims + event_dim)
+            shapes.append(thin.shape[: thin.dim() - event_dim])
+            changed = changed or thin is not part
+        elif isinstance(part, Distribution):
             return fn
-    parts = {name: fn.__dict__[name] for name in arguments if isinstance(fn.__dict__.get(name), Tensor)}
-    if not parts or any(constraints.is_dependent(arguments[name]) for name in parts):
+    if not changed:
         return fn
-    event_dims = {name: arguments[name].event_dim for name in parts}
-    slimmed = {name: slim(part, own_dims + event_dims[name]) for name, part in parts.items()}
-    if all(slimmed[name] is part for name, part in parts.items()):
-        return fn
-    shapes = [part.shape[: part.dim() - event_dims[name]] for name, part in slimmed.items()]
-    result = copy.copy(fn)
+    result = object.__new__(type(fn))
+    result.__dict__.update(fn.__dict__)
     result.__dict__.update(slimmed)
     result._batch_shape = _common_shape(shapes)
     return result
+
+
+@lru_cache(maxsize=1024)
+def _event_dims(family: Any) -> dict[str, int | None] | None:
+    """How many dims of each parameter are the event's; None for one, or for a family, where that is not known."""
+    arguments = getattr(family, "arg_constraints", None)
+    if not isinstance(arguments, dict):
+        return None
+    return {
+        name: None if constraints.is_dependent(constraint) else constraint.event_dim
+        for name, constraint in arguments.items()
+    }

@@ -224,7 +224,7 @@ class Provenance(TorchFunctionMode):
         if self._escapes(name, args) and by_the_program(3):
             self._escape(name, sites)
         result = func(*args, **kwargs)
-        if type(result) is Tensor and can_be_shared(result) and not any(result is argument for argument in args):
+        if type(result) is Tensor and can_be_shared(result) and id(result) not in map(id, args):
             self.shared.keep(key, result, (result,), tensors)
         self._mark_all(result, sites)
         return result
@@ -246,11 +246,12 @@ class Provenance(TorchFunctionMode):
                 return self._copy(family, known, sites)
             made = type.__call__(family, *args, **kwargs)
             held = held_tensors(made)
-            if held is None or not all(can_be_shared(tensor) for tensor in held):
+            if held is None:
                 self._refused.add(family)
                 return None
+            given = {id(argument) for argument in tensors}
             for tensor in held if sites else ():
-                if not any(tensor is argument for argument in tensors):
+                if id(tensor) not in given:
                     self.mark(tensor, sites)
             self.shared.keep(key, dict(made.__dict__), held, tensors)
             return made

@@ -51,6 +51,8 @@ _WRITING = frozenset(
 
 _PLAIN = (bool, int, float, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 
+_HELD = (*_PLAIN, torch.Size, type(None))
+
 _ROOM = 2**22
 """How many numbers the results that are kept for others may hold in all."""
 
@@ -179,8 +181,8 @@ def held_tensors(fn: Any) -> list[Tensor] | None:
     """The tensors that a distribution holds; None where it holds anything that may not be copied."""
     tensors: list[Tensor] = []
     for value in fn.__dict__.values():
-        if type(value) is Tensor:
+        if type(value) is Tensor and can_be_shared(value):
             tensors.append(value)
-        elif value is not None and not isinstance(value, (*_PLAIN, torch.Size)):
+        elif not isinstance(value, _HELD):
             return None
     return tensors
