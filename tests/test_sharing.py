@@ -287,6 +287,17 @@ def test_a_parameter_of_a_shared_distribution_knows_its_own_latent() -> None:
     assert set(result.factors["model", "u"].table.axes) == {"z_0", "z_13"}
 
 
+def test_one_parameter_of_a_distribution_may_be_read_by_itself() -> None:
+    def model() -> None:
+        a, b = categorical("a", EDGE[0]), categorical("b", FIRST)
+        covariance = (1.0 + b.double())[..., None, None] * torch.eye(2).double()
+        fn = dist.MultivariateNormal(MEANS[a][..., None] * tensor([1.0, 2.0]), covariance)
+        pyro.sample("u", dist.Normal(fn.loc[..., 0], 1.0), obs=tensor(1.0))
+        pyro.sample("v", fn, obs=tensor([1.0, 0.0]))
+
+    assert_right(model, True)
+
+
 def test_bad_parameters_and_data_get_their_errors() -> None:
     def bad_scale() -> None:
         chain(lambda t, z: pyro.sample(f"x_{t}", dist.Normal(MEANS[z], -1.0 if t == 3 else 1.0), obs=DATA[t]))()

@@ -219,9 +219,9 @@ def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
         known = layout.sites.get(key)
         if known is None or enumeration.sites[key].controls:
             continue
-        now = read.get(key, set()).union(factor.table.axes) & latents
-        if now - {key[1]} != (known.scope & latents) - {key[1]}:
-            raise StructureChanged(f"site '{key[1]}' read {sorted(known.scope & latents)}, and then {sorted(now)}")
+        varies, before = latents & set(factor.table.axes) - {key[1]}, latents & known.scope - {key[1]}
+        if not varies <= before <= varies | read.get(key, set()):
+            raise StructureChanged(f"site '{key[1]}' read {sorted(before)}, and then {sorted(varies)}")
 
 
 def _explained(error: Exception, model: Program, guide: Program) -> NotFiniteError | None:
