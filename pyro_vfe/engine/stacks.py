@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -65,9 +64,9 @@ class StackedTable(Table):
         """The size of each axis."""
         return dict(zip(self.axes, self.stack.values.shape[1:], strict=True))
 
-    def renamed(self, axes: tuple[str, ...]) -> Self:
+    def renamed(self, axes: tuple[str, ...]) -> "StackedTable":
         """Returns the same entry with other names for its dims."""
-        return type(self)(self.stack, self.index, axes)
+        return StackedTable(self.stack, self.index, axes)
 
 
 def whole_stack(tables: Sequence[Table]) -> Tensor | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import ScaleError, StructureError
+from pyro_vfe.program.escapes import Sites
 from pyro_vfe.program.markov_chain import MarkovChain
-from pyro_vfe.program.provenance import Sites
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import unwrapped
 

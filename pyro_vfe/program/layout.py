@@ -16,7 +16,11 @@ from torch import Tensor
 from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.chain_sites import time_plate
-from pyro_vfe.program.provenance import Escaped, Provenance, Sites
+from pyro_vfe.program.equal_sites import reads_itself
+from pyro_vfe.program.escapes import Escaped, Sites
+from pyro_vfe.program.log_prob import is_listed
+from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
@@ -46,7 +50,9 @@ class SiteStructure:
     """Whether the program says that the other program lacks the site."""
     support: Tensor | None
     """The values of an enumerable latent, shape `(K, *event_shape)`."""
-    chain: str | None = None
+    meets: Sites
+    """The latents that meet in the tensors of its log-probability; all values listed at once meet nothing."""
+    chain: str | None
     """The plate along which a latent is a chain."""
 
 
@@ -182,17 +188,20 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
     enumerated = site.kind == "enumerated"
     finite = enumerated or (site.kind == "unread" and is_enumerable(site.fn))
     support = finite_support(site.fn, site.name) if finite else None
+    scope = site.reads(provenance)
+    alone = enumerated and is_listed(unmasked(site)[0]) and not reads_itself(site, provenance)
     return SiteStructure(
         name=site.name,
         role=site.role,
         kind=site.kind,
         family=type(unwrapped(site.fn)).__name__,
         size=1 if support is None or not enumerated else len(support),
-        scope=site.reads(provenance),
+        scope=scope,
         plates=site.plates,
         auxiliary=site.auxiliary,
         support=support,
         chain=time_plate(site),
+        meets=scope - {site.name} if alone else scope,
     )
 
 
@@ -236,8 +245,8 @@ def _coloured(latents: list[str], findings: _Findings, nesting: int) -> dict[str
     """Greedy colouring of the graph of latents that meet in a tensor, in program order."""
     known = set(latents)
     neighbours: dict[str, set[str]] = {name: set() for name in latents}
-    scopes = [site.scope for site in findings.sites.values()]
-    for sites in (*findings.meetings, *scopes):
+    meets = [site.meets for site in findings.sites.values()]
+    for sites in (*findings.meetings, *meets):
         clique = sites & known
         for name in clique:
             neighbours[name] |= clique

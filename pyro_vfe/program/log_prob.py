@@ -6,9 +6,9 @@ Where a distribution was given probabilities they are read as they are. Axes alo
 parameters are dropped before anything is computed: Categorical(table[z]) in a plate of a million is a small table.
 """
 
-import copy
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,23 +45,31 @@ def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
     return result
 
 
-def support_table(fn: Any, dim: int) -> Tensor | None:
-    """The log-probabilities of the whole support of `fn` along batch dim `dim`, without a gather.
+def is_listed(fn: Any) -> bool:
+    """Whether the log-probabilities of all values of `fn` can be had at once, without scoring each of them."""
+    return type(_unexpanded(fn)).__name__ in _LISTED
 
-    Returns None where there is no such table; score the support with `log_prob` then.
+
+def listed(fn: Any) -> Tensor:
+    """The log-probabilities of all values of `fn`, shape `(*batch, K)`, with repeated axes dropped.
+
+    Args:
+        fn: A distribution for which `is_listed` holds.
     """
+    fn = _unexpanded(fn)
+    if type(fn).__name__ == "Bernoulli":
+        success, failure = _bernoulli_logs(fn, 0)
+        return torch.stack([failure, success], -1)
+    return _category_table(getattr(fn, "_categorical", fn), 0)
+
+
+_LISTED = frozenset(["Categorical", "OneHotCategorical", "OneHotCategoricalStraightThrough", "Bernoulli"])
+
+
+def _unexpanded(fn: Any) -> Any:
     while type(fn).__name__ == "ExpandedDistribution":
         fn = fn.base_dist
-    kind = type(fn).__name__
-    if len(fn.batch_shape) >= -dim and fn.batch_shape[dim] > 1:
-        return None  # A draw made once per value of this latent stands along the same dim: score value by value.
-    if kind in ("Categorical", "OneHotCategorical", "OneHotCategoricalStraightThrough"):
-        categorical = getattr(fn, "_categorical", fn)
-        return _last_to_batch_dim(_category_table(categorical, 0), dim)
-    if kind == "Bernoulli":
-        success, failure = _bernoulli_logs(fn, 0)
-        return _last_to_batch_dim(torch.stack([failure, success], -1), dim)
-    return None
+    return fn
 
 
 def exact_log(probs: Tensor) -> Tensor:
@@ -213,32 +221,46 @@ _EXACT = {
 }
 
 
-def _last_to_batch_dim(values: Tensor, dim: int) -> Tensor:
-    """Moves the last axis of `(*batch, K)` to batch dim `dim` (negative), which the batch does not use."""
-    values = values.movedim(-1, 0)
-    if -dim > values.dim() - 1:
-        padding = (1,) * (-dim - values.dim())
-        return values.reshape(values.shape[:1] + padding + values.shape[1:])
-    return values.transpose(0, dim).squeeze(0)
+def _common_shape(shapes: Sequence[torch.Size]) -> torch.Size:
+    """What shapes that are known to broadcast become together; torch's own takes as long as the log-probability."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return torch.Size([next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True)])
 
 
 def _slim_distribution(fn: Any, own_dims: int) -> Any:
     """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that may not be safe."""
-    arguments = type(fn).arg_constraints
-    if not isinstance(arguments, dict):
+    family: Any = type(fn)
+    event_dims = _event_dims(family)
+    if event_dims is None:
         return fn
+    slimmed, shapes, changed = {}, [], False
     for name, part in fn.__dict__.items():
-        if isinstance(part, Distribution) or (isinstance(part, Tensor) and name not in arguments):
+        if isinstance(part, Tensor):
+            event_dim = event_dims.get(name)
+            if event_dim is None:
+                return fn
+            slimmed[name] = thin = slim(part, own_dims + event_dim)
+            shapes.append(thin.shape[: thin.dim() - event_dim])
+            changed = changed or thin is not part
+        elif isinstance(part, Distribution):
             return fn
-    parts = {name: fn.__dict__[name] for name in arguments if isinstance(fn.__dict__.get(name), Tensor)}
-    if not parts or any(constraints.is_dependent(arguments[name]) for name in parts):
+    if not changed:
         return fn
-    event_dims = {name: arguments[name].event_dim for name in parts}
-    slimmed = {name: slim(part, own_dims + event_dims[name]) for name, part in parts.items()}
-    if all(slimmed[name] is part for name, part in parts.items()):
-        return fn
-    shapes = [part.shape[: part.dim() - event_dims[name]] for name, part in slimmed.items()]
-    result = copy.copy(fn)
+    result = object.__new__(type(fn))
+    result.__dict__.update(fn.__dict__)
     result.__dict__.update(slimmed)
-    result._batch_shape = torch.broadcast_shapes(*shapes)
+    result._batch_shape = _common_shape(shapes)
     return result
+
+
+@lru_cache(maxsize=1024)
+def _event_dims(family: Any) -> dict[str, int | None] | None:
+    """How many dims of each parameter are the event's; None for one, or for a family, where that is not known."""
+    arguments = getattr(family, "arg_constraints", None)
+    if not isinstance(arguments, dict):
+        return None
+    return {
+        name: None if constraints.is_dependent(constraint) else constraint.event_dim
+        for name, constraint in arguments.items()
+    }

@@ -15,8 +15,9 @@ from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import ScaleError
 from pyro_vfe.program.chain_sites import time_plate
 from pyro_vfe.program.layout import Layout
+from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Role, Site
-from pyro_vfe.program.tables import Labeller, unmasked
+from pyro_vfe.program.tables import Labeller
 
 
 def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]:

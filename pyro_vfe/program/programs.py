@@ -6,7 +6,7 @@ layout has the programs laid out again.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
@@ -20,6 +20,7 @@ from pyro_vfe.program.parameters import nan_parameters
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs
+from pyro_vfe.program.sharing import Unshareable
 from pyro_vfe.program.spot_check import spot_check
 from pyro_vfe.program.tables import StructureChanged
 
@@ -36,6 +37,8 @@ class _Pair:
     lost: frozenset[tuple[str, str, str]]
     """Reads without variation that the spot check has found to be right."""
     programs: tuple[Program, Program]
+    shares: bool
+    """Whether equal computations of a run may be done once: the programs write into none of the results."""
 
 
 class Programs:
@@ -106,11 +109,13 @@ class Programs:
         known = self._pairs.get(call.key)
         if known is not None:
             try:
-                enumeration = call.enumeration(known.layout)
+                enumeration, shares = call.enumeration(known.layout, known.shares)
+                if shares != known.shares:
+                    self._pairs[call.key] = replace(known, shares=shares)
                 if enumeration.lost <= known.lost:
                     self._pairs.move_to_end(call.key)
                     if self.check == "always":
-                        call.spot_check(known.layout, enumeration)
+                        call.spot_check(known.layout, enumeration, shares)
                     return enumeration
             except Exception:  # The programs do not fit what was known of them, or fail: a new look tells which.
                 del self._pairs[call.key]
@@ -126,16 +131,17 @@ class Programs:
         extra = 1 if call.particles > 1 else 0
         layout = self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra)
         try:
-            enumeration = call.enumeration(layout)
+            enumeration, shares = call.enumeration(layout, True)
             if self.check:
-                call.spot_check(layout, enumeration)
+                call.spot_check(layout, enumeration, shares)
+                _check_reads(layout, enumeration)
         except StructureChanged as error:
             raise _unstable(error) from error
         except VFEError:
             raise
         except Exception as error:
             raise (_explained(error, call.model, call.guide) or _cannot_broadcast(error)) from error
-        self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide))
+        self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide), shares)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
         return enumeration
@@ -172,23 +178,50 @@ class _Call:
         """What the pair is remembered by."""
         return _identity(self.model), _identity(self.guide), self.particles > 1
 
-    def enumeration(self, layout: Layout) -> Enumeration:
-        """One enumerated run."""
+    def enumeration(self, layout: Layout, share: bool) -> tuple[Enumeration, bool]:
+        """One enumerated run, and whether it could share equal computations."""
         model, guide = self._in_particles(layout)
-        return enumerate_programs(
-            model, guide, self.args, self.kwargs, layout, given=self.given, subsamples=self.subsamples
-        )
+        arguments = (model, guide, self.args, self.kwargs, layout)
+        if share:
+            try:
+                enumeration = enumerate_programs(*arguments, given=self.given, subsamples=self.subsamples, share=True)
+            except Unshareable:
+                return self.enumeration(layout, False)
+        else:
+            enumeration = enumerate_programs(*arguments, given=self.given, subsamples=self.subsamples)
+        return enumeration, share
 
-    def spot_check(self, layout: Layout, enumeration: Enumeration) -> None:
+    def spot_check(self, layout: Layout, enumeration: Enumeration, share: bool) -> None:
         """Ordinary runs beside the enumerated one."""
         model, guide = self._in_particles(layout)
         with undisturbed_randomness():
-            spot_check(model, guide, self.args, self.kwargs, layout, enumeration)
+            spot_check(model, guide, self.args, self.kwargs, layout, enumeration, share=share)
 
     def _in_particles(self, layout: Layout) -> tuple[Program, Program]:
         return tuple(  # type: ignore[return-value]
             _in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
         )
+
+
+def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
+    """Checks that each site reads the latents that it read a moment ago, at the same arguments.
+
+    Raises:
+        StructureChanged: It reads others, so the program draws its structure at random.
+    """
+    if layout.sequential:
+        return
+    latents = enumeration.supports.keys()
+    read: dict[tuple[str, str], set[str]] = {}
+    for role, name, latent in enumeration.lost:
+        read.setdefault((role, name), set()).add(latent)
+    for key, factor in enumeration.factors.items():
+        known = layout.sites.get(key)
+        if known is None or enumeration.sites[key].controls:
+            continue
+        varies, before = latents & set(factor.table.axes) - {key[1]}, latents & known.scope - {key[1]}
+        if not varies <= before <= varies | read.get(key, set()):
+            raise StructureChanged(f"site '{key[1]}' read {sorted(before)}, and then {sorted(varies)}")
 
 
 def _explained(error: Exception, model: Program, guide: Program) -> NotFiniteError | None:

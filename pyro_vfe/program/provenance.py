@@ -10,67 +10,26 @@ References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs (the axes this serves).
 """
 
-import os
-import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import pyro
 import torch
+from pyro.distributions.distribution import COERCIONS
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-Sites = frozenset[str]
-NO_SITES: Sites = frozenset()
-
-_ESCAPES = frozenset(
-    [
-        "item",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "__contains__",
-        "tolist",
-        "numpy",
-        "__array__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "nonzero",
-        "argwhere",
-        "unique",
-        "unique_consecutive",
-        "masked_select",
-        "bincount",
-        "full",
-        "arange",
-        "linspace",
-        "range",
-        "eye",
-    ]
+from pyro_vfe.program.escapes import ESCAPES, INTEGER_ARGUMENTS, NO_SITES, Escaped, Sites, by_the_program, user_line
+from pyro_vfe.program.sharing import (
+    FAMILIES,
+    PURE,
+    Shared,
+    can_be_shared,
+    circumstances,
+    constant,
+    held_tensors,
+    writes,
 )
-"""Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
-
-_INTEGER_ARGUMENTS = frozenset(
-    [
-        "select",
-        "narrow",
-        "roll",
-        "repeat",
-        "tril",
-        "triu",
-        "zeros",
-        "ones",
-        "rand",
-        "randn",
-        "repeat_interleave",
-        "split",
-    ]
-)
-"""Operations whose later arguments are sizes or positions: a tensor there is read as a Python integer."""
 
 _INERT = frozenset(
     [
@@ -89,30 +48,25 @@ _INERT = frozenset(
 )
 """Operations that return no tensor; attributes such as `T` come through `__get__` and are looked at again."""
 
-_LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
+_LEAVES = (int, float, str, bool, torch.Size, type(None))
+"""What holds no tensors."""
 
-
-class Escaped(Exception):
-    """The program took a latent out of torch: it can only be enumerated by running the program once per value."""
-
-    def __init__(self, sites: Sites, operation: str, line: str) -> None:
-        super().__init__(f"{operation} at {line}")
-        self.sites = sites
-        self.operation = operation
-        self.line = line
+untracked = torch._C.DisableTorchFunction
+"""A context in which operations are not looked at."""
 
 
 class Provenance(TorchFunctionMode):
     """A torch function mode that knows, within its `with` block, which sites each tensor was computed from."""
 
-    def __init__(self, on_union: Callable[[Sites, str], None] | None = None) -> None:
+    def __init__(self, on_union: Callable[[Sites, str], None] | None = None, *, share: bool = False) -> None:
         """Args:
         on_union: Called with every new set of two or more sites that meet in one tensor, and the operation's name.
+        share: Do equal computations once.
         """
         super().__init__()
         self.on_union = on_union
+        self.shared = Shared() if share else None
+        """The results that later computations may take over."""
         self.watched: set[str] = set()
         """Sites whose values may not leave torch: those that are enumerated along a dim, or not in the guide."""
         self.draws: set[str] = set()
@@ -120,16 +74,33 @@ class Provenance(TorchFunctionMode):
         self.controls: Sites = NO_SITES
         """Draws that have left torch: whatever comes later may depend on them."""
         self._unions: set[Sites] = set()
+        self._refused: set[Any] = set()
+
+    def __enter__(self) -> "Provenance":
+        if self.shared is not None:
+            COERCIONS.append(self._distribution)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.shared is not None:
+            COERCIONS.remove(self._distribution)
 
     def mark(self, tensor: Tensor, sites: Sites) -> None:
         """Adds `sites` to what `tensor` was computed from."""
-        known = self.of(tensor)
-        if known is not sites and not sites <= known:
-            tensor._vfe_sites = (self, known | sites if known else sites)  # type: ignore[attr-defined]
+        mark = getattr(tensor, "_vfe_sites", None)
+        if mark is None or mark[0] is not self:
+            if sites:
+                tensor._vfe_sites = (self, sites, None)  # type: ignore[attr-defined]
+        elif mark[1] is not sites and not sites <= mark[1]:
+            tensor._vfe_sites = (self, mark[1] | sites, mark[2])  # type: ignore[attr-defined]
 
     def originate(self, tensor: Tensor, site: str) -> None:
         """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
-        tensor._vfe_sites = (self, frozenset((site,)))  # type: ignore[attr-defined]
+        original = self.original(tensor)
+        shown = original if original is not tensor else None
+        tensor._vfe_sites = (self, frozenset((site,)), shown)  # type: ignore[attr-defined]
         self.watched.add(site)
 
     def of(self, tensor: object) -> Sites:
@@ -137,20 +108,68 @@ class Provenance(TorchFunctionMode):
         mark = getattr(tensor, "_vfe_sites", None)
         return mark[1] if mark is not None and mark[0] is self else NO_SITES
 
+    def original(self, tensor: Tensor) -> Tensor:
+        """The tensor whose numbers `tensor` was handed out for: equal computations have the same."""
+        mark = getattr(tensor, "_vfe_sites", None)
+        return mark[2] if mark is not None and mark[0] is self and mark[2] is not None else tensor
+
+    def alias(self, original: Tensor, sites: Sites) -> Tensor:
+        """A tensor of its own with the numbers of `original`, computed from `sites`."""
+        tensor = original.view_as(original)
+        tensor._vfe_sites = (self, sites, original)  # type: ignore[attr-defined]
+        return tensor
+
+    def lent(self, original: Tensor) -> Tensor:
+        """A tensor of its own with the numbers of `original`, which may not be written to from now on."""
+        if self.shared is not None:
+            self.shared.protect(original)
+        return self.alias(original, NO_SITES)
+
+    def finish(self) -> None:
+        """Forgets what was shared: tensors that outlive the run shall not keep all others alive."""
+        if self.shared is not None:
+            self.shared.finish()
+
     def of_distribution(self, fn: object) -> Sites:
         """The sites of all tensors that a distribution holds, at any depth: what its log-probability can depend on."""
-        return self._held(fn, set())
+        return self.look(fn)[0]
+
+    def look(self, fn: object) -> tuple[Sites, tuple[object, ...]]:
+        """The sites of a distribution, and what it has in common with those that are the same function."""
+        identity: list[object] = []
+        return self._look(fn, identity), tuple(identity)
+
+    def _look(self, fn: object, identity: list[object]) -> Sites:
+        identity.append(type(fn))
+        sites = NO_SITES
+        for name, value in fn.__dict__.items():
+            if isinstance(value, Tensor):
+                mark = getattr(value, "_vfe_sites", None)
+                if mark is not None and mark[0] is self:
+                    if mark[1] is not sites:
+                        sites = sites | mark[1] if sites else mark[1]
+                    value = value if mark[2] is None else mark[2]
+                identity += (name, id(value))
+            elif isinstance(value, _LEAVES):
+                identity += (name, value)
+            elif isinstance(value, Distribution):
+                identity.append(name)
+                sites = sites | self._look(value, identity)
+            else:
+                identity.append(object())
+                sites = sites | self._held(value, set())
+        return sites
 
     def _held(self, holder: object, seen: set[int]) -> Sites:
         if isinstance(holder, Tensor):
             return self.of(holder)
-        if id(holder) in seen or isinstance(holder, (int, float, str, bool, torch.Size, type(None))):
+        if isinstance(holder, _LEAVES) or id(holder) in seen:
             return NO_SITES
         seen.add(id(holder))
         if isinstance(holder, dict):
-            parts = list(holder.values())
+            parts: Iterable[object] = holder.values()
         elif isinstance(holder, (list, tuple, set, frozenset)):
-            parts = list(holder)
+            parts = holder
         else:
             cells = getattr(holder, "__closure__", None) or ()
             parts = [*getattr(holder, "__dict__", {}).values(), *(cell.cell_contents for cell in cells)]
@@ -165,22 +184,116 @@ class Provenance(TorchFunctionMode):
             if isinstance(result, Tensor):
                 self._mark_all(result, self.of(args[0]))
             return result
+        if self.shared is not None and name in PURE and "out" not in kwargs:
+            return self._pure(func, name, args, kwargs)
         sites = self._gather(args)
         if kwargs:
             sites = sites | self._gather(kwargs.values())
+        written = writes(name)
+        if self.shared is not None and (written or "out" in kwargs):
+            self.shared.written(kwargs.get("out", args[0] if args else None))
         if not sites:
             return func(*args, **kwargs)
-        if self._escapes(name, args) and _by_the_program():
+        if self._escapes(name, args) and by_the_program():
             self._escape(name, sites)
         result = func(*args, **kwargs)
-        if len(sites) > 1 and sites not in self._unions:
+        if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
-            if self.on_union is not None:
-                self.on_union(sites, name)
+            self.on_union(sites, name)
         self._mark_all(result, sites)
-        if name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__"):
+        if written:
             self._mark_written(args[0], sites)
         return result
+
+    def _pure(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What an operation returns that changes nothing: an earlier result, where the arguments were the same."""
+        assert self.shared is not None
+        parts: list[object] = [func]
+        tensors: list[Tensor] = []
+        sites = self._describe(args, parts, tensors)
+        if kwargs:
+            parts += kwargs
+            sites = sites | self._describe(kwargs.values(), parts, tensors)
+        if not sites:
+            return func(*args, **kwargs)
+        parts.append(circumstances())
+        key = tuple(parts)
+        known = self.shared.find(key)
+        if known is not None:
+            return self.alias(known, sites)
+        if self._escapes(name, args) and by_the_program(3):
+            self._escape(name, sites)
+        result = func(*args, **kwargs)
+        if type(result) is Tensor and can_be_shared(result) and id(result) not in map(id, args):
+            self.shared.keep(key, result, (result,), tensors)
+        self._mark_all(result, sites)
+        return result
+
+    def _distribution(self, family: Any, args: Any, kwargs: Any) -> Any:
+        """Called by Pyro for every distribution that is made: an equal one was checked and normalised before."""
+        if self.shared is None or family not in FAMILIES or family in self._refused or len(COERCIONS) > 1:
+            return None
+        parts: list[object] = [family, family._validate_args, *kwargs]
+        tensors: list[Tensor] = []
+        with untracked():
+            sites = self._describe((*args, *kwargs.values()), parts, tensors)
+            if not tensors:
+                return None
+            parts.append(circumstances())
+            key = tuple(parts)
+            known = self.shared.find(key)
+            if known is not None:
+                return self._copy(family, known, sites)
+            made = type.__call__(family, *args, **kwargs)
+            held = held_tensors(made)
+            if held is None:
+                self._refused.add(family)
+                return None
+            given = {id(argument) for argument in tensors}
+            for tensor in held if sites else ():
+                if id(tensor) not in given:
+                    self.mark(tensor, sites)
+            self.shared.keep(key, dict(made.__dict__), held, tensors)
+            return made
+
+    def _copy(self, family: Any, known: dict[str, Any], sites: Sites) -> Any:
+        """A distribution of its own with the same numbers, computed from `sites`."""
+        result = object.__new__(family)
+        result.__dict__.update(known)
+        if sites:
+            aliases: dict[int, Tensor] = {}
+            for name, value in known.items():
+                if isinstance(value, Tensor):
+                    alias = aliases.get(id(value))
+                    if alias is None:
+                        alias = aliases[id(value)] = self.alias(self.original(value), sites)
+                    result.__dict__[name] = alias
+        return result
+
+    def _describe(self, values: Iterable[Any], parts: list[object], tensors: list[Tensor]) -> Sites:
+        """The sites of arguments; appends what identifies them to `parts`, and the tensors among them to `tensors`."""
+        sites = NO_SITES
+        for value in values:
+            if isinstance(value, Tensor):
+                mark = getattr(value, "_vfe_sites", None)
+                if mark is not None and mark[0] is self:
+                    if mark[1] is not sites:
+                        sites = sites | mark[1] if sites else mark[1]
+                    value = value if mark[2] is None else mark[2]
+                if can_be_shared(value):
+                    tensors.append(value)
+                    parts += (id(value), value.requires_grad)
+                else:
+                    parts.append(object())
+            elif isinstance(value, (list, tuple)):
+                parts += (type(value), len(value))
+                sites = sites | self._describe(value, parts, tensors)
+            elif isinstance(value, slice):
+                parts.append(slice)
+                sites = sites | self._describe((value.start, value.stop, value.step), parts, tensors)
+            else:
+                parts += constant(value) or (object(),)
+        return sites
 
     def _gather(self, values: Any) -> Sites:
         sites = NO_SITES
@@ -209,9 +322,9 @@ class Provenance(TorchFunctionMode):
                 self.mark(target._base, sites)
 
     def _escapes(self, name: str, args: Any) -> bool:
-        if name in _ESCAPES or (name == "where" and len(args) == 1):
+        if name in ESCAPES or (name == "where" and len(args) == 1):
             return True
-        if name in _INTEGER_ARGUMENTS:
+        if name in INTEGER_ARGUMENTS:
             return bool(self._gather(args if name in ("zeros", "ones", "rand", "randn") else args[1:]))
         if name == "__format__":
             return bool(args[1])
@@ -228,21 +341,3 @@ class Provenance(TorchFunctionMode):
         if not sites.isdisjoint(self.watched):
             raise Escaped(sites & self.watched, operation.strip("_"), user_line())
         self.controls |= sites & self.draws
-
-
-def _by_the_program() -> bool:
-    """Whether the program itself asked: checks inside torch.distributions and Pyro look at values without branching."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
-        frame = frame.f_back
-    return frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES)
-
-
-def user_line() -> str:
-    """The innermost line of the user's program that is running, as "file.py:12"."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
-        frame = frame.f_back
-    if frame is None:
-        return "an unknown line"
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

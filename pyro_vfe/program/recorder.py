@@ -6,6 +6,7 @@ What value an enumerable latent takes is the choice of the run: a draw, its whol
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
-from pyro_vfe.program.provenance import NO_SITES, Escaped, Provenance, Sites
+from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
+from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable
 
 Role = Literal["guide", "model"]
@@ -67,7 +69,7 @@ class Site:
         """Whether the site is a draw of the guide whose gradient needs the score function."""
         return self.kind == "sampled" and self.role == "guide" and not is_pathwise(self.fn)
 
-    @property
+    @cached_property
     def plate_names(self) -> frozenset[str]:
         """The names of the vectorised plates around the site."""
         return frozenset(plate.name for plate in self.plates)
@@ -120,6 +122,7 @@ class Recorder(Messenger):
         self.sites: dict[str, Site] = {}
         self.returned: Any = None
         self._names: dict[str, str] = {}
+        self._surroundings: dict[object, tuple[tuple[Plate, ...], dict[str, int]]] = {}
 
     def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
         """Runs `program` once and returns its sites by name, in order."""
@@ -152,7 +155,7 @@ class Recorder(Messenger):
                 # A draw of an earlier run may hold one value per value of the latents it was made from.
                 self.provenance.mark(self.given[name], self.provenance.of_distribution(fn))
         elif msg["value"] is None and _wants_enumeration(msg):
-            value = self.latent_value(name, self.role, fn, _plates(msg))
+            value = self.latent_value(name, self.role, fn, self._around(msg)[0])
             msg["value"], msg["done"] = value, True
             self.enumerated.add(name)
             if self.provenance is not None and name not in self.sequential:
@@ -173,6 +176,7 @@ class Recorder(Messenger):
             self.provenance.mark(msg["value"], frozenset((name,)))
             (self.provenance.watched if kind == "unread" else self.provenance.draws).add(name)
         infer, value = msg["infer"], msg["value"]
+        plates, steps = self._around(msg)
         if isinstance(value, (bool, int, float)):
             value = torch.as_tensor(value)
         self.sites[name] = Site(
@@ -183,12 +187,20 @@ class Recorder(Messenger):
             value,
             msg["scale"],
             msg["mask"],
-            _plates(msg),
+            plates,
             auxiliary=bool(infer.get("is_auxiliary")),
-            steps=_steps(msg),
+            steps=steps,
             controls=NO_SITES if self.provenance is None else self.provenance.controls,
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
         )
+
+    def _around(self, msg: Any) -> tuple[tuple[Plate, ...], dict[str, int]]:
+        """The vectorised plates around a site, and which step it is of the sequential ones; made once for each."""
+        key = tuple([(f.name, f.dim, f.size, f.full_size, f.counter) for f in msg["cond_indep_stack"]])
+        known = self._surroundings.get(key)
+        if known is None:
+            known = self._surroundings[key] = _plates(msg), _steps(msg)
+        return known
 
     def _kind(self, msg: Any) -> Kind:
         if msg["name"] in self.enumerated:

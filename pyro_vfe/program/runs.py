@@ -12,12 +12,13 @@ from pyro_vfe.engine.factors import Factor
 from pyro_vfe.program.assembly import Run, assembled
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.escapes import Escaped
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws
-from pyro_vfe.program.provenance import Escaped, Provenance
+from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
-from pyro_vfe.program.supports import finite_support
+from pyro_vfe.program.supports import common_support, finite_support
 from pyro_vfe.program.tables import Labeller, StructureChanged
 
 
@@ -30,6 +31,7 @@ def enumerate_programs(
     *,
     given: Mapping[str, Tensor] | None = None,
     subsamples: Mapping[str, Tensor] | None = None,
+    share: bool = False,
 ) -> Enumeration:
     """Returns the factors of guide and model from one enumerated run (one per value where the programs branch).
 
@@ -41,9 +43,11 @@ def enumerate_programs(
         layout: Where each latent goes.
         given: Values of draws to use instead of new ones.
         subsamples: Subsample indices to use instead of new ones.
+        share: Do equal computations of a run once.
 
     Raises:
         StructureChanged: The programs no longer fit the layout.
+        Unshareable: The programs write into what was shared.
     """
     runs: dict[Assignment, Run] = {}
     paths = Paths()
@@ -53,7 +57,7 @@ def enumerate_programs(
             # Runs must agree in what they draw before they branch.
             set_random_state(state)
         try:
-            run = _Runner(layout, paths, given or {}, subsamples or {}).run(model, guide, args, kwargs)
+            run = _Runner(layout, paths, given or {}, subsamples or {}, share).run(model, guide, args, kwargs)
         except Escaped as escape:
             raise StructureChanged(str(escape)) from escape
         runs[paths.assignment()] = run
@@ -69,14 +73,16 @@ class _Runner:
         paths: Paths,
         given: Mapping[str, Tensor],
         subsamples: Mapping[str, Tensor],
+        share: bool,
     ) -> None:
         self.layout = layout
         self.paths = paths
         self.given = given
         self.subsamples = subsamples
-        self.provenance = Provenance()
+        self.provenance = Provenance(share=share)
         self.lost: set[tuple[str, str, str]] = set()
         self.supports: dict[str, Tensor] = {}
+        self.values: dict[object, tuple[Tensor, Tensor]] = {}
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""
@@ -102,19 +108,33 @@ class _Runner:
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
         factors = self._factors(sites)
+        self.provenance.finish()
         return Run(sites, factors, self.supports, second.subsamples, frozenset(self.lost))
 
     def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
-        support = finite_support(fn, name)
-        self.supports[name] = support
-        if name in self.layout.sequential:
-            return support[self.paths.choose(name, len(support))]
-        dim = self.layout.dims.get(name)
-        if dim is None:
-            raise StructureChanged(f"latent '{name}' is new")
-        if any(-plate.dim > self.layout.nesting for plate in plates):
-            raise StructureChanged(f"latent '{name}' lies in more plates")
-        return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + support.shape[1:])
+        with untracked():
+            if name in self.layout.sequential:
+                support = self.supports[name] = finite_support(fn, name)
+                return support[self.paths.choose(name, len(support))]
+            dim = self.layout.dims.get(name)
+            if dim is None:
+                raise StructureChanged(f"latent '{name}' is new")
+            if any(-plate.dim > self.layout.nesting for plate in plates):
+                raise StructureChanged(f"latent '{name}' lies in more plates")
+            return self._all_values(name, fn, dim)
+
+    def _all_values(self, name: str, fn: Any, dim: int) -> Tensor:
+        """The support along batch dim `dim`: one tensor for all latents with the same values there, where equal steps
+        are shared."""
+        kind = common_support(fn) if self.provenance.shared is not None else None
+        known = self.values.get((kind, dim))
+        if known is None:
+            support = finite_support(fn, name)
+            known = support, support.reshape(support.shape[:1] + (1,) * (-dim - 1) + support.shape[1:])
+            if kind is not None:
+                self.values[kind, dim] = known
+        self.supports[name] = known[0]
+        return known[1] if kind is None else self.provenance.lent(known[1])
 
     def _factors(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
         homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
@@ -127,4 +147,4 @@ class _Runner:
             read = site.reads(self.provenance) & self.layout.unread
             if read:
                 raise StructureChanged(f"site '{site.name}' reads '{min(read)}', which nothing read before")
-        return {key: labeller.factor(site, absent=absent.get(site.name)) for key, site in sites.items()}
+        return labeller.factors(sites, absent)

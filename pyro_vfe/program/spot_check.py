@@ -17,11 +17,12 @@ from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.masks import absences
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
-from pyro_vfe.program.tables import batch_axes, masked, over_dims, scale_reads_latents, unmasked
+from pyro_vfe.program.tables import batch_axes, over_dims, scale_reads_latents
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run; with fewer than so many values every value of every latent is tried."""
@@ -30,7 +31,14 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 def spot_check(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout, seen: Enumeration
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    seen: Enumeration,
+    *,
+    share: bool = False,
 ) -> None:
     """Compares each site's enumerated log-probability with an ordinary run's at joint assignments from a random start.
 
@@ -41,6 +49,7 @@ def spot_check(
         kwargs: Keyword arguments of both.
         layout: Where each latent went.
         seen: An enumeration of the same programs; its draws and subsamples are used again.
+        share: Whether it shared equal computations.
 
     Raises:
         SpotCheckError: Some site differs.
@@ -48,7 +57,9 @@ def spot_check(
     draws = {site.name: site.value for site in seen.sites.values() if site.role == "guide" and site.kind == "sampled"}
     subsamples = dict(seen.subsamples)
     state = random_state()
-    enumeration = enumerate_programs(model, guide, args, kwargs, layout, given=draws, subsamples=subsamples)
+    enumeration = enumerate_programs(
+        model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, share=share
+    )
     first = {name: torch.randint(len(support), ()) for name, support in enumeration.supports.items()}
     rounds = min(_MOST_ROUNDS, max((len(support) for support in enumeration.supports.values()), default=1))
     for shift in range(rounds):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Independent
+from torch.distributions import Bernoulli, Categorical, Independent
 
 from pyro_vfe.errors import CostError, SupportError, UnenumerableError
 
@@ -68,6 +68,16 @@ def finite_support(fn: Any, name: str) -> Tensor:
             hint="Give the elements one support, or sample the site: infer={'enumerate': None}.",
         ) from error
     return values.reshape(values.shape[:1] + fn.event_shape)
+
+
+def common_support(fn: Any) -> object:
+    """What distributions with the same support have in common, for families where that is plain; None elsewhere."""
+    fn = unwrapped(fn)
+    if isinstance(fn, Categorical):
+        return Categorical, fn._num_events, fn._param.device
+    if isinstance(fn, Bernoulli):
+        return Bernoulli, fn._param.dtype, fn._param.device
+    return None
 
 
 @lru_cache(maxsize=256)

@@ -4,25 +4,60 @@ Batch dims to the right belong to plates, dims further left to enumerated latent
 size one is dropped: nothing varies along it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Scale, Table
-from pyro_vfe.errors import StructureError
+from pyro_vfe.engine.stacks import Stack, StackedTable
+from pyro_vfe.errors import StructureError, SupportError
 from pyro_vfe.program.chain_sites import chain_factor, is_chain
+from pyro_vfe.program.enumeration import SiteKey
+from pyro_vfe.program.equal_sites import stacked_log_prob
+from pyro_vfe.program.escapes import NO_SITES, Sites
 from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, plate_violation
-from pyro_vfe.program.log_prob import log_prob, support_table
-from pyro_vfe.program.provenance import NO_SITES, Provenance, Sites
+from pyro_vfe.program.log_prob import is_listed, listed, log_prob
+from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
 
 
 class StructureChanged(Exception):
     """A run did not fit the layout: the programs are to be laid out again."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pattern:
+    """A tensor along what it varies; equal sites have one pattern, and names of their own for its latents."""
+
+    values: Tensor
+    """The numbers, without the dims along which nothing varies."""
+    dims: tuple[int | str, ...]
+    """For each dim its plate, the enumeration dim of its latent, or the sign for the site's own values."""
+    own: bool
+    """Whether the site's own values are listed along a dim of their own, so that none of the others is theirs."""
+
+
+_OWN = 0
+"""Stands for the dim of a site's own values; enumeration dims are negative."""
+
+
+class _Reading(NamedTuple):
+    """What one site reads."""
+
+    fn: Any
+    """Its distribution, without masks."""
+    mask: Tensor | bool | None
+    scope: Sites | None
+    """The sites that its log-probability depends on; None where each dim names its latent by itself."""
+    own: bool
+    """Whether it is a latent all of whose values can be listed along an axis of their own."""
+    identity: object
+    """What its distribution has in common with others that are the same function."""
 
 
 @dataclass(eq=False)
@@ -39,34 +74,119 @@ class Labeller:
     """Draws that count as variables with one value, so that terms know which of them they read."""
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     """Program, site and latent where the site reads the latent and does not vary with it."""
-    _latents_at: dict[int, list[str]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name, dim in self.layout.dims.items():
-            self._latents_at.setdefault(dim, []).append(name)
-
-    def factor(self, site: Site, *, absent: Tensor | bool | None) -> Factor:
-        """The factor of `site`: its log-probability under its mask, and its scale.
+    def factors(self, sites: Mapping[SiteKey, Site], absent: Mapping[str, Tensor | bool]) -> dict[SiteKey, Factor]:
+        """The factor of each site; those of equal sites share their numbers.
 
         Args:
-            site: A site of an enumerated run.
-            absent: Where a latent of guide and model does not exist: it is pinned there to its first value.
+            sites: The sites of an enumerated run.
+            absent: Where each latent of guide and model does not exist.
         """
-        if is_chain(site):
-            return self._noted(site, chain_factor(site, self, self._scope(site), absent))
+        readings = {key: self._reading(site) for key, site in sites.items()}
+        factors: dict[SiteKey, Factor] = {}
+        for group in self._groups(sites, readings, absent):
+            if len(group) == 1 or not self._label_group(group, sites, readings, factors):
+                for key in group:
+                    factors[key] = self._factor(sites[key], readings[key], absent.get(key[1]))
+        return {key: factors[key] for key in sites}
+
+    def _reading(self, site: Site) -> "_Reading":
+        """What a site reads, and how it can be had."""
         fn, mask = unmasked(site)
-        values = self._values(site, fn)
+        if self.provenance is None:
+            return _Reading(fn, mask, None, self._may_be_listed(site, fn), None)
+        of = self.provenance.of
+        sites, identity = self.provenance.look(site.fn)
+        sites = sites.union(of(site.mask), of(site.scale), site.controls)
+        listed_own = self._may_be_listed(site, fn) and site.name not in sites
+        own = {site.name} if site.kind == "enumerated" or site.name in self.draws else NO_SITES
+        return _Reading(fn, mask, sites.union(own, of(site.value)), listed_own, identity)
+
+    def _may_be_listed(self, site: Site, fn: Any) -> bool:
+        return site.kind == "enumerated" and site.name not in self.layout.sequential and is_listed(fn)
+
+    def _groups(
+        self, sites: Mapping[SiteKey, Site], readings: Mapping[SiteKey, "_Reading"], absent: Mapping[str, object]
+    ) -> Iterable[list[SiteKey]]:
+        """Sites that differ in nothing but which latents they read and which data they score."""
+        shares = self.provenance is not None and self.provenance.shared is not None
+        groups: dict[object, list[SiteKey]] = {}
+        for key, site in sites.items():
+            likeness = self._likeness(site, readings[key]) if shares and key[1] not in absent else None
+            groups.setdefault(key if likeness is None else likeness, []).append(key)
+        return groups.values()
+
+    def _likeness(self, site: Site, reading: "_Reading") -> object:
+        """What equal sites have in common; None for a site that stands for itself."""
+        if isinstance(site.scale, Tensor) and site.scale.dim():
+            return None
+        if self.draws and reading.scope and not reading.scope.isdisjoint(self.draws):
+            return None
+        if reading.own:
+            return site.role, site.plates, reading.identity
+        if site.kind != "observed":
+            return None
+        value, mask = site.value, reading.mask
+        masked_as = (mask.shape, mask.dtype) if isinstance(mask, Tensor) else mask
+        return site.role, site.plates, reading.identity, value.shape, value.dtype, value.device, masked_as
+
+    def _label_group(
+        self,
+        group: list[SiteKey],
+        sites: Mapping[SiteKey, Site],
+        readings: Mapping[SiteKey, "_Reading"],
+        factors: dict[SiteKey, Factor],
+    ) -> bool:
+        """Labels equal sites together; returns whether that was possible."""
+        first = sites[group[0]]
+        if first.kind == "enumerated":
+            pattern = self._pattern(listed(readings[group[0]].fn), first, own=True)
+            tables = [Table(pattern.values, self._axes(pattern, sites[key], readings[key].scope)) for key in group]
+        else:
+            values = stacked_log_prob([sites[key] for key in group])
+            if values is None:
+                return False
+            pattern = self._pattern(values, first, stacked=True)
+            stack = Stack(pattern.values)
+            tables = [
+                StackedTable(stack, index, self._axes(pattern, sites[key], readings[key].scope))
+                for index, key in enumerate(group)
+            ]
+        for key, table in zip(group, tables, strict=True):
+            factors[key] = self._finished(sites[key], readings[key].scope, table, sites[key].scale)
+        return True
+
+    def _factor(self, site: Site, reading: "_Reading", absent: Tensor | bool | None) -> Factor:
+        """The factor of `site`: its log-probability under its mask, and its scale."""
+        scope, own = reading.scope, reading.own
+        if is_chain(site):
+            return self._noted(site, scope, chain_factor(site, self, scope, absent))
+        values = listed(reading.fn) if own else _scored(site, reading.fn)
         if site.kind != "enumerated":
-            values = masked(values, mask)
+            values = masked(values, reading.mask)
         elif absent is not None and absent is not False:
-            values = self._pinned(values, site, absent)
+            values = self._pinned(values, site, absent, own)
         scale = site.scale
         if scale_reads_latents(site, self.layout.nesting):
-            values, scale = values * scale, 1.0
-        scope = self._scope(site)
-        return self._noted(
-            site, Factor(site.name, self.labelled(values, site, scope), site.plate_names, self._weight(scale, site))
-        )
+            weights = torch.as_tensor(scale, device=values.device)
+            values, scale = values * (weights[..., None] if own else weights), 1.0
+        pattern = self._pattern(values, site, own=own)
+        axes = self._axes(pattern, site, scope)
+        drawn = tuple(sorted(scope & self.draws)) if scope else ()
+        values = pattern.values
+        table = Table(values.reshape([*values.shape, *(1,) * len(drawn)]) if drawn else values, (*axes, *drawn))
+        return self._finished(site, scope, table, scale)
+
+    def _finished(self, site: Site, scope: Sites | None, table: Table, scale: Tensor | float) -> Factor:
+        return self._noted(site, scope, Factor(site.name, table, site.plate_names, self._weight(scale, site)))
+
+    def _noted(self, site: Site, scope: Sites | None, factor: Factor) -> Factor:
+        """The factor; reads of the site along which it does not vary are noted."""
+        missing = scope.difference(factor.table.axes) if scope is not None else ()
+        for name in missing:
+            if name in self.homes and name != site.name and (factor.first is None or name not in factor.first.axes):
+                self.lost.add((site.role, site.name, name))
+        return factor
 
     def scale(self, site: Site) -> Scale:
         """The weight of a site: a number, or one per plate element."""
@@ -75,75 +195,83 @@ class Labeller:
     def _weight(self, scale: Tensor | float, site: Site) -> Scale:
         return self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale)
 
-    def _noted(self, site: Site, factor: Factor) -> Factor:
-        """The factor; reads of the site along which none of its tables varies are noted."""
-        scope = self._scope(site) or NO_SITES
-        axes = {*factor.table.axes, *(factor.first.axes if factor.first else ())}
-        for name in scope - axes:
-            if name in self.homes and name != site.name:
-                self.lost.add((site.role, site.name, name))
-        return factor
-
-    def _values(self, site: Site, fn: Any) -> Tensor:
-        if site.kind == "enumerated" and site.name not in self.layout.sequential:
-            values = support_table(fn, self.layout.dims[site.name])
-            if values is not None:
-                return values
-        values = product_table(fn, site.value)
-        return log_prob(fn, site.value) if values is None else values
-
-    def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool) -> Tensor:
+    def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool, own: bool) -> Tensor:
         """A latent that is masked in guide and model takes its first value there, at no cost."""
+        where = torch.as_tensor(absent, device=values.device)
         if site.name in self.layout.sequential:
             first = values.new_tensor(0.0 if self.choices[site.name] == 0 else -torch.inf)
-            return torch.where(torch.as_tensor(absent, device=values.device), first, values)
-        dim = self.layout.dims[site.name]
-        size = values.shape[dim]
-        first = torch.full((size, *(1,) * (-dim - 1)), -torch.inf, dtype=values.dtype, device=values.device)
+            return torch.where(where, first, values)
+        dim = -1 if own else self.layout.dims[site.name]
+        first = values.new_full((values.shape[dim], *(1,) * (-dim - 1)), -torch.inf)
         first[0] = 0.0
-        return torch.where(torch.as_tensor(absent, device=values.device), first, values)
-
-    def _scope(self, site: Site) -> Sites | None:
-        """The sites that the log-probability reads; None where each dim names its latent by itself."""
-        if self.provenance is None:
-            return None
-        own = {site.name} if site.name in self.draws else NO_SITES
-        return site.reads(self.provenance).union(own)
+        return torch.where(where[..., None] if own and where.dim() else where, first, values)
 
     def labelled(self, values: Tensor, site: Site, scope: Sites | None) -> Table:
-        """The table of a tensor whose dims lie as the layout says; see `labelled_before`."""
-        return self.labelled_before(values, site, scope, ())
-
-    def labelled_before(self, values: Tensor, site: Site, scope: Sites | None, trailing: tuple[str, ...]) -> Table:
-        """The table of a tensor whose dims lie as the layout says, but for the last ones, which have names.
+        """The table of a tensor whose dims lie as the layout says.
 
         Raises:
             PlateError: It varies along a latent from outside one of the latent's plates.
             StructureError: It varies along a batch dim that is no plate.
             StructureChanged: It varies along a latent that it is not known to read.
         """
+        pattern = self._pattern(values, site)
+        return Table(pattern.values, self._axes(pattern, site, scope))
+
+    def labelled_before(self, values: Tensor, site: Site, scope: Sites | None, trailing: tuple[str, ...]) -> Table:
+        """The table of a tensor whose dims lie as the layout says, but for the last ones, which have names."""
+        pattern = self._pattern(values, site, trailing=len(trailing))
+        axes = self._axes(pattern, site, None if scope is None else scope - {site.name})
+        drawn = tuple(sorted(scope & self.draws)) if scope else ()
+        shape = [*pattern.values.shape[: len(axes)], *(1,) * len(drawn), *pattern.values.shape[len(axes) :]]
+        return Table(pattern.values.reshape(shape), (*axes, *drawn, *trailing))
+
+    def _pattern(
+        self, values: Tensor, site: Site, *, own: bool = False, stacked: bool = False, trailing: int = 0
+    ) -> "_Pattern":
+        """What of a tensor varies, and along what.
+
+        Args:
+            values: The tensor.
+            site: A site around which its plates lie.
+            own: Whether the last dim is that of the site's own values.
+            stacked: Whether the first dim counts equal sites.
+            trailing: How many of the last dims stay as they are, and get no name here.
+        """
         plate_at = {plate.dim: plate for plate in site.plates}
-        axes, keep = [], []
-        batch_shape = values.shape[: values.dim() - len(trailing)]
-        for position, size in enumerate(batch_shape):
+        start, stop = int(stacked), values.dim() - int(own) - trailing
+        dims: list[int | str] = []
+        keep = list(values.shape[:start])
+        for position, size in enumerate(values.shape[start:stop], start):
             if size == 1:
                 continue
-            dim = position - len(batch_shape)
+            dim = position - stop
             if -dim > self.layout.nesting:
-                axes.append(self._latent(dim, site, scope))
+                dims.append(dim)
             elif dim in plate_at and plate_at[dim].size == size:
-                axes.append(plate_at[dim].name)
+                dims.append(plate_at[dim].name)
             else:
-                raise _no_plate(site, batch_shape, dim)
+                raise _no_plate(site, values.shape[start:stop], dim)
             keep.append(size)
-        drawn = tuple(sorted(scope & self.draws)) if scope else ()
-        shape = [*keep, *(1,) * len(drawn), *values.shape[len(batch_shape) :]]
-        return Table(values.reshape(shape), (*axes, *drawn, *trailing))
+        if own and values.shape[-1] != 1:
+            dims.append(_OWN)
+            keep.append(values.shape[-1])
+        return _Pattern(values.reshape([*keep, *values.shape[values.dim() - trailing :]]), tuple(dims), own)
+
+    def _axes(self, pattern: "_Pattern", site: Site, scope: Sites | None) -> tuple[str, ...]:
+        """The names of a pattern's dims at a site."""
+        if pattern.own and scope is not None:
+            scope = scope - {site.name}
+        return tuple(
+            dim if isinstance(dim, str) else site.name if dim == _OWN else self._latent(dim, site, scope)
+            for dim in pattern.dims
+        )
 
     def _latent(self, dim: int, site: Site, scope: Sites | None) -> str:
-        candidates = self._latents_at.get(dim, [])
-        if scope is not None:
-            candidates = [name for name in candidates if name in scope]
+        dims = self.layout.dims
+        if scope is None:
+            candidates = [name for name, its_dim in dims.items() if its_dim == dim]
+        else:
+            candidates = [name for name in scope if dims.get(name) == dim]
         if len(candidates) != 1:
             raise StructureChanged(f"site '{site.name}' varies along dim {dim}, which is of {candidates}")
         name = candidates[0]
@@ -154,6 +282,19 @@ class Labeller:
         if outside:
             raise plate_violation(site.name, site.role, name, min(outside))
         return name
+
+
+def _scored(site: Site, fn: Any) -> Tensor:
+    try:
+        values = product_table(fn, site.value)
+        return log_prob(fn, site.value) if values is None else values
+    except ValueError as error:
+        if site.kind != "observed":
+            raise
+        raise SupportError(
+            f"Site '{site.name}' of the {site.role} cannot score its value: {error}",
+            hint="Observe a value that the distribution can take.",
+        ) from error
 
 
 def scale_reads_latents(site: Site, nesting: int) -> bool:
@@ -172,25 +313,6 @@ def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
     """A table over plates as a tensor: batch dims lie where the plates' dims do, other axes follow on the right."""
     axes = batch_axes(plates)
     return table.aligned((*axes, *(axis for axis in table.axes if axis not in axes)))
-
-
-def unmasked(site: Site) -> tuple[Any, Tensor | bool | None]:
-    """The site's distribution and its mask, from `poutine.mask` and from `fn.mask(...)` together."""
-    fn, mask = site.fn, site.mask
-    while type(fn).__name__ == "MaskedDistribution":
-        own = fn._mask
-        mask = own if mask is None or mask is True else mask & own if not isinstance(mask, bool) else False
-        fn = fn.base_dist
-    return fn, None if mask is True else mask
-
-
-def masked(values: Tensor, mask: Tensor | bool | None) -> Tensor:
-    """The values where the mask holds, and zero elsewhere."""
-    if mask is None or mask is True:
-        return values
-    if mask is False:
-        return torch.zeros_like(values)
-    return torch.where(mask, values, values.new_zeros(()))
 
 
 def _no_plate(site: Site, shape: torch.Size, dim: int) -> StructureError:

@@ -1,0 +1,91 @@
+"""How values leave torch: the operations by which a program branches on them, and where it did so."""
+
+import os
+import sys
+from types import FrameType
+
+import pyro
+import torch
+
+Sites = frozenset[str]
+NO_SITES: Sites = frozenset()
+
+ESCAPES = frozenset(
+    [
+        "item",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "__contains__",
+        "tolist",
+        "numpy",
+        "__array__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "nonzero",
+        "argwhere",
+        "unique",
+        "unique_consecutive",
+        "masked_select",
+        "bincount",
+        "full",
+        "arange",
+        "linspace",
+        "range",
+        "eye",
+    ]
+)
+"""Operations that turn a value into something that torch cannot vectorise: a Python number, a numpy array, a shape."""
+
+INTEGER_ARGUMENTS = frozenset(
+    [
+        "select",
+        "narrow",
+        "roll",
+        "repeat",
+        "tril",
+        "triu",
+        "zeros",
+        "ones",
+        "rand",
+        "randn",
+        "repeat_interleave",
+        "split",
+    ]
+)
+"""Operations whose later arguments are sizes or positions: a tensor there is read as a Python integer."""
+
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
+
+
+class Escaped(Exception):
+    """The program took a latent out of torch: it can only be enumerated by running the program once per value."""
+
+    def __init__(self, sites: Sites, operation: str, line: str) -> None:
+        super().__init__(f"{operation} at {line}")
+        self.sites = sites
+        self.operation = operation
+        self.line = line
+
+
+def by_the_program(depth: int = 2) -> bool:
+    """Whether the program itself asked: checks inside torch.distributions and Pyro look at values without branching."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
+        frame = frame.f_back
+    return frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES)
+
+
+def user_line() -> str:
+    """The innermost line of the user's program that is running, as "file.py:12"."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown line"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
