@@ -161,7 +161,7 @@ def solve(source: str, evidence: Evidence | None = None) -> Answer:
     ticks.append(time.perf_counter())
     marginals = posterior.marginals()
     ticks.append(time.perf_counter())
-    plan = vfe.explain(model, nothing).plan
+    plan = vfe.explain(model, nothing).outline
     read, run, propagated = (end - start for start, end in pairwise(ticks))
     return Answer(
         network, evidence, float(posterior.log_evidence), marginals, plan.flops, plan.bytes, (read, run, propagated)

@@ -29,7 +29,7 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         ImpossibleDataError: log p(u) is -inf.
         NotFiniteError: Some table holds a NaN.
     """
-    names = [f"'{f.name}'" for f in enumeration.factors.values() if any(bool(v.isnan().any()) for v in f.values)]
+    names = [f"'{f.name}'" for f in enumeration.factors.values() if any(bool(t.values.isnan().any()) for t in f.tables)]
     if names:
         raise NotFiniteError(
             f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
@@ -123,7 +123,7 @@ def _not_a_number(
     bad = [
         f"'{factor.name}' of the {role}"
         for (role, _), factor in enumeration.factors.items()
-        if any(bool((values.isnan() | values.isposinf()).any()) for values in factor.values)
+        if any(bool((table.values.isnan() | table.values.isposinf()).any()) for table in factor.tables)
     ]
     names = nan_parameters(*programs)
     cause = f" Parameters that hold NaN: {', '.join(names)}." if names else ""

@@ -187,7 +187,7 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
 
 
 def _mentioned(graph: FactorGraph, factors: Sequence[Factor]) -> dict[str, Variable]:
-    names = {axis for factor in factors for axis in factor.table.axes}
+    names = {axis for factor in factors for axis in factor.axes}
     return {name: variable for name, variable in graph.variables.items() if name in names}
 
 

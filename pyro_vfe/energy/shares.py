@@ -51,8 +51,8 @@ def gap_shares(enumeration: Enumeration, max_bytes: float | None = None) -> dict
     weights: dict[str, Table] = {}
     for conditional in reversed(enumeration.guide_latents):
         name = conditional.name
-        touching = [factor for factor in remaining if name in factor.table.axes]
-        remaining = [factor for factor in remaining if name not in factor.table.axes]
+        touching = [factor for factor in remaining if name in factor.axes]
+        remaining = [factor for factor in remaining if name not in factor.axes]
         plates = _own_plates(name, (conditional, *touching), graph)
         left = _summed_out(name, plates, touching, graph, max_bytes)
         remaining.extend(left)
@@ -79,7 +79,7 @@ def _check(enumeration: Enumeration) -> None:
 def _own_plates(name: str, factors: Iterable[Factor], graph: FactorGraph) -> frozenset[str]:
     """The plates whose elements have shares of their own."""
     variable = graph.variables[name]
-    is_chain = any(previous(name) in factor.table.axes for factor in factors)
+    is_chain = any(previous(name) in factor.axes for factor in factors)
     return variable.plates - {variable.chain} if is_chain else variable.plates
 
 
@@ -88,7 +88,7 @@ def _summed_out(
 ) -> list[Factor]:
     if not touching:
         return []
-    mentioned = {axis for factor in touching for axis in factor.table.axes}
+    mentioned = {axis for factor in touching for axis in factor.axes}
     variables = {key: variable for key, variable in graph.variables.items() if key in mentioned}
     part = replace(graph, factors=tuple(touching), variables=variables)
     try:

@@ -103,7 +103,7 @@ def chain_tables(graph: FactorGraph, group: ChainGroup, executor: Executor) -> C
     local = set(group.local)
     pieces = _Pieces([], [], [])
     sums: list[LocalSum] = []
-    scopes = {n: [axis for axis in factor.table.axes if axis in local] for n, factor in enumerate(factors)}
+    scopes = {n: [axis for axis in factor.axes if axis in local] for n, factor in enumerate(factors)}
     for members, names in connected(scopes):
         part = [factors[n] for n in members]
         if names:
@@ -152,7 +152,7 @@ def _add_sum(done: LocalSum, pieces: _Pieces, scale: Scale) -> None:
 
 def _within(factor: Factor, group: ChainGroup, graph: FactorGraph) -> Factor:
     """The factor with plates inside the chains' multiplied out, unless variables there are still to be summed."""
-    if not set(group.local).isdisjoint(factor.table.axes) or factor.plates <= group.plates:
+    if not set(group.local).isdisjoint(factor.axes) or factor.plates <= group.plates:
         return factor
     return without_plates(factor, factor.plates - group.plates, graph)
 

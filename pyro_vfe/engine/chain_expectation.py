@@ -117,18 +117,20 @@ def chain_marginals_of(conditionals: Sequence[Factor], plate: str, graph: Factor
     return ChainMarginals(plate, states, states_at, Table(probs.reshape(*shape, *state_sizes, *state_sizes), axes))
 
 
-def tied_groups(conditionals: Sequence[Factor], costs: Iterable[Table], graph: FactorGraph) -> list[list[Factor]]:
+def tied_groups(
+    conditionals: Sequence[Factor], costs: Iterable[Sequence[str]], graph: FactorGraph
+) -> list[list[Factor]]:
     """Returns the conditionals in an order of sampling, those of one joint chain together.
 
     Args:
         conditionals: The log-probability of each variable given earlier ones, in order of sampling.
-        costs: What is expected.
+        costs: The axes of what is expected.
         graph: Variables and plates.
     """
     if all(variable.chain is None for variable in graph.variables.values()):
         return [[factor] for factor in conditionals]
     by_name = {factor.name: factor for factor in conditionals}
-    read = {axis for table in (*(factor.table for factor in conditionals), *costs) for axis in table.axes}
+    read = {axis for axes in (*(factor.axes for factor in conditionals), *costs) for axis in axes}
     group_of = {name: [name] for name in by_name}
     for name in by_name:
         plate = graph.variables[name].chain

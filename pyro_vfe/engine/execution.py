@@ -151,7 +151,7 @@ def _multiplied_out(table: Table, gone: frozenset[str], graph: FactorGraph) -> T
 
 def with_uniform_factors(graph: FactorGraph, keep: frozenset[str]) -> FactorGraph:
     """Returns the graph with a table of zeros for each summed variable that no table mentions: it counts log size."""
-    mentioned = {axis for factor in graph.factors for axis in factor.table.axes}
+    mentioned = {axis for factor in graph.factors for axis in factor.axes}
     missing = [v for v in graph.variables.values() if v.name not in mentioned and v.name not in keep]
     if not missing:
         return graph

@@ -55,6 +55,11 @@ class _Term:
     first: Table | None = None
     """The cost of a chain's first element, where it reads previous values."""
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of its tables."""
+        return self.table.axes if self.first is None else tuple(dict.fromkeys((*self.table.axes, *self.first.axes)))
+
     def mapped(self, function: Callable[[Table], Table]) -> "_Term":
         """The term with its tables replaced."""
         return _Term(function(self.table), self.plates, None if self.first is None else function(self.first))
@@ -79,7 +84,7 @@ def expected(
         downstream_of: Variables whose downstream costs are returned as well.
     """
     terms = [_Term(cost.table, cost.plates, cost.first) for cost in map(applied, costs)]
-    order = tied_groups(conditionals, [term.table for term in terms], graph)
+    order = tied_groups(conditionals, [term.axes for term in terms], graph)
     plain = _Pass(graph, keep_plates, downstream_of, careful=False)
     result = plain.run(order, terms)
     # 0 * inf is 0 here. Where an infinity met anything, the plain products are not finite.
@@ -112,7 +117,7 @@ class _Pass:
 
         def file(term: _Term) -> None:
             """Hands the term to the last-sampled variable it reads."""
-            read = [position[axis] for axis in term.table.axes if axis in position]
+            read = [position[axis] for axis in term.axes if axis in position]
             (waiting.setdefault(max(read), []) if read else done).append(term)
 
         for term in terms:
@@ -120,7 +125,7 @@ class _Pass:
         for n in reversed(range(len(groups))):
             touching = [self._reduced(term) for term in waiting.pop(n, [])]
             for conditional in groups[n]:
-                assert all(position.get(axis, -1) <= n for axis in conditional.table.axes), "conditionals out of order"
+                assert all(position.get(axis, -1) <= n for axis in conditional.axes), "conditionals out of order"
                 if conditional.name in self.downstream_of:
                     self.downstream[conditional.name] = self._downstream(conditional.name, touching)
             for left in self._summed(groups[n], touching):
@@ -154,7 +159,7 @@ class _Pass:
     def _time_left(self, term: _Term, summed: set[str], plate: str) -> Time:
         """What becomes of the elements of a chain's plate in a term: others may still read them, or those before."""
         gone = summed | {previous(name) for name in summed}
-        left = [axis for axis in term.table.axes if axis not in gone]
+        left = [axis for axis in term.axes if axis not in gone]
         inside = [v.name for v in self.graph.variables.values() if plate in v.plates]
         if term.first is not None and any(previous(name) in left for name in inside):
             return "split"
@@ -163,7 +168,7 @@ class _Pass:
     def _reduced(self, term: _Term, keep: frozenset[str] | None = None) -> _Term:
         """Sums the term over plates that hold none of its variables and are not kept."""
         needed = self.keep_plates if keep is None else keep
-        for axis in term.table.axes:
+        for axis in term.axes:
             if axis in self.graph.variables:
                 needed = needed | self.graph.variables[axis].plates
         surplus = term.plates - needed
@@ -181,10 +186,10 @@ class _Pass:
 
     def _grouped(self, name: str, conditional: Factor, terms: Sequence[_Term]) -> Iterable[_Term]:
         """Adds up terms that will have the same variables and plates once `name` is summed out."""
-        parents = {axis for axis in conditional.table.axes if axis in self.graph.variables}
+        parents = {axis for axis in conditional.axes if axis in self.graph.variables}
         groups: dict[object, list[_Term]] = {}
         for term in terms:
-            after = parents.union(axis for axis in term.table.axes if axis in self.graph.variables) - {name}
+            after = parents.union(axis for axis in term.axes if axis in self.graph.variables) - {name}
             groups.setdefault((frozenset(after), term.plates, term.first is None), []).append(term)
         return [_added(group) for group in groups.values()]
 

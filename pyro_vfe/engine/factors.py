@@ -146,9 +146,16 @@ class Factor:
     """The table of a chain's first element; None for a factor that reads no previous value."""
 
     @property
-    def values(self) -> tuple[Tensor, ...]:
-        """The numbers of its tables."""
-        return (self.table.values,) if self.first is None else (self.table.values, self.first.values)
+    def axes(self) -> tuple[str, ...]:
+        """The axes of its tables: the table's, then what the first element's has beside them."""
+        if self.first is None:
+            return self.table.axes
+        return tuple(dict.fromkeys((*self.table.axes, *self.first.axes)))
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Its table, and the first element's where there is one."""
+        return (self.table,) if self.first is None else (self.table, self.first)
 
     def mapped(self, function: Callable[[Table], Table]) -> "Factor":
         """Returns the factor with its tables replaced by what `function` makes of them."""
@@ -171,7 +178,7 @@ class FactorGraph:
     def scope(self, factor: Factor) -> tuple[str, ...]:
         """Returns the variables that the factor's axes are of, previous values included, in the table's order."""
         earlier = {previous(name): name for name in self.variables} if factor.first is not None else {}
-        named = (earlier.get(axis, axis) for axis in factor.table.axes)
+        named = (earlier.get(axis, axis) for axis in factor.axes)
         return tuple(dict.fromkeys(axis for axis in named if axis in self.variables))
 
     def size(self, axis: str) -> int:
@@ -185,7 +192,7 @@ class FactorGraph:
     @property
     def tables(self) -> tuple[Table, ...]:
         """All log tables in the order of the factors, a chain's first element after its others."""
-        return tuple(t for factor in self.factors for t in (factor.table, factor.first) if t is not None)
+        return tuple(table for factor in self.factors for table in factor.tables)
 
     def with_tables(self, tables: Iterable[Table]) -> "FactorGraph":
         """Returns the graph with its tables replaced, in the order of `tables`."""

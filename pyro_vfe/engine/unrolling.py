@@ -18,7 +18,7 @@ from pyro_vfe.engine.structure import FactorShape, Structure, Unrolling, Variabl
 def structure_of(graph: FactorGraph) -> Structure:
     """Returns what a plan sees of a graph."""
     return Structure(
-        tuple(FactorShape(f.name, f.table.axes, f.plates) for f in graph.factors),
+        tuple(FactorShape(f.name, f.axes, f.plates) for f in graph.factors),
         tuple(VariableShape(v.name, v.size, v.plates, v.chain) for v in graph.variables.values()),
         tuple(graph.plates.items()),
     )
@@ -92,7 +92,7 @@ class _Slices:
 
 
 def _sliced(factor: Factor, shape: FactorShape, element: int, slices: _Slices) -> Factor:
-    names = dict(zip((axis for axis in factor.table.axes if axis != slices.plate), shape.axes, strict=True))
+    names = dict(zip((axis for axis in factor.axes if axis != slices.plate), shape.axes, strict=True))
 
     def renamed(table: Table) -> Table:
         chosen = table.selected(slices.plate, element)

@@ -127,7 +127,7 @@ class Enumeration:
         count = max((site.steps[plate] for site in self.sites.values() if plate in site.steps), default=-1) + 1
         home = {site.name: site.steps.get(plate) for site in self.sites.values() if site.kind == "enumerated"}
         for key, factor in self.factors.items():
-            for name in factor.table.axes:
+            for name in factor.axes:
                 if name in home and home[name] != self.sites[key].steps.get(plate):
                     raise PlateError(
                         f"Site '{factor.name}' reads latent '{name}' of another step of plate '{plate}', or "
@@ -142,7 +142,7 @@ class Enumeration:
 
     def graph(self, *factors: Factor) -> FactorGraph:
         """The given factors as a graph over this run's variables."""
-        present = {axis for factor in factors for axis in factor.table.axes}
+        present = {axis for factor in factors for axis in factor.axes}
         present |= {factor.name for factor in factors}
         variables = {name: variable for name, variable in self.variables.items() if name in present}
         return FactorGraph(factors, variables, self.plates)

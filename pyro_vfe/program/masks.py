@@ -86,12 +86,12 @@ def check_absences(
     for factor in factors:
         if factor.first is not None and factor.name in absent:
             _check_neighbours(factor, sites["model", factor.name], absent[factor.name], layout)
-        for name in absent.keys() & set(factor.table.axes) - {factor.name}:
+        for name in absent.keys() & set(factor.axes) - {factor.name}:
             site = sites["model", name]
             labeller = Labeller(layout, None, {}, {})
             where = torch.as_tensor(absent[name], device=factor.table.values.device)
             gone = labeller.labelled(where, site, None)
-            if any(_varies(table, name, gone) for table in (factor.table, factor.first) if table is not None):
+            if any(_varies(table, name, gone) for table in factor.tables if name in table.axes):
                 raise ScaleError(
                     f"Latent site '{name}' is masked out where site '{factor.name}' still reads it.",
                     hint=f"Mask '{factor.name}' there as well, or unmask '{name}'; to skip a missing observation mask "

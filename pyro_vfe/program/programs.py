@@ -219,7 +219,7 @@ def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
         known = layout.sites.get(key)
         if known is None or enumeration.sites[key].controls:
             continue
-        varies, before = latents & set(factor.table.axes) - {key[1]}, latents & known.scope - {key[1]}
+        varies, before = latents & set(factor.axes) - {key[1]}, latents & known.scope - {key[1]}
         if not varies <= before <= varies | read.get(key, set()):
             raise StructureChanged(f"site '{key[1]}' read {sorted(before)}, and then {sorted(varies)}")
 

@@ -182,9 +182,8 @@ class Labeller:
 
     def _noted(self, site: Site, scope: Sites | None, factor: Factor) -> Factor:
         """The factor; reads of the site along which it does not vary are noted."""
-        missing = scope.difference(factor.table.axes) if scope is not None else ()
-        for name in missing:
-            if name in self.homes and name != site.name and (factor.first is None or name not in factor.first.axes):
+        for name in scope.difference(factor.axes) if scope is not None else ():
+            if name in self.homes and name != site.name:
                 self.lost.add((site.role, site.name, name))
         return factor
 

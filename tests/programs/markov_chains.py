@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import pyro_vfe as vfe
-from programs.case import Program, categorical, noise, positive, simplex, tensor
+from programs.case import Program, categorical, empty, noise, positive, simplex, tensor
 
 COUNTS = tensor([1.0, 4.0, 2.0, 7.0])
 TABLE = tensor([[1.0, 4.0, 2.0], [0.0, 3.0, 5.0]])
@@ -113,6 +113,29 @@ def classes_guide(table: Tensor) -> None:
         c = categorical("c", simplex("q_c", 2, 1, 2, seed=8))
         with pyro.plate("time", table.shape[-1], dim=-1):
             pyro.sample("z", vfe.MarkovChain(initial[c].squeeze(-2), transition[c]))
+
+
+def classes_of_beginnings(table: Tensor, of_transitions: bool = False) -> None:
+    rates, initial, steps = (
+        positive("rates", 2, seed=2),
+        simplex("initial", 2, 2),
+        simplex("transition", 2, 2, 2, seed=1),
+    )
+    with pyro.plate("sequences", len(table), dim=-2):
+        c = categorical("c", simplex("classes", 2, seed=7))
+        first, transition = (initial[0], steps[c]) if of_transitions else (initial[c].squeeze(-2), steps[0])
+        with pyro.plate("time", table.shape[-1], dim=-1):
+            z = pyro.sample("z", vfe.MarkovChain(first, transition))
+            pyro.sample("u", dist.Poisson(rates[z]), obs=table)
+
+
+def classes_of_beginnings_guide(table: Tensor, of_transitions: bool = False) -> None:
+    initial, steps = simplex("q_initial", 2, 2, seed=4), simplex("q_transition", 2, 2, 2, seed=5)
+    with pyro.plate("sequences", len(table), dim=-2):
+        c = categorical("c", simplex("q_c", 2, 1, 2, seed=8))
+        first, transition = (initial[0], steps[c]) if of_transitions else (initial[c].squeeze(-2), steps[0])
+        with pyro.plate("time", table.shape[-1], dim=-1):
+            pyro.sample("z", vfe.MarkovChain(first, transition))
 
 
 def guide_of_classes(table: Tensor) -> None:
@@ -224,6 +247,16 @@ MARKOV_CHAINS: dict[str, Program] = {
     "markov_chains_by_class": Program(classes, args=(TABLE,), plates=("sequences",), marginals=(("c",), ("z", "c"))),
     "markov_chains_by_class_with_guide": Program(classes, classes_guide, args=(TABLE,), plates=("sequences",)),
     "markov_chains_by_class_with_guide_of_classes": Program(classes, guide_of_classes, args=(TABLE,)),
+    **{
+        f"markov_chains_by_class_of_{what}_{whose}": Program(
+            partial(classes_of_beginnings, of_transitions=of_transitions), guide, args=(TABLE,), plates=("sequences",)
+        )
+        for what, of_transitions in (("beginning", False), ("transition", True))
+        for whose, guide in (
+            ("alone", empty),
+            ("with_guide", partial(classes_of_beginnings_guide, of_transitions=of_transitions)),
+        )
+    },
     "factorial_markov_chain": Program(factorial, args=(COUNTS[:3],), marginals=(("a",), ("a", "b"))),
     "factorial_markov_chain_with_guide": Program(factorial, factorial_guide, args=(COUNTS[:3],)),
     "factorial_markov_chain_with_half_mean_field": Program(factorial, half_mean_field, args=(COUNTS[:3],)),
