@@ -49,7 +49,7 @@ CASES = {
     "E-step 1x20,000x8": _e_step((1, 20_000, 8), 1.0),
     "E-step 1x1,000,000x4": Case(
         ours(MILLION),
-        peers(MILLION, "hmmlearn scaling", "hmmlearn log", "dynamax", "NumPyro, forward recursion"),
+        peers(MILLION, "hmmlearn scaling", "hmmlearn log", "dynamax"),
         {"hmmlearn scaling": (ratio(2.0), peak_gibibytes(2.0))},
         {"the engine alone": ours(MILLION, "engine")},
     ),

@@ -105,6 +105,15 @@ class Case:
     """Seconds of calls for each contestant."""
 
 
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+}
+"""What gives each contestant one thread, unless the environment says otherwise: on a small or shared machine thread pools
+that wake for each call in turn measure the scheduler."""
+
+
 class Worker:
     """A contestant's process."""
 
@@ -126,7 +135,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**ONE_THREAD, **os.environ, "PYTHONPATH": path},
         )
         task = {"module": contestant.module, "function": contestant.function, "arguments": dict(contestant.arguments)}
         self._say(json.dumps(task))

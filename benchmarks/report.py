@@ -146,7 +146,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = {
         "Processor": f"{_processor()}, {os.cpu_count()} cores",
-        "Threads": os.environ.get("OMP_NUM_THREADS", "as each library chooses"),
+        "Threads": os.environ.get("OMP_NUM_THREADS", "one for each contestant"),
         "Memory": f"{memory:.0f} GiB",
         "System": platform.platform(),
         "Load at the end": " ".join(f"{load:.1f}" for load in os.getloadavg()),
@@ -187,8 +187,7 @@ Written by `make bench`: every figure is of one run on one machine,
 
 {machine}
 
-Times are medians in milliseconds, ours and the peers' in turn, each contestant in a process of its own with as many
-threads as its library takes; a contestant whose calls are long has fewer of them. The reading is ours over the peer's
+Times are medians in milliseconds, ours and the peers' in turn, each contestant in a process of its own; a contestant whose calls are long has fewer of them. The reading is ours over the peer's
 where it has no unit. A target held against the fastest peer stands in that peer's row. Peak memory, in MiB, is the
 most that the process held beyond its imports and data, the first call (our analysis and spot check, jax's
 compilation) included. The last column counts the measurements of both, and gives the seconds of the first calls, which

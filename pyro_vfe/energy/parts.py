@@ -163,6 +163,9 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
 
     The weights would stand inside its sum as powers, and F would bound nothing.
     """
+    others = graph.variables.keys() - summed
+    if not others:
+        return
     tied = {name: name for name in graph.variables}
 
     def root(name: str) -> str:
@@ -175,7 +178,7 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
         for name in scope if not summed.isdisjoint(scope) else ():
             tied[root(name)] = root(scope[0])
     for name in summed:
-        for other in graph.variables.keys() - summed:
+        for other in others:
             inside = not graph.variables[other].plates <= graph.variables[name].plates
             one, two = graph.variables[name].scale, graph.variables[other].scale
             if inside and root(name) == root(other) and not same_scale(one, two):
