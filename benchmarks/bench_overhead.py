@@ -9,6 +9,7 @@ PROGRAMS = {
     "Python-loop HMM 256x100x8": ("loop", (256, 100, 8), 200),
     "Python-loop HMM 64x1000x32": ("loop", (64, 1000, 32), 2000),
     "200 small sites": ("small", (100,), 200),
+    "200 unlike sites": ("unlike", (100,), 200),
 }
 
 

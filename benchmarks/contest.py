@@ -110,8 +110,8 @@ ONE_THREAD = {
     "MKL_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
-"""What gives each contestant one thread, unless the environment says otherwise: on a small or shared machine thread pools
-that wake for each call in turn measure the scheduler."""
+"""What gives each contestant one thread, unless the environment says otherwise: on a small or shared machine, thread
+pools that wake for each call in turn measure the scheduler."""
 
 
 class Worker:

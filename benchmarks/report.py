@@ -187,8 +187,9 @@ Written by `make bench`: every figure is of one run on one machine,
 
 {machine}
 
-Times are medians in milliseconds, ours and the peers' in turn, each contestant in a process of its own; a contestant whose calls are long has fewer of them. The reading is ours over the peer's
-where it has no unit. A target held against the fastest peer stands in that peer's row. Peak memory, in MiB, is the
+Times are medians in milliseconds, ours and the peers' in turn, each contestant in a process of its own; a contestant
+whose calls are long has fewer of them. The reading is ours over the peer's where it has no unit. A target held against
+the fastest peer stands in that peer's row. Peak memory, in MiB, is the
 most that the process held beyond its imports and data, the first call (our analysis and spot check, jax's
 compilation) included. The last column counts the measurements of both, and gives the seconds of the first calls, which
 are not among them: in those of networks our plan is searched for. Contestants must agree on the log evidence, and on

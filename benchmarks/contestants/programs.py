@@ -78,5 +78,19 @@ def small_chain(sites: int) -> Model:
     return model
 
 
+def unlike_sites(sites: int) -> Model:
+    """A network in which each latent has a table of its own and reads the latent before: no two sites are alike."""
+    tables = torch.rand(sites, 3, 3).softmax(-1)
+    locs, data = torch.randn(sites, 3), torch.randn(sites)
+
+    def model() -> None:
+        z: Any = torch.tensor(0)
+        for t in range(sites):
+            z = pyro.sample(f"z_{t}", dist.Categorical(tables[t][z]), infer={"enumerate": "parallel"})
+            pyro.sample(f"x_{t}", dist.Normal(locs[t][z], 1.0), obs=data[t])
+
+    return model
+
+
 def _as_it_is(steps: range) -> Iterator[int]:
     return iter(steps)

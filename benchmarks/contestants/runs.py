@@ -7,10 +7,10 @@ import torch
 from pyro.poutine.messenger import Messenger
 from worker import Prepared
 
-from contestants.programs import empty, hidden_markov, small_chain
+from contestants.programs import empty, hidden_markov, small_chain, unlike_sites
 from pyro_vfe.program.programs import Programs
 
-PROGRAMS = {"loop": hidden_markov, "small": small_chain}
+PROGRAMS = {"loop": hidden_markov, "small": small_chain, "unlike": unlike_sites}
 
 
 def ours(program: str, sizes: list[int]) -> Prepared:
