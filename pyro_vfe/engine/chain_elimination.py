@@ -159,32 +159,40 @@ def _within(factor: Factor, group: ChainGroup, graph: FactorGraph) -> Factor:
 
 def _local_sum(part: Sequence[Factor], graph: FactorGraph, group: ChainGroup, executor: Executor) -> LocalSum:
     if all(factor.first is None for factor in part):
-        return LocalSum(together=_summed(part, graph, group, group.plates, executor))
+        return LocalSum(together=_summed(part, graph, group, group.steps, executor))
     firsts = [at_first(factor, group.plate) for factor in part]
-    first = _summed(firsts, graph, group, group.plates - {group.plate}, executor)
+    first = _summed(firsts, graph, group, None, executor)
     if group.steps == 1:
         return LocalSum(first=first)
     later = [after_first(factor, group.plate) for factor in part]
-    return LocalSum(first=first, later=_summed(later, graph, group, group.plates, executor))
+    return LocalSum(first=first, later=_summed(later, graph, group, group.steps - 1, executor))
 
 
 def _summed(
-    part: Sequence[Factor], graph: FactorGraph, group: ChainGroup, kept_plates: frozenset[str], executor: Executor
+    part: Sequence[Factor], graph: FactorGraph, group: ChainGroup, steps: int | None, executor: Executor
 ) -> Execution:
-    """Sums the group's local variables out of some factors in which a previous state is a variable of its own."""
-    variables: dict[str, Variable] = {}
-    mentioned = {axis for factor in part for axis in factor.table.axes}
+    """Sums the group's local variables out of some factors in which a previous state is a variable of its own.
+
+    Args:
+        part: The factors.
+        graph: The graph that they are of.
+        group: The chains.
+        steps: The number of elements along time; None for a single one without that axis.
+        executor: How variables are summed.
+    """
+    time = frozenset([group.plate])
     earlier = {previous(name): name for name in group.states}
-    for axis in mentioned:
-        known = graph.variables.get(earlier.get(axis, axis))
-        if known is not None:
-            inside = group.plate in known.plates
-            plates = known.plates - {group.plate} | (kept_plates & {group.plate} if inside else frozenset())
+    mentioned = {axis for factor in part for axis in factor.table.axes}
+    variables: dict[str, Variable] = {}
+    for axis in (*graph.variables, *earlier):
+        if axis in mentioned:
+            known = graph.variables[earlier.get(axis, axis)]
+            plates = known.plates - time if steps is None else known.plates
             variables[axis] = replace(known, name=axis, plates=plates, chain=None)
-    ordered = {name: variables.pop(name) for name in graph.variables if name in variables} | variables
-    sizes = {**graph.plates, group.plate: graph.plates[group.plate] - any(axis in mentioned for axis in earlier)}
-    keep = frozenset(ordered).difference(group.local)
-    return executor(FactorGraph(tuple(part), ordered, sizes), keep, kept_plates)
+    sizes = {**graph.plates, group.plate: 1 if steps is None else steps}
+    keep = frozenset(variables).difference(group.local)
+    kept_plates = group.plates - time if steps is None else group.plates
+    return executor(FactorGraph(tuple(part), variables, sizes), keep, kept_plates)
 
 
 def at_first(factor: Factor, plate: str) -> Factor:

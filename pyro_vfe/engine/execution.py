@@ -108,6 +108,7 @@ def execute(
 
 
 def _run_component(component: Component, slots: list[Factor], graph: FactorGraph, semiring: Semiring) -> None:
+    assert all(slots[slot].first is None for slot in component.inputs), "a chain is to be summed before the plan"
     result = slots[component.inputs[0]]
     if component.steps or component.cut:
         scale = common_scale([graph.variables[name] for name in component.variables])

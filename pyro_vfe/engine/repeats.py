@@ -45,6 +45,11 @@ class Thread(NamedTuple):
     plates: frozenset[str]
 
     @property
+    def is_first_alone(self) -> bool:
+        """Whether the first block has it and no other."""
+        return all(factor is None for factor in self.factors[1:])
+
+    @property
     def reads_earlier(self) -> bool:
         """Whether it ties neighbouring blocks: the first block then has none."""
         return self.factors[0] is None and any(axis.endswith(_EARLIER) for axis in self.axes)

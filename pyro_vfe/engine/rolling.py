@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from pyro_vfe.engine.execution import reference_tensor
-from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable, total
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
 from pyro_vfe.engine.repeats import Loop, Thread, find_loop
 from pyro_vfe.engine.scales import rescaled, same_scale
 from pyro_vfe.engine.stacks import stacked_values
@@ -51,18 +51,17 @@ def _scale_of(loop: Loop, graph: FactorGraph) -> Scale | None:
 
 
 def _factors(loop: Loop, graph: FactorGraph, scale: Scale) -> list[Factor]:
-    beginnings = [thread for thread in loop.threads if all(factor is None for factor in thread.factors[1:])]
     zero = Table(reference_tensor(graph).new_zeros(()), ())
-    start = total([zero, *(_along(thread, thread.factors[:1], graph, scale) for thread in beginnings)])
+    chains = {strand.name for strand in loop.strands if strand.is_read_later}
     made: list[Factor] = []
     for thread in loop.threads:
         plates = thread.plates | {loop.time}
-        if thread in beginnings:
-            continue
-        if thread.reads_earlier:
+        if thread.is_first_alone and not chains.isdisjoint(thread.axes):
+            first = _along(thread, thread.factors[:1], graph, scale)
+            made.append(Factor(loop.time, zero, plates, scale, first=first))
+        elif thread.reads_earlier:
             table = _along(thread, thread.factors[1:], graph, scale, loop.time)
-            made.append(Factor(loop.time, table, plates, scale, first=start))
-            start = zero
+            made.append(Factor(loop.time, table, plates, scale, first=zero))
         else:
             made.append(Factor(loop.time, _along(thread, thread.factors, graph, scale, loop.time), plates, scale))
     return made

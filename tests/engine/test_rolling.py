@@ -57,6 +57,8 @@ def loop(kind: str, steps: int = 4) -> FactorGraph:
             factors.append(Factor(f"u{t}", table(30 + t, sizes, *own, f"z{t}"), plates))
     if kind == "one more factor":
         factors.append(Factor("extra", table(77, sizes, "z2"), none))
+    if kind == "a plate at the first step":
+        factors.append(Factor("extra", table(77, sizes, "seq", "z0"), seq))
     return FactorGraph(tuple(factors), variables, {"seq": 2})
 
 
@@ -68,6 +70,7 @@ KINDS = (
     "with a mixture",
     "a datum missing",
     "one more factor",
+    "a plate at the first step",
 )
 
 
@@ -95,6 +98,20 @@ def test_gradients_are_those_of_the_loop(kind: str, monkeypatch: pytest.MonkeyPa
         gradients(log_normalizer(graph).total), gradients(full_joint(graph).log_normalizer), strict=True
     ):
         close(one, other)
+
+
+def test_what_a_step_has_beside_the_chain_counts_even_where_only_the_first_has_data() -> None:
+    graph = loop("plain")
+    sizes = {"w": 3}
+    beside = {f"w{t}": Variable(f"w{t}", 3, frozenset()) for t in range(4)}
+    variables = {
+        name: v for t in range(4) for name, v in ((f"z{t}", graph.variables[f"z{t}"]), (f"w{t}", beside[f"w{t}"]))
+    }
+    priors = [Factor(f"w{t}", table(60 + t, sizes, f"w{t}"), frozenset()) for t in range(4)]
+    datum = Factor("only", table(70, sizes, "w0"), frozenset())
+    graph = FactorGraph((*graph.factors, *priors, datum), variables, graph.plates)
+    assert len(rolled(graph, frozenset()).variables) == 2
+    close(log_normalizer(graph).total, full_joint(graph).log_normalizer)
 
 
 def test_transitions_that_all_steps_share_are_one_table() -> None:
