@@ -21,11 +21,11 @@ from torch import Tensor
 
 from pyro_vfe.engine.chain_groups import ChainGroup
 from pyro_vfe.engine.execution import Execution, reference_tensor, without_plates
-from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable, total
 from pyro_vfe.engine.ordering import connected
 from pyro_vfe.engine.scales import common_scale, rescaled
 from pyro_vfe.engine.structure import previous
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import PlateError, VFEError
 
 Executor = Callable[[FactorGraph, frozenset[str], frozenset[str]], Execution]
 """Sums a graph's variables, but for those kept, with the elements of the kept plates apart."""
@@ -276,3 +276,54 @@ def without_groups(graph: FactorGraph, groups: Sequence[ChainGroup], left: Seque
     factors = [factor for position, factor in enumerate(graph.factors) if position not in gone]
     variables = {name: variable for name, variable in graph.variables.items() if name not in summed}
     return replace(graph, factors=(*factors, *left), variables=variables)
+
+
+def without_steps(graph: FactorGraph, keep: frozenset[str], executor: Executor) -> FactorGraph:
+    """Returns the graph with variables summed that are tied, step by step, to chains which stay.
+
+    Args:
+        graph: The graph, whose other chains have been summed.
+        keep: Variables that stay, chains among them.
+        executor: How variables are summed at each step.
+
+    Raises:
+        PlateError: A variable outside a chain's plate is tied to the chain: its sum would depend on all steps at once.
+    """
+    scopes = {n: [a for a in f.axes if a in graph.variables and a not in keep] for n, f in enumerate(graph.factors)}
+    left: dict[int, Factor] = dict(enumerate(graph.factors))
+    summed: set[str] = set()
+    for members, names in connected(scopes):
+        part = [graph.factors[n] for n in members]
+        if names and any(factor.first is not None for factor in part):
+            result = _beside_a_chain(part, names, graph, keep, executor)
+            left = {n: factor for n, factor in left.items() if n not in members} | {members[0]: result}
+            summed.update(names)
+    variables = {name: variable for name, variable in graph.variables.items() if name not in summed}
+    return replace(graph, factors=tuple(left[n] for n in sorted(left)), variables=variables)
+
+
+def _beside_a_chain(
+    part: Sequence[Factor], names: Sequence[str], graph: FactorGraph, keep: frozenset[str], executor: Executor
+) -> Factor:
+    chain = next(v for v in graph.variables.values() if any(previous(v.name) in factor.axes for factor in part))
+    assert chain.chain is not None
+    for name in names:
+        if not graph.variables[name].plates >= chain.plates:
+            raise PlateError(
+                f"Latent '{name}' is to be summed out above the chain '{chain.name}', whose steps in plate"
+                f" '{chain.chain}' all depend on it: the sum would depend on all steps at once.",
+                hint=f"Give the guide '{name}' too, or leave '{chain.name}' out of it.",
+            )
+    states = tuple(v.name for v in graph.variables.values() if v.chain == chain.chain and v.name in keep)
+    group = ChainGroup.of_kept(chain.chain, states, tuple(names), chain.plates, graph.plates[chain.chain])
+    done = _local_sum(part, graph, group, executor)
+    pieces = _Pieces([], [], [])
+    _add_sum(done, pieces, chain.scale)
+    zero = Table(reference_tensor(graph).new_zeros(()), ())
+    return Factor(
+        f"sum over {', '.join(names)}",
+        total([zero, *pieces.pairs]),
+        chain.plates,
+        chain.scale,
+        total([zero, *pieces.first]),
+    )

@@ -52,6 +52,13 @@ class ChainGroup(NamedTuple):
     n_transitions: int
     """The number of transition matrices: one, or as many as vary along time and `batch`."""
 
+    @classmethod
+    def of_kept(
+        cls, plate: str, states: tuple[str, ...], local: tuple[str, ...], plates: frozenset[str], steps: int
+    ) -> "ChainGroup":
+        """Returns chains that stay, with what is summed at their steps; nothing is swept."""
+        return cls(plate, states, local, plates, (), (), steps, 1, 1, 1)
+
     @property
     def flops(self) -> int:
         """Multiply-adds of one sweep."""

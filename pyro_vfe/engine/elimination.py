@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_vfe.engine.chain_elimination import chain_factor, chain_tables, without_groups
+from pyro_vfe.engine.chain_elimination import chain_factor, chain_tables, without_groups, without_steps
 from pyro_vfe.engine.chain_groups import chain_groups
 from pyro_vfe.engine.chains import chain_log_normalizer
 from pyro_vfe.engine.cost import check_cost
@@ -154,4 +154,4 @@ def without_chains(
         check_cost(group, like.element_size(), like.device, max_bytes)
     tables = [chain_tables(graph, group, executor) for group in groups]
     left = [chain_factor(table, chain_log_normalizer(table.unary, table.pairs)) for table in tables]
-    return without_groups(graph, groups, left)
+    return without_steps(without_groups(graph, groups, left), keep, executor)

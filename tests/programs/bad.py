@@ -148,6 +148,18 @@ def guide_of_the_mixtures() -> None:
         categorical("w", simplex("q", 2, seed=2))
 
 
+def chain_of_a_class() -> None:
+    c = categorical("c", simplex("classes", 2, seed=2))
+    with pyro.plate("time", 3):
+        z = pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("transition", 2, 2, 2)[c]))
+        pyro.sample("u", dist.Normal(z.to(POINTS), 1.0), obs=torch.zeros(3))
+
+
+def guide_of_the_chain_alone() -> None:
+    with pyro.plate("time", 3):
+        pyro.sample("z", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("q", 2, 2, seed=3)))
+
+
 def chain_shared_by_sequences() -> None:
     with pyro.plate("time", 3, dim=-1):
         a = pyro.sample("a", vfe.MarkovChain(tensor([0.5, 0.5]), simplex("a_step", 2, 2)))
@@ -196,6 +208,7 @@ BAD_PROGRAMS = {
         chain_of_mixtures, guide_of_the_mixtures, ("'z'", "'w'", "'time'")
     ),
     "chain_shared_by_sequences": BadProgram(chain_shared_by_sequences, empty, ("'a'", "'b'", "sequences")),
+    "class_above_a_guided_chain": BadProgram(chain_of_a_class, guide_of_the_chain_alone, ("'c'", "'z'", "'time'")),
     "chain_read_at_its_end": BadProgram(chain_read_at_its_end, empty, ("'u'", "'z'", "'time'")),
     "chain_read_at_its_start": BadProgram(chain_read_at_its_start, empty, ("'u'",)),
     "mass_on_the_impossible": BadProgram(alarm, guide_that_misses_the_or, ("'rings'",), (COUNTS,)),

@@ -217,6 +217,14 @@ def guide_of_everything(counts: Tensor) -> None:
         categorical("w", simplex("q_w", len(counts), 2, 2, seed=6)[torch.arange(len(counts)), z])
 
 
+def transitions_by_step(counts: Tensor) -> None:
+    steps, rates = len(counts), positive("rates", 2, seed=2)
+    with pyro.plate("time", steps):
+        w = categorical("w", simplex("weights", 3, seed=3))
+        z = pyro.sample("z", vfe.MarkovChain(simplex("initial", 2), simplex("steps", 3, 2, 2)[w], num_steps=steps))
+        pyro.sample("u", dist.Poisson(rates[z] + w), obs=counts)
+
+
 def wide_emissions(table: Tensor) -> None:
     rates = positive("rates", 2, 2, seed=2)
     with pyro.plate("time", table.shape[-1], dim=-1):
@@ -271,6 +279,10 @@ MARKOV_CHAINS: dict[str, Program] = {
     ),
     "markov_chain_with_mixture_emissions_and_guide": Program(
         mixture_emissions, guide_of_everything, args=(COUNTS[:3],)
+    ),
+    "markov_chain_with_transitions_by_step": Program(transitions_by_step, args=(COUNTS,), marginals=(("z",), ("w",))),
+    "markov_chain_with_transitions_by_step_and_guide_of_the_chain": Program(
+        transitions_by_step, guide_of_the_chain, args=(COUNTS,)
     ),
     "markov_chain_with_wide_emissions": Program(wide_emissions, args=(TABLE,), marginals=(("z",),)),
 }
