@@ -132,6 +132,13 @@ def _group(structure: Structure, start: VariableShape, chains: frozenset[str], k
     own = {*members, *map(previous, members), start.chain}
     axes = [axis for position in touching for axis in structure.factors[position].axes]
     batch = tuple(dict.fromkeys(axis for axis in axes if axis not in own and (axis in start.plates or axis in shapes)))
+    for axis in batch:
+        if axis in shapes and not shapes[axis].plates <= start.plates:
+            raise PlateError(
+                f"The chain '{start.name}' in the plates {sorted(start.plates)} is tied to '{axis}' in the plates"
+                f" {sorted(shapes[axis].plates)}, which is not summed: its sum would depend on all their elements.",
+                hint=f"Give the guide '{start.name}' too, or leave '{axis}' out of it.",
+            )
     sizes = {v.name: v.size for v in structure.variables} | dict(structure.plates)
     pairs = [structure.factors[position] for position in touching if _is_pair(structure.factors[position], states)]
     varying = {axis for factor in pairs for axis in factor.axes if axis in batch or axis == start.chain}

@@ -131,6 +131,7 @@ class _Ties:
         self.factors = structure.factors
         self.variables = variables
         self.position = {v.name: n for n, v in enumerate(variables)}
+        self.plates = {v.name: v.plates for v in structure.variables}
         self.scopes = [[self.position[axis] for axis in f.axes if axis in self.position] for f in structure.factors]
         self.owned: list[list[int]] = [[] for _ in variables]
         for factor, scope in enumerate(self.scopes):
@@ -169,7 +170,13 @@ class _Ties:
         own = all(m >= first for n in range(first, start) for f in self.owned[n] for m in self.scopes[f])
         tied = any(m < start for n in range(start, start + block) for f in self.owned[n] for m in self.scopes[f])
         after = all(m >= stop for n in range(stop, len(self.variables)) for f in self.owned[n] for m in self.scopes[f])
-        return like and reach and own and tied and after
+        return like and reach and own and tied and after and self._stands_alone(first, start + block)
+
+    def _stands_alone(self, first: int, stop: int) -> bool:
+        """Whether what the blocks read outside of the loop lies in no plate that they do not lie in."""
+        around = frozenset.intersection(*(self.variables[n].plates for n in range(first, stop)))
+        axes = {axis for n in range(first, stop) for f in self.owned[n] for axis in self.factors[f].axes}
+        return all(self.plates[axis] <= around for axis in axes if axis in self.plates and axis not in self.position)
 
 
 class _Kind(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import ScaleError, StructureError
-from pyro_vfe.program.escapes import Sites
+from pyro_vfe.program.escapes import Sites, StructureChanged
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import unwrapped
@@ -54,7 +54,15 @@ def chain_factor(site: Site, labels: Labels, scope: Sites | None, absent: Tensor
     """
     time = _time_plate(site)
     chain: MarkovChain = unwrapped(site.fn)
-    first = labels.labelled_before(chain.log_initial().unsqueeze(-2), site, scope, (site.name,))
+    try:
+        first = labels.labelled_before(chain.log_initial().unsqueeze(-2), site, scope, (site.name,))
+    except (StructureChanged, StructureError) as error:
+        raise StructureError(
+            f"Site '{site.name}' is a MarkovChain whose initial probabilities, enumerated of shape"
+            f" {tuple(chain.initial.shape)}, vary along a dim that is no plate or latent around it.",
+            hint="`initial` has no time dim. A latent from outside brings one along: write initial[c].squeeze(-2) in a"
+            " plate of sequences, initial[c.reshape(c.shape[:-1])] where c lies in none.",
+        ) from error
     pairs = _transition_table(chain.log_transition(), site, labels, scope, time)
     if absent is not None and absent is not False:
         where = labels.labelled(torch.as_tensor(absent, device=pairs.values.device), site, None)
@@ -64,7 +72,13 @@ def chain_factor(site: Site, labels: Labels, scope: Sites | None, absent: Tensor
 
 
 def time_plate(site: Site) -> str | None:
-    """The plate along which a site is a chain, if it is one."""
+    """The plate along which a site is a chain, if it is one.
+
+    Raises:
+        StructureError: It is a chain whose last batch dim is no whole plate.
+    """
+    if site.kind == "enumerated" and isinstance(unwrapped(site.fn), MarkovChain):
+        _time_plate(site)
     return _time_plate(site).name if is_chain(site) else None
 
 

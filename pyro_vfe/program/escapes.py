@@ -73,6 +73,10 @@ class Escaped(Exception):
         self.line = line
 
 
+class StructureChanged(Exception):
+    """A run did not fit the layout: the programs are to be laid out again."""
+
+
 def by_the_program(depth: int = 2) -> bool:
     """Whether the program itself asked: checks inside torch.distributions and Pyro look at values without branching."""
     frame: FrameType | None = sys._getframe(depth)

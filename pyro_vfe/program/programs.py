@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
 from pyro_vfe.program.cost import check_cost
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
+from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.parameters import nan_parameters
 from pyro_vfe.program.randomness import undisturbed_randomness
@@ -22,7 +23,6 @@ from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.sharing import Unshareable
 from pyro_vfe.program.spot_check import spot_check
-from pyro_vfe.program.tables import StructureChanged
 
 Check = Literal["first", "always", False]
 

@@ -12,14 +12,14 @@ from pyro_vfe.engine.factors import Factor
 from pyro_vfe.program.assembly import Run, assembled
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
-from pyro_vfe.program.escapes import Escaped
+from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.supports import common_support, finite_support
-from pyro_vfe.program.tables import Labeller, StructureChanged
+from pyro_vfe.program.tables import Labeller
 
 
 def enumerate_programs(

@@ -17,17 +17,13 @@ from pyro_vfe.errors import StructureError, SupportError
 from pyro_vfe.program.chain_sites import chain_factor, is_chain
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
-from pyro_vfe.program.escapes import NO_SITES, Sites
+from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged
 from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
 from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
-
-
-class StructureChanged(Exception):
-    """A run did not fit the layout: the programs are to be laid out again."""
 
 
 @dataclass(frozen=True, eq=False)
