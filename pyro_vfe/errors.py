@@ -6,6 +6,7 @@ class VFEError(ValueError):
 
     def __init__(self, problem: str, *, hint: str) -> None:
         super().__init__(f"{problem} {hint}")
+        self.problem = problem
 
 
 class CostError(VFEError):

@@ -110,7 +110,7 @@ class Decomposition:
             inside = [_by_element(run, plate, self.max_bytes) for run in self.runs]
         except PlateError as error:
             raise PlateKeptError(
-                f"The elements of plate '{plate}' have no free energy of their own: {error}",
+                f"The elements of plate '{plate}' have no free energy of their own: {error.problem}",
                 hint=_what_to_ask_for(self.runs[0], plate),
             ) from error
         return replace(self, stderr=_stderr(inside), num_data=1, plate=plate, **_fields(mean_terms(inside)))
