@@ -8,6 +8,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs.case import categorical, empty, noise, positive, simplex, tensor
+from programs.chains import chain as loop
+from programs.markov_chains import changing_chain_guide as chain_guide
+from programs.markov_chains import hidden_markov as chain
 from recursions import forward_recursion
 from torch import Tensor
 
@@ -18,31 +21,11 @@ close = torch.testing.assert_close
 COUNTS = tensor([1.0, 4.0, 2.0, 7.0, 3.0, 0.0, 5.0, 2.0, 2.0, 6.0])
 
 
-def chain(counts: Tensor) -> None:
-    rates = positive("rates", 3, seed=2)
-    with pyro.plate("time", len(counts)):
-        z = pyro.sample("z", vfe.MarkovChain(simplex("initial", 3), simplex("transition", 3, 3, seed=1)))
-        pyro.sample("u", dist.Poisson(rates[z]), obs=counts)
-
-
-def loop(counts: Tensor) -> None:
-    rates, transition = positive("rates", 3, seed=2), simplex("transition", 3, 3, seed=1)
-    z: Any = None
-    for t, count in enumerate(counts):
-        z = categorical(f"z_{t}", simplex("initial", 3) if z is None else transition[z])
-        pyro.sample(f"u_{t}", dist.Poisson(rates[z]), obs=count)
-
-
-def chain_guide(counts: Tensor) -> None:
-    with pyro.plate("time", len(counts)):
-        pyro.sample("z", vfe.MarkovChain(simplex("q_0", 3, seed=3), simplex("q", len(counts) - 1, 3, 3, seed=4)))
-
-
 def loop_guide(counts: Tensor) -> None:
-    transition = simplex("q", len(counts) - 1, 3, 3, seed=4)
+    transition = simplex("q_steps", len(counts) - 1, 3, 3, seed=6)
     z: Any = None
     for t in range(len(counts)):
-        z = categorical(f"z_{t}", simplex("q_0", 3, seed=3) if z is None else transition[t - 1, z])
+        z = categorical(f"z_{t}", simplex("q_initial", 3, seed=4) if z is None else transition[t - 1, z])
 
 
 def gradients(model: Callable[..., None], guide: Callable[..., None]) -> tuple[float, dict[str, Tensor]]:

@@ -3,71 +3,42 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from checks import (
+    DIFFERENTIABLE,
+    assert_equal,
+    check_gradients,
+    check_random_program,
+    check_terms,
+    expected_of,
+    oracle_of,
+)
 from hypothesis import HealthCheck, given, settings
-from oracles import TERMS, Oracle, gradients, oracle
+from oracles import gradients
 from programs import BAD_PROGRAMS, INFINITE, PROGRAMS, SAMPLED_PROGRAMS, Program
 from programs.case import empty
 from pyro.infer import TraceEnum_ELBO
-from random_programs import ProgramSpec, guide_of, model_of, program_specs
+from random_programs import ProgramSpec, program_specs
 from torch import Tensor
 
 import pyro_vfe as vfe
 from pyro_vfe.errors import VFEError
 
 TABLED = {name: program for name, program in PROGRAMS.items() if program.expected is None}
-DIFFERENTIABLE = {
-    name: program for name, program in PROGRAMS.items() if not name.startswith(("chain_of", "ising", "120"))
-}
 PLATED = [(name, plate) for name, program in TABLED.items() for plate in program.plates]
 MARGINALS = [(name, sites) for name, program in TABLED.items() for sites in program.marginals]
 PROBS_PER_VALUE = (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical)
 PYRO_CAN = {name: program for name, program in PROGRAMS.items() if program.pyro_nesting is not None}
 
 
-@cache
-def oracle_of(name: str) -> Oracle:
-    program = {**PROGRAMS, **INFINITE}[name]
-    return oracle(program.model, program.guide, *program.args, scaled_plate=program.scaled_plate, **program.kwargs)
-
-
-@cache
-def expected_of(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms and the gradients of F, computed once."""
-    expected = PROGRAMS[name].expected
-    terms = oracle_of(name).terms if expected is None else expected()
-    found = gradients(terms["free_energy"])
-    return {term: value.detach() for term, value in terms.items()}, found
-
-
-def assert_equal(actual: Tensor, expected: Tensor, relative: float, scale: Tensor | None = None) -> None:
-    """Compares relative to the largest number that went into the result: a gap is a difference of two surprises."""
-    size = expected.abs().max() if scale is None else torch.as_tensor(scale).abs().max()
-    torch.testing.assert_close(
-        torch.as_tensor(actual).detach().to(expected),
-        expected.detach(),
-        rtol=relative,
-        atol=relative * max(1.0, size.item()),
-    )
-
-
-def free_energy_gradients(elbo: Any, program: Program) -> dict[str, Tensor]:
-    loss = elbo.differentiable_loss(program.model, program.guide, *program.args, **program.kwargs)
-    return gradients(loss)
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_term_equals_the_full_joint_table(name: str) -> None:
-    program, (expected, _) = PROGRAMS[name], expected_of(name)
-    terms = vfe.FreeEnergy().decompose(program.model, program.guide, *program.args, **program.kwargs)
-    for term, value in expected.items():
-        assert_equal(getattr(terms, term), value, 1e-10, scale=expected["free_energy"])
+    check_terms(name)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -79,11 +50,7 @@ def test_the_loss_equals_the_full_joint_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_equal_those_of_the_full_joint_table(name: str) -> None:
-    _, expected = expected_of(name)
-    found = free_energy_gradients(vfe.FreeEnergy(), PROGRAMS[name])
-    assert found.keys() == expected.keys()
-    for parameter, gradient in expected.items():
-        assert_equal(found[parameter], gradient, 1e-8)
+    check_gradients(name)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -231,17 +198,4 @@ def test_bad_input_names_the_site_and_the_way_out(name: str) -> None:
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program_specs())
 def test_random_programs(spec: ProgramSpec) -> None:
-    pyro.clear_param_store()
-    model, guide = model_of(spec), guide_of(spec)
-    exact = oracle(model, guide)
-    terms = vfe.FreeEnergy().decompose(model, guide)
-    for term in TERMS:
-        value = exact.terms[term]
-        if value.isfinite():
-            assert_equal(getattr(terms, term), value, 1e-10)
-        elif term != "accuracy":  # complexity - F is inf - inf there
-            assert getattr(terms, term) == value
-    if exact.terms["free_energy"].isfinite():
-        expected = exact.gradients()
-        for parameter, gradient in gradients(vfe.FreeEnergy().differentiable_loss(model, guide)).items():
-            assert_equal(gradient, expected[parameter], 1e-8)
+    check_random_program(spec)

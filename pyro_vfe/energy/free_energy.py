@@ -26,7 +26,7 @@ from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import Parts, conditionals_of, log_joint, log_q, negative
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
 from pyro_vfe.engine.expectation import Expectation
-from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.engine.factors import Factor, Table, total
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import Program
@@ -228,11 +228,11 @@ def surrogate_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes
         [part.expectation(downstream_of=run.draws) for part in own] for own, run in zip(parts, runs, strict=True)
     ]
     count = len(runs) * side_by_side
-    total = torch.stack([result.total for own in results for result in own]).sum()
+    loss = torch.stack([result.total for own in results for result in own]).sum()
     if count > 1 and runs[0].draws:
         for baseline, run in zip(_baselines(results, runs, count), runs, strict=True):
-            total = total - _score_cost(run, baseline)
-    return total / count
+            loss = loss - _score_cost(run, baseline)
+    return loss / count
 
 
 def free_energy_parts(enumeration: Enumeration, max_bytes: float | None = None) -> list[Parts]:
@@ -277,11 +277,8 @@ def _mean_of_others(table: Table, count: int) -> Table:
 def _mean(tables: Sequence[Table], divisor: int | None = None) -> Table:
     if not tables:
         return Table(torch.zeros(()), ())
-    axes = tuple(dict.fromkeys(axis for table in tables for axis in table.axes))
-    total = tables[0].aligned(axes)
-    for table in tables[1:]:
-        total = total + table.aligned(axes)
-    return Table(total / (divisor or len(tables)), axes)
+    summed = total(tables)
+    return Table(summed.values / (divisor or len(tables)), summed.axes)
 
 
 def _score_cost(run: Enumeration, baseline: Mapping[str, Table]) -> Tensor:

@@ -19,12 +19,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.chain_groups import ChainGroup
+from pyro_vfe.engine.chain_groups import ChainGroup, chain_groups
+from pyro_vfe.engine.cost import check_cost
 from pyro_vfe.engine.execution import Execution, reference_tensor, without_plates
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable, total
 from pyro_vfe.engine.ordering import connected
 from pyro_vfe.engine.scales import common_scale, rescaled
 from pyro_vfe.engine.structure import previous
+from pyro_vfe.engine.unrolling import structure_of
 from pyro_vfe.errors import PlateError, VFEError
 
 Executor = Callable[[FactorGraph, frozenset[str], frozenset[str]], Execution]
@@ -86,6 +88,33 @@ class _Pieces:
         return (*self.unary, *self.first, *self.pairs)
 
 
+def sweeps_of(
+    graph: FactorGraph,
+    keep: frozenset[str],
+    keep_plates: frozenset[str],
+    executor: Executor,
+    max_bytes: float | None = None,
+) -> list[ChainTables]:
+    """Returns the tables of every group of chains that is to be summed.
+
+    Args:
+        graph: The factors.
+        keep: Variables that stay.
+        keep_plates: Plates whose elements are kept apart.
+        executor: How variables are summed at each step.
+        max_bytes: The most memory that a sweep may take; half of the free memory by default.
+
+    Raises:
+        PlateError: A chain is tied to something inside its plate that cannot be summed with it.
+        CostError: A sweep would not fit.
+    """
+    groups = chain_groups(structure_of(graph), keep, keep_plates)
+    like = reference_tensor(graph)
+    for group in groups:
+        check_cost(group, like.element_size(), like.device, max_bytes)
+    return [chain_tables(graph, group, executor) for group in groups]
+
+
 def chain_tables(graph: FactorGraph, group: ChainGroup, executor: Executor) -> ChainTables:
     """Returns the log potentials of a group of chains, with everything else inside its plate summed.
 
@@ -118,7 +147,7 @@ def chain_tables(graph: FactorGraph, group: ChainGroup, executor: Executor) -> C
         tuple(graph.size(axis) for axis in batch),
         tuple(graph.size(name) for name in group.states),
         _unary(pieces, batch, graph, group),
-        stacked_pairs(pieces.pairs, group.plate, group.states, batch, graph),
+        stacked_pairs(pieces.pairs or [_nothing(graph)], group.plate, group.states, batch, graph),
         scale,
         tuple(sums),
     )
@@ -211,12 +240,9 @@ def after_first(factor: Factor, plate: str) -> Factor:
 def _unary(pieces: _Pieces, batch: tuple[str, ...], graph: FactorGraph, group: ChainGroup) -> Tensor:
     inner = (*batch, *group.states)
     shape = [graph.size(axis) for axis in inner]
-    like = reference_tensor(graph)
-    every = _total([table.aligned((group.plate, *inner)) for table in pieces.unary], like)
-    every = every.expand(group.steps, *shape)
+    every = total(pieces.unary or [_nothing(graph)]).aligned((group.plate, *inner)).expand(group.steps, *shape)
     if pieces.first and group.steps:
-        first = _total([table.aligned(inner) for table in pieces.first], like)
-        every = torch.cat([every[:1] + first, every[1:]])
+        every = torch.cat([every[:1] + total(pieces.first).aligned(inner), every[1:]])
     return every.reshape(group.steps, prod(shape[: len(batch)]), group.n_states)
 
 
@@ -235,18 +261,16 @@ def stacked_pairs(
     outer = (plate, *batch)
     varying = {axis for axis in outer if any(axis in table.axes for table in tables)}
     axes = (*outer, *map(previous, states), *states)
-    total = _total([table.aligned(axes) for table in tables], reference_tensor(graph))
+    values = total(tables).aligned(axes)
     sizes = [graph.size(name) for name in states]
     time = graph.plates[plate] - 1 if plate in varying else 1
     sequences = [graph.size(axis) if varying - {plate} else 1 for axis in batch]
-    return total.expand(time, *sequences, *sizes, *sizes).reshape(time, prod(sequences), prod(sizes), prod(sizes))
+    return values.expand(time, *sequences, *sizes, *sizes).reshape(time, prod(sequences), prod(sizes), prod(sizes))
 
 
-def _total(tables: Sequence[Tensor], like: Tensor) -> Tensor:
-    total = tables[0] if tables else like.new_zeros(())
-    for table in tables[1:]:
-        total = total + table
-    return total
+def _nothing(graph: FactorGraph) -> Table:
+    """A table that adds nothing."""
+    return Table(reference_tensor(graph).new_zeros(()), ())
 
 
 def chain_factor(tables: ChainTables, log_sums: Tensor) -> Factor:
@@ -263,14 +287,16 @@ def chain_factor(tables: ChainTables, log_sums: Tensor) -> Factor:
     )
 
 
-def without_groups(graph: FactorGraph, groups: Sequence[ChainGroup], left: Sequence[Factor]) -> FactorGraph:
-    """Returns the graph with each group replaced by what is left of it.
+def without_sweeps(graph: FactorGraph, sweeps: Sequence[ChainTables], log_sums: Sequence[Tensor]) -> FactorGraph:
+    """Returns the graph with each group of chains replaced by what is left of it.
 
     Args:
         graph: The graph.
-        groups: Groups of its chains.
-        left: A factor for each.
+        sweeps: Groups of its chains.
+        log_sums: For each, one number per sequence.
     """
+    groups = [sweep.group for sweep in sweeps]
+    left = [chain_factor(sweep, log_sum) for sweep, log_sum in zip(sweeps, log_sums, strict=True)]
     gone = frozenset().union(*(group.factors for group in groups))
     summed = frozenset().union(*(group.summed for group in groups))
     factors = [factor for position, factor in enumerate(graph.factors) if position not in gone]
@@ -319,11 +345,5 @@ def _beside_a_chain(
     done = _local_sum(part, graph, group, executor)
     pieces = _Pieces([], [], [])
     _add_sum(done, pieces, chain.scale)
-    zero = Table(reference_tensor(graph).new_zeros(()), ())
-    return Factor(
-        f"sum over {', '.join(names)}",
-        total([zero, *pieces.pairs]),
-        chain.plates,
-        chain.scale,
-        total([zero, *pieces.first]),
-    )
+    table, first = total(pieces.pairs or [_nothing(graph)]), total(pieces.first)
+    return Factor(f"sum over {', '.join(names)}", table, chain.plates, chain.scale, first)

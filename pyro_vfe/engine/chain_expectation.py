@@ -105,7 +105,7 @@ def chain_marginals_of(conditionals: Sequence[Factor], plate: str, graph: Factor
     own = {plate, *states, *map(previous, states)}
     batch = tuple(dict.fromkeys(axis for table in (*firsts, *pairs) for axis in table.axes if axis not in own))
     sizes, state_sizes = ([graph.size(axis) for axis in axes] for axes in (batch, states))
-    initial = sum((table.aligned((*batch, *states)) for table in firsts), torch.zeros(()))
+    initial = total(firsts).aligned((*batch, *states))
     initial = initial.expand(*sizes, *state_sizes).reshape(prod(sizes), prod(state_sizes)).exp()
     probs = stacked_pairs(pairs, plate, states, batch, graph).exp()
     steps = graph.plates[plate]

@@ -27,24 +27,16 @@ from pyro_vfe.engine.chain_decoding import (
     path_score,
     unravelled,
 )
-from pyro_vfe.engine.chain_elimination import (
-    ChainTables,
-    Executor,
-    LocalSum,
-    chain_factor,
-    chain_tables,
-    without_groups,
-)
-from pyro_vfe.engine.chain_groups import ChainGroup, chain_groups
+from pyro_vfe.engine.chain_elimination import ChainTables, LocalSum, sweeps_of, without_sweeps
+from pyro_vfe.engine.chain_groups import ChainGroup
 from pyro_vfe.engine.chains import chain_log_normalizer, chain_mode, chain_sample
-from pyro_vfe.engine.cost import check_cost
-from pyro_vfe.engine.execution import NO_NAMES, Execution, execute, execute_sum, reference_tensor, without_plates
+from pyro_vfe.engine.execution import NO_NAMES, Execution, execute, execute_sum, without_plates
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import check_possible
 from pyro_vfe.engine.logspace import broadcast_contract, picked_at
 from pyro_vfe.engine.ordering import Component, Plan
 from pyro_vfe.engine.paths import Step
-from pyro_vfe.engine.unrolling import stitch, structure_of
+from pyro_vfe.engine.unrolling import stitch
 
 CHUNK = 2**24
 """Entries of the conditionals that are formed at a time when drawing."""
@@ -76,9 +68,10 @@ def mode(graph: FactorGraph, *, max_bytes: float | None = None) -> dict[str, Tab
     def best(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
         return execute(part, MaxProduct(), kept, plates, max_bytes, entries_of=_broadcast_entries)
 
-    sweeps = _sweeps(graph, best, max_bytes)
+    graph.check()
+    sweeps = sweeps_of(graph, NO_NAMES, NO_NAMES, best, max_bytes)
     scores = [path_score(sweep.unary, sweep.pairs, chain_mode(sweep.unary, sweep.pairs)) for sweep in sweeps]
-    execution = best(_without_sweeps(graph, sweeps, scores), NO_NAMES, NO_NAMES)
+    execution = best(without_sweeps(graph, sweeps, scores), NO_NAMES, NO_NAMES)
     decided = _decide(execution, sweeps, 1, lambda logits: logits.argmax(-1), chain_mode)
     return {name: Table(table.values[0], table.axes[1:]) for name, table in decided.items()}
 
@@ -99,9 +92,10 @@ def sample(graph: FactorGraph, num_samples: int, *, max_bytes: float | None = No
     def summed(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
         return execute_sum(part, kept, plates, max_bytes)
 
-    sweeps = _sweeps(graph, summed, max_bytes)
+    graph.check()
+    sweeps = sweeps_of(graph, NO_NAMES, NO_NAMES, summed, max_bytes)
     sums = [chain_log_normalizer(sweep.unary, sweep.pairs) for sweep in sweeps]
-    execution = summed(_without_sweeps(graph, sweeps, sums), NO_NAMES, NO_NAMES)
+    execution = summed(without_sweeps(graph, sweeps, sums), NO_NAMES, NO_NAMES)
     at_once = max(1, CHUNK // _entries_per_draw(execution, sweeps))
     portions = [min(at_once, num_samples - done) for done in range(0, num_samples, at_once)] or [0]
     draws = [_decide(execution, sweeps, portion, _drawn, _drawn_paths) for portion in portions]
@@ -109,20 +103,6 @@ def sample(graph: FactorGraph, num_samples: int, *, max_bytes: float | None = No
         name: Table(torch.cat([portion[name].values for portion in draws]), table.axes)
         for name, table in draws[0].items()
     }
-
-
-def _sweeps(graph: FactorGraph, executor: Executor, max_bytes: float | None) -> list[ChainTables]:
-    graph.check()
-    like = reference_tensor(graph)
-    groups = chain_groups(structure_of(graph), NO_NAMES, NO_NAMES)
-    for group in groups:
-        check_cost(group, like.element_size(), like.device, max_bytes)
-    return [chain_tables(graph, group, executor) for group in groups]
-
-
-def _without_sweeps(graph: FactorGraph, sweeps: Sequence[ChainTables], sums: Sequence[Tensor]) -> FactorGraph:
-    left = [chain_factor(sweep, total) for sweep, total in zip(sweeps, sums, strict=True)]
-    return without_groups(graph, [sweep.group for sweep in sweeps], left)
 
 
 def _drawn_paths(unary: Tensor, pairs: Tensor) -> Tensor:

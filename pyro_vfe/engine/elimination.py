@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_vfe.engine.chain_elimination import chain_factor, chain_tables, without_groups, without_steps
-from pyro_vfe.engine.chain_groups import chain_groups
+from pyro_vfe.engine.chain_elimination import sweeps_of, without_steps, without_sweeps
 from pyro_vfe.engine.chains import chain_log_normalizer
-from pyro_vfe.engine.cost import check_cost
 from pyro_vfe.engine.execution import (
     NO_NAMES,
     Execution,
@@ -148,10 +146,6 @@ def without_chains(
     def executor(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
         return execute_sum(part, kept, plates, max_bytes, cut=True)
 
-    groups = chain_groups(structure_of(graph), keep, keep_plates)
-    like = reference_tensor(graph)
-    for group in groups:
-        check_cost(group, like.element_size(), like.device, max_bytes)
-    tables = [chain_tables(graph, group, executor) for group in groups]
-    left = [chain_factor(table, chain_log_normalizer(table.unary, table.pairs)) for table in tables]
-    return without_steps(without_groups(graph, groups, left), keep, executor)
+    sweeps = sweeps_of(graph, keep, keep_plates, executor, max_bytes)
+    log_sums = [chain_log_normalizer(sweep.unary, sweep.pairs) for sweep in sweeps]
+    return without_steps(without_sweeps(graph, sweeps, log_sums), keep, executor)

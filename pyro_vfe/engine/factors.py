@@ -241,7 +241,7 @@ def _check_table(factor: Factor, table: Table, graph: FactorGraph) -> None:
     needed: set[str] = set()
     earlier = {previous(name): v for name, v in graph.variables.items()} if factor.first is not None else {}
     shortened = {v.chain for axis, v in earlier.items() if axis in table.axes}
-    for axis, size in zip(table.axes, table.values.shape, strict=True):
+    for axis, size in table.sizes.items():
         variable = graph.variables.get(axis) or earlier.get(axis)
         if variable is None and axis not in graph.plates:
             raise VFEError(

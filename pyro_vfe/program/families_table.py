@@ -90,6 +90,7 @@ class _Statistics:
 
     @staticmethod
     def of(form: Form, x: Tensor, data: torch.Size, width: int) -> "_Statistics":
+        """The statistics of data `x` that vary along plates of sizes `data`, D = `width` of them."""
         event = x.shape[x.dim() - form.family.event_dim :]
         x = x.expand(*data, *form.independent, *event).reshape(-1, *form.independent, *event)
         fixed = {
@@ -140,12 +141,14 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, natural: Tensor, offset: Tensor, statistics: _Statistics, made: tuple[Tensor]) -> Tensor:
+        """The table that was made, `(K, N)`."""
         ctx.statistics = statistics
         ctx.save_for_backward(statistics.x)  # so that torch notices where data are overwritten before the backward pass
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """The weighted sums of statistics, and of ones."""
         statistics = replace(ctx.statistics, x=ctx.saved_tensors[0])
         return *_Sums.apply(weights[0], statistics), None, None  # type: ignore[no-untyped-call]
 
@@ -155,12 +158,14 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, statistics: _Statistics) -> tuple[Tensor, Tensor]:
+        """Both sums, in double precision."""
         ctx.statistics, ctx.dtype = statistics, weights.dtype
         sums = [weights[:, where].double() @ statistic for where, statistic, _ in statistics.parts()]
         return torch.stack(sums).sum(0), weights.sum(1, keepdim=True, dtype=torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *coefficients: Tensor) -> tuple[Tensor, None]:
+        """The table of the coefficients in place of eta and -A."""
         natural, offset = coefficients
         parts = [torch.addmm(offset, natural, part.mT).to(ctx.dtype) for _, part, _ in ctx.statistics.parts()]
         table = torch.cat(parts, 1).detach()
