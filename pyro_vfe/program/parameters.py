@@ -1,9 +1,125 @@
-"""What is wrong with parameters, for error messages."""
+"""The parameters of programs: read once in a run, written back without moving, and what is wrong with them.
+
+A parameter is what `pyro.param`, a `PyroParam` or a module's `Parameter` gives under a name in Pyro's store. Programs
+see its constrained value; gradients and optimisers see the unconstrained one.
+"""
+
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints, transform_to
 
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.recorder import Role
+
+
+class Parameters:
+    """The parameters that watched programs read: each is one tensor until `forget`, however often it is read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        """The constrained value of each parameter, in the graph of its unconstrained one."""
+        self.readers: dict[str, set[Role]] = {}
+        """Which programs read each parameter."""
+
+    def watched(self, program: Program, role: Role) -> Program:
+        """The program, whose parameters are noted when it runs.
+
+        Args:
+            program: A model or guide.
+            role: Which of the two it is.
+        """
+
+        @wraps(program, updated=())
+        def watched_program(*args: Any, **kwargs: Any) -> Any:
+            with _Reader(self, role):
+                return program(*args, **kwargs)
+
+        return watched_program
+
+    def forget(self) -> None:
+        """Forgets the tensors: the parameters have changed, or their graph has been used."""
+        self.values.clear()
+
+    def of(self, role: Role) -> tuple[str, ...]:
+        """The names of the parameters that a program reads."""
+        return tuple(name for name, roles in self.readers.items() if role in roles)
+
+
+class _Reader(Messenger):
+    """Hands out one tensor per parameter and run."""
+
+    def __init__(self, parameters: Parameters, role: Role) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.role: Role = role
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        name, value = msg["name"], msg["value"]
+        if name not in pyro.get_param_store():
+            return
+        self.parameters.readers.setdefault(name, set()).add(self.role)
+        known = self.parameters.values.get(name)
+        if known is None or (torch.is_grad_enabled() and not known.requires_grad and value.requires_grad):
+            self.parameters.values[name] = value
+        else:
+            msg["value"] = known
+
+
+def unconstrained(name: str) -> Tensor:
+    """The tensor of a parameter that optimisers change, which is a leaf of the graph.
+
+    Args:
+        name: A name in Pyro's store.
+    """
+    value: Tensor = pyro.get_param_store()._params[name]
+    return value
+
+
+def constraint_of(name: str) -> constraints.Constraint:
+    """The constraint of a parameter.
+
+    Args:
+        name: A name in Pyro's store.
+    """
+    return pyro.get_param_store()._constraints[name]
+
+
+def write(values: Mapping[str, Tensor]) -> None:
+    """Sets parameters to constrained values, in place: modules and optimisers keep their tensors.
+
+    Args:
+        values: New values by name, in the shape of the old ones.
+    """
+    with torch.no_grad():
+        for name, value in values.items():
+            target = unconstrained(name)
+            target.copy_(transform_to(constraint_of(name)).inv(value.to(target)))
+
+
+def snapshot(names: Any) -> dict[str, Tensor]:
+    """Copies of the unconstrained values of parameters.
+
+    Args:
+        names: Names in Pyro's store.
+    """
+    return {name: unconstrained(name).detach().clone() for name in names}
+
+
+def restore(copies: Mapping[str, Tensor]) -> None:
+    """Puts copies of unconstrained values back, in place.
+
+    Args:
+        copies: What `snapshot` gave.
+    """
+    with torch.no_grad():
+        for name, value in copies.items():
+            unconstrained(name).copy_(value)
 
 
 def nan_parameters(*programs: Program) -> list[str]:

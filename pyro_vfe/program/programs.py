@@ -89,6 +89,7 @@ class Programs:
         given: Mapping[str, Tensor] | None = None,
         subsamples: Mapping[str, Tensor] | None = None,
         particles: int = 1,
+        differentiable: bool = True,
     ) -> Enumeration:
         """The factors of both programs at these arguments.
 
@@ -100,12 +101,13 @@ class Programs:
             given: Values of draws to use instead of new ones.
             subsamples: Subsample indices to use instead of new ones.
             particles: How many draws of what is sampled stand side by side in a plate of their own.
+            differentiable: Whether the tables carry the graph that the programs made; the distributions always do.
 
         Raises:
             StructureError: The programs' structure changes from run to run.
             SpotCheckError: The enumerated tables differ from an ordinary run.
         """
-        call = _Call(model, guide, args, kwargs, given or {}, subsamples or {}, particles)
+        call = _Call(model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable)
         known = self._pairs.get(call.key)
         if known is not None:
             try:
@@ -172,6 +174,7 @@ class _Call:
     given: Mapping[str, Tensor]
     subsamples: Mapping[str, Tensor]
     particles: int
+    differentiable: bool
 
     @property
     def key(self) -> object:
@@ -181,14 +184,20 @@ class _Call:
     def enumeration(self, layout: Layout, share: bool) -> tuple[Enumeration, bool]:
         """One enumerated run, and whether it could share equal computations."""
         model, guide = self._in_particles(layout)
-        arguments = (model, guide, self.args, self.kwargs, layout)
-        if share:
-            try:
-                enumeration = enumerate_programs(*arguments, given=self.given, subsamples=self.subsamples, share=True)
-            except Unshareable:
-                return self.enumeration(layout, False)
-        else:
-            enumeration = enumerate_programs(*arguments, given=self.given, subsamples=self.subsamples)
+        try:
+            enumeration = enumerate_programs(
+                model,
+                guide,
+                self.args,
+                self.kwargs,
+                layout,
+                given=self.given,
+                subsamples=self.subsamples,
+                share=share,
+                differentiable=self.differentiable,
+            )
+        except Unshareable:
+            return self.enumeration(layout, False)
         return enumeration, share
 
     def spot_check(self, layout: Layout, enumeration: Enumeration, share: bool) -> None:

@@ -6,6 +6,7 @@ One run of each program makes all tables; where the programs branch on a latent 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor
@@ -32,6 +33,7 @@ def enumerate_programs(
     given: Mapping[str, Tensor] | None = None,
     subsamples: Mapping[str, Tensor] | None = None,
     share: bool = False,
+    differentiable: bool = True,
 ) -> Enumeration:
     """Returns the factors of guide and model from one enumerated run (one per value where the programs branch).
 
@@ -44,6 +46,7 @@ def enumerate_programs(
         given: Values of draws to use instead of new ones.
         subsamples: Subsample indices to use instead of new ones.
         share: Do equal computations of a run once.
+        differentiable: Whether the tables carry the graph that the programs made.
 
     Raises:
         StructureChanged: The programs no longer fit the layout.
@@ -57,7 +60,8 @@ def enumerate_programs(
             # Runs must agree in what they draw before they branch.
             set_random_state(state)
         try:
-            run = _Runner(layout, paths, given or {}, subsamples or {}, share).run(model, guide, args, kwargs)
+            runner = _Runner(layout, paths, given or {}, subsamples or {}, share, differentiable)
+            run = runner.run(model, guide, args, kwargs)
         except Escaped as escape:
             raise StructureChanged(str(escape)) from escape
         runs[paths.assignment()] = run
@@ -74,7 +78,9 @@ class _Runner:
         given: Mapping[str, Tensor],
         subsamples: Mapping[str, Tensor],
         share: bool,
+        differentiable: bool,
     ) -> None:
+        self.differentiable = differentiable
         self.layout = layout
         self.paths = paths
         self.given = given
@@ -107,7 +113,8 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
-        factors = self._factors(sites)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            factors = self._factors(sites)
         self.provenance.finish()
         return Run(sites, factors, self.supports, second.subsamples, frozenset(self.lost))
 

@@ -1,0 +1,54 @@
+"""A model and a guide at their arguments, as EM sees them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyro_vfe.energy.parts import normalized
+from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.parameters import Parameters
+from pyro_vfe.program.programs import Programs
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A model and a guide with the arguments of one data set; their parameters live in Pyro's store."""
+
+    model: Program
+    """The model, watched by `parameters`."""
+    guide: Program
+    """The guide, watched by `parameters`; one without sites where there is none."""
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    programs: Programs
+    parameters: Parameters
+    fixed: frozenset[str] = frozenset()
+    """Parameters that no phase may change."""
+    floor: Mapping[str, float] | float | None = None
+    """The least value that a scale, variance, rate or probability may take, for all parameters or by name."""
+    max_bytes: float | None = None
+
+    def enumerate(self, *, differentiable: bool = False) -> Enumeration:
+        """The factors of both programs at the present parameters, in float64.
+
+        Args:
+            differentiable: Whether the tables carry the graph to the parameters. Otherwise only the distributions'
+                parameters do, which statistics need.
+        """
+        self.parameters.forget()
+        with torch.enable_grad():
+            run = self.programs.enumerate(self.model, self.guide, self.args, self.kwargs, differentiable=differentiable)
+        return normalized(run, torch.float64)
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The parameters that the M-phase changes: those of the model, and what the guide gives as a point estimate."""
+        raise NotImplementedError
+
+    @property
+    def recognition(self) -> tuple[str, ...]:
+        """The parameters that the E-phase changes: those of the guide's distributions over discrete latents."""
+        raise NotImplementedError
