@@ -23,7 +23,7 @@ class EPhase(ABC):
     monotone: bool
     """Whether F never rises, but for rounding."""
 
-    def update(self, pair: Pair, iteration: int) -> None:
+    def update(self, pair: Pair, iteration: int) -> None:  # noqa: B027
         """Changes the guide's parameters; a Q that is computed from the model has none.
 
         Args:
