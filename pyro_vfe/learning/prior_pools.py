@@ -96,7 +96,7 @@ def _of_counts(prior: PriorStatistics, name: str, form: Form, value: Tensor) -> 
         return None
     weight = prior.weight.unsqueeze(-1) if form.kind == "simplex" else prior.weight
     parts = torch.stack([(weight * part).expand(index.shape) for part in _pseudo_counts(prior)])
-    pooled = summed_by(index.flatten(), parts.flatten(1).mT, value.numel()).mT
+    pooled = summed_by(index.flatten(), parts.reshape(len(parts), -1).mT, value.numel()).mT
     return Pools({name: form}, {name: pooled})
 
 

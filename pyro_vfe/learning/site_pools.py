@@ -142,7 +142,7 @@ def _selected(site: SiteStatistics, rule: _Rule, slot_name: str, chosen: Selecti
     known = {name: slot.values for name, slot in site.slots.items()}
     parts = torch.stack(torch.broadcast_tensors(*rule.coefficients(site, known)))
     index = chosen.index.expand(parts.shape[1:]).flatten()
-    pooled = summed_by(index, parts.flatten(1).mT, values[chosen.parameter].numel()).mT
+    pooled = summed_by(index, parts.reshape(len(parts), -1).mT, values[chosen.parameter].numel()).mT
     form = Form(rule.kind, slot_name, parts.shape[-1] if rule.kind == "simplex" else 1)
     return Pools({chosen.parameter: form}, {chosen.parameter: pooled})
 
