@@ -67,3 +67,7 @@ class ShapeError(VFEError):
 
 class ProbabilityError(VFEError):
     """Numbers that are no probabilities."""
+
+
+class DegenerateError(VFEError):
+    """The best value of a parameter lies where its density is infinite, or cannot be written down."""
