@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,9 +134,10 @@ class _Objective:
         present = [leaf.detach()[mask].double().cpu() for leaf, mask in zip(self.leaves, self.finite, strict=True)]
         value, gradient = self._evaluated()
         if not math.isfinite(value) or not bool(gradient.isfinite().all()):
+            names = ", ".join(f"'{name}'" for name in self.problem.names)
             raise NotFiniteError(
-                f"The expected log joint is {-value * _UNIT:g} at the parameters {', '.join(map(repr, self.problem.names))}"
-                f"{'' if math.isfinite(value) else ', before any step'}, or its gradient is not finite.",
+                f"Where the search for {names} starts, the expected log joint is {-value * _UNIT:g}, or its gradient "
+                "not finite.",
                 hint="Start them where every value that Q finds possible has a positive probability.",
             )
         place = torch.cat(present) * self.stretch
@@ -169,8 +170,9 @@ class _Objective:
     def _evaluated(self) -> tuple[float, Tensor]:
         self.evaluations += 1
         loss = -self.problem.expected_log_joint()
-        found = torch.autograd.grad(loss, self.leaves, allow_unused=True) if loss.requires_grad else ()
-        found = found or (None,) * len(self.leaves)
+        found: Sequence[Tensor | None] = [None] * len(self.leaves)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, self.leaves, allow_unused=True)
         gradients = [
             (torch.zeros_like(leaf) if gradient is None else gradient)[mask].double().cpu()
             for leaf, gradient, mask in zip(self.leaves, found, self.finite, strict=True)
