@@ -67,3 +67,7 @@ class ShapeError(VFEError):
 
 class ProbabilityError(VFEError):
     """Numbers that are no probabilities."""
+
+
+class VFEWarning(UserWarning):
+    """A result that is there and is not what was asked for: the fact, then the way out."""
