@@ -58,7 +58,7 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
         return None
     own_dims = len(form.independent) + form.family.event_dim
     x = slim(value, own_dims)
-    batch, data = _batch(form, fixed=False), _batch(form, fixed=True)
+    batch, data = form.batch_shape(), form.batch_shape(fixed=True)
     data = torch.broadcast_shapes(data, x.shape[: max(0, x.dim() - own_dims)])
     depth = max(len(batch), len(data))
     batch, data = (torch.Size((1,) * (depth - len(shape)) + tuple(shape)) for shape in (batch, data))
@@ -193,17 +193,6 @@ def _paired(product: Tensor, batch: Sequence[int], data: Sequence[int]) -> Tenso
     depth = len(data)
     pairs = product.reshape(*batch, *data).permute([d + k * depth for d in range(depth) for k in (0, 1)])
     return pairs.reshape([a * b for a, b in zip(batch, data, strict=True)])
-
-
-def _batch(form: Form, *, fixed: bool) -> torch.Size:
-    """The batch shape of the parameters that are fixed, or of those that are not."""
-    own_dims = len(form.independent)
-    shapes = []
-    for name, values in form.parameters.items():
-        event_dim = form.family.parameters.get(name, 0 if name != "logits" else form.family.parameters.get("probs", 0))
-        if (name in form.family.fixed) is fixed:
-            shapes.append(values.shape[: max(0, values.dim() - own_dims - event_dim)])
-    return torch.broadcast_shapes(*shapes)
 
 
 def _validate(fn: Any, form: Form, value: Tensor) -> None:
