@@ -39,19 +39,12 @@ def check_programs(pair: Pair, enumeration: Enumeration) -> None:
 
     Raises:
         UnenumerableError: The guide draws something at random.
-        StructureError: A plate is subsampled, or a parameter of Q is one of the model too.
+        StructureError: A plate is subsampled.
         VFEError: There is nothing to learn, or an option names what is not there.
     """
     _check_draws(enumeration)
     _check_subsamples(enumeration)
     _check_names(pair)
-    shared = sorted(set(pair.recognition) & set(pair.parameters.of("model")))
-    if shared:
-        raise StructureError(
-            f"Parameter '{shared[0]}' is read by the model and by the guide's distributions over latents: no phase "
-            "can change the one and hold the other.",
-            hint="Give each program a parameter of its own, or train both together by SVI with vfe.FreeEnergy().",
-        )
     if not pair.learned:
         _nothing_to_learn(pair)
 

@@ -7,12 +7,12 @@ seen by moving every parameter by a unit in its last place.
 """
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
-from pyro_vfe.energy.parts import joint_graph
-from pyro_vfe.engine.inference import evidence
 from pyro_vfe.learning.belief import Belief
+from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.parameters import restore, snapshot
@@ -20,6 +20,9 @@ from pyro_vfe.program.supports import unwrapped
 
 _SAFETY = 8.0
 """How many roundings in a row each number is taken to go through."""
+
+_FAR = 1e3
+"""Changes so many times the floor are not measured against a new one."""
 
 _NUDGES = (2.0, -2.0, 3.0)
 """By how many units in the last place parameters are moved."""
@@ -73,6 +76,9 @@ class Rounding:
     repeats: bool = True
     """Whether the programs give the same tables when they run twice."""
     probed: bool = False
+    """Whether the effect of a last place has been measured."""
+    reported: bool = False
+    """Whether a rise beyond rounding has been told of."""
 
     def includes(self, change: float, belief: Belief, enumeration: Enumeration) -> bool:
         """Whether rounding explains a change of F.
@@ -82,7 +88,8 @@ class Rounding:
             belief: Q, at the present parameters.
             enumeration: The present factors.
         """
-        if abs(change) > self.floor:
+        known_to_be_large = self.floor > 0 and abs(change) > _FAR * self.floor
+        if abs(change) > self.floor and not known_to_be_large:
             self.floor = max(self.floor, _SAFETY * self.eps * magnitude(belief, enumeration))
         return abs(change) <= self.floor
 
@@ -92,7 +99,9 @@ class Rounding:
         Args:
             belief: Q, at the present parameters.
         """
-        known = float(belief.surprise)
+        known, self.probed = float(belief.surprise), True
+        if not isfinite(known):
+            return
         kept = snapshot(self.pair.parameters.readers)
         self.repeats = abs(self._surprise() - known) <= max(self.floor, _SAFETY * self.eps * abs(known))
         changes = []
@@ -105,8 +114,7 @@ class Rounding:
             restore(kept)
             self.pair.parameters.forget()
         if self.repeats:
-            self.floor = max(self.floor, 4 * max(changes))
-        self.probed = True
+            self.floor = max(self.floor, _SAFETY * max(changes))
 
     def _surprise(self) -> float:
-        return -float(evidence(joint_graph(self.pair.enumerate()), max_bytes=self.pair.max_bytes))
+        return float(surprise_of(self.pair.enumerate(), self.pair.max_bytes))
