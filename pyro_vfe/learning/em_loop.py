@@ -145,14 +145,10 @@ class Loop:
     last_decrease: float = float("nan")
     """How much F fell over the last iteration, in nats."""
 
-    def run(self, start: Enumeration) -> State:
-        """Iterates until F has stopped falling, and returns the end.
-
-        Args:
-            start: The factors at the present parameters.
-        """
+    def run(self) -> State:
+        """Iterates until F has stopped falling, and returns the end."""
         if updates_guide(self.e_phase):
-            self._record(start_row(self.pair, self.e_phase, start))
+            self._record(start_row(self.pair, self.e_phase))
         with _in_phase("E", 0):
             state = e_step(self.pair, self.e_phase, 0)
         if not self.rows:
@@ -250,14 +246,14 @@ class Loop:
         warnings.warn(self.notes[-1], VFEWarning, stacklevel=5)
 
 
-def start_row(pair: Pair, e_phase: EPhase, enumeration: Enumeration) -> Row:
+def start_row(pair: Pair, e_phase: EPhase) -> Row:
     """Where a guide stands before EM; F is infinite where it gives mass to what the model forbids.
 
     Args:
         pair: The programs.
         e_phase: The phase that knows how to read Q from the guide.
-        enumeration: The factors at the present parameters.
     """
+    enumeration = pair.enumerate()
     try:
         return row_of(e_phase.belief(enumeration, 0, pair.max_bytes), 0, START)
     except NotFiniteError:

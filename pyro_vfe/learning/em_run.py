@@ -1,6 +1,6 @@
 r"""What a run of EM hands back.
 
-    F(Q, G)  =  surprise + gap        of the last Q, which is the optimum for the last G where the E-phase is exact
+F(Q, G)  =  surprise + gap        of the last Q, which is the optimum for the last G where the E-phase is exact
 """
 
 from collections.abc import Iterable, Mapping

@@ -3,8 +3,8 @@ r"""Random starts: weights that an M-phase turns into parameters, of components 
     latents      uniform over what the model's zeros allow, times exp(noise) for each entry of a conditional table
     data         half of a component's weight is on all data alike, the other half on a few elements drawn for it
 
-Random responsibilities of all data would average out, and leave components that are nearly equal. Elements that feed the
-same parameters (steps of a loop, data of a plate) are drawn from together.
+Random responsibilities of all data would average out, and leave components that are nearly equal. Elements that feed
+the same parameters (steps of a loop, data of a plate) are drawn from together.
 
 References:
     McLachlan and Peel (2000), Finite mixture models, section 2.12 (starting values).
@@ -105,9 +105,7 @@ def _reordered(table: Table, axes: tuple[str, ...]) -> Table:
     return Table(table.aligned(axes), axes)
 
 
-def _exemplars(
-    enumeration: Enumeration, parameters: Parameters, generator: torch.Generator
-) -> dict[str, Table]:
+def _exemplars(enumeration: Enumeration, parameters: Parameters, generator: torch.Generator) -> dict[str, Table]:
     """For each latent that data depend on, the extra weight of each of its elements and states."""
     found: dict[str, Table] = {}
     for names in _alike(enumeration, parameters):

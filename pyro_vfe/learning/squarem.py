@@ -10,6 +10,7 @@ References:
     algorithm (scheme S3).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -69,4 +70,4 @@ def extrapolated(first: Point, second: Point, third: Point) -> dict[str, Tensor]
 
 
 def _norm(vector: Point) -> float:
-    return float(sum(value.double().square().sum() for value in vector.values())) ** 0.5
+    return math.sqrt(sum(float(value.double().square().sum()) for value in vector.values()))
