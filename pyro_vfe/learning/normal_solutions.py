@@ -137,14 +137,14 @@ def _best_spread(name: str, pools: Pools, current: Numbers, floor: float | None)
     covariance = scatter / count.where(known, 1.0)[:, None, None]
     if floor is not None:
         covariance = _raised(covariance, _least_variance(floor, form))
-    else:
-        singular = known & _is_singular(scatter, magnitude)
-        if bool(singular.any()):
-            raise DegenerateError(
-                f"{named(name, singular, batch_shape(form, old))} falls to zero: the data that it has "
-                "are all equal, or lie in a plane, to rounding.",
-                hint=f"Give a floor, floor={{'{name}': 1e-3}}, or the parameter a prior; or use fewer components.",
-            )
+        scatter, magnitude = covariance, covariance.diagonal(dim1=-2, dim2=-1)
+    singular = known & _is_singular(scatter, magnitude)
+    if bool(singular.any()):
+        where = named(name, singular, batch_shape(form, old))
+        raise DegenerateError(
+            f"{where} falls to zero: the data that it has are all equal, or lie in a plane, to rounding.",
+            hint=f"Give a floor, floor={{'{name}': 1e-3}}, or the parameter a prior; or use fewer components.",
+        )
     own = torch.eye(form.size, dtype=old.dtype, device=old.device)
     found = _given(torch.where(known[:, None, None], covariance, own), form)
     blocks = old.reshape(found.shape)
@@ -238,7 +238,8 @@ def _given(covariance: Tensor, form: Form) -> Tensor:
     if form.given == "scale":
         return covariance.sqrt()
     if form.given == "scale_tril":
-        return torch.linalg.cholesky(covariance)
+        tril: Tensor = torch.linalg.cholesky(covariance)
+        return tril
     return _inverse(covariance) if form.given == "precision_matrix" else covariance
 
 
