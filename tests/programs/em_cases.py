@@ -9,9 +9,9 @@ import em_oracles as by_hand
 import numpy as np
 import torch
 from em_oracles import Array, Point, Step, Values
-from examples.earthquakes import COUNTS
 from torch import Tensor
 
+from examples.earthquakes import COUNTS
 from programs import em
 from programs.case import empty, tensor
 from programs.em import Model, NormalInverseGamma
