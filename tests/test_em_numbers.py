@@ -83,7 +83,7 @@ def test_a_run_goes_the_same_way_and_its_history_says_how(name: str) -> None:
     last = {parameter.split(".")[-1]: value.detach().numpy() for parameter, value in run.params.items()}
     assert_same_point(Point(case.read(last), run.free_energy), expected[-1], case.tolerance)
     seen = run.history.of("E").free_energy
-    close(seen[: case.iterations], [point.free_energy for point in expected[:-1]], rtol=case.tolerance)
+    close(seen, [point.free_energy for point in expected], rtol=case.tolerance)
 
 
 # Linkage
@@ -129,7 +129,7 @@ def test_coins_come_to_the_numbers_of_do_and_batzoglou() -> None:
 def test_earthquakes_come_to_the_surprises_of_the_book(name: str) -> None:
     case = CASES[name]
     found = run_for(case, 2).history
-    close([*found.of("E").free_energy[:2], path_of(name)[2].free_energy], [413.27542, 343.76023, 343.13618], atol=5e-6)
+    close(found.of("E").free_energy, [413.27542, 343.76023, 343.13618], atol=5.1e-6)
 
 
 def test_earthquakes_end_at_the_best_surprise() -> None:
@@ -159,12 +159,21 @@ def test_latent_classes_reach_the_best_likelihood_of_several_starts(number: int,
 # Missing values
 
 
-@pytest.mark.parametrize("name", ["latent_classes_with_gaps", "diagonal_mixture_with_gaps", "diagonal_chain_with_gaps"])
-def test_what_stands_where_a_value_is_missing_does_not_matter(name: str) -> None:
-    case = CASES[name]
+WITH_GAPS = [name for name in CASES if name.endswith("with_gaps")]
+
+
+def filled(case: Case, filler: torch.Tensor) -> Case:
+    """The case with something else where values are missing."""
     values, seen = case.args
-    noise = torch.rand(values.shape, generator=torch.Generator().manual_seed(3)).round()
     here = seen.reshape(seen.shape + (1,) * (values.dim() - seen.dim()))
-    other = replace(case, args=(torch.where(here, values, noise), seen))
-    for found, expected in zip(walked(other, 2), path_of(name)[1:], strict=False):
-        assert_same_point(found, expected, case.tolerance)
+    return replace(case, args=(torch.where(here, values, filler), seen))
+
+
+@pytest.mark.parametrize("filler", [1.0, math.nan])
+@pytest.mark.parametrize("name", WITH_GAPS)
+def test_what_stands_where_a_value_is_missing_does_not_matter(name: str, filler: float) -> None:
+    other = filled(CASES[name], tensor(filler))
+    found = float(vfe.FreeEnergy().loss(other.model, empty, *other.args))
+    close(found, path_of(name)[0].free_energy, rtol=1e-10)
+    for point, expected in zip(walked(other, 2), path_of(name)[1:], strict=False):
+        assert_same_point(point, expected, other.tolerance)
