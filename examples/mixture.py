@@ -14,6 +14,7 @@ References:
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,9 @@ WAITING_TIMES = (
 """Minutes until the next eruption."""
 # fmt: on
 KNOWN_SURPRISE = 1130.264
+NUM_STARTS, MAX_ITER = 12, 1000
+VISIBLE = 1e-9
+"""Nats that still stand out from rounding."""
 DARK, LIGHT = "#0b3c5d", "#e69f00"
 
 Program = Callable[[Tensor], None]
@@ -91,13 +95,108 @@ def gaussian_mixture(num_components: int) -> Program:
     return model
 
 
-def draw_components(axes: Axes, u: np.ndarray, responsibilities: np.ndarray, locs: np.ndarray, cov: np.ndarray) -> None:
-    """Draws the data, shaded by the component that takes them, and each component's ellipse of two standard deviations."""
-    shade = responsibilities @ np.linspace(0.0, 1.0, responsibilities.shape[1])
-    axes.scatter(*u.T, c=shade, cmap="cividis", vmin=0, vmax=1, s=18, edgecolors="0.2", linewidths=0.4)
-    for loc, covariance in zip(locs, cov, strict=True):
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A mixture, its components in order of the eruptions' mean duration."""
+
+    run: vfe.EMRun
+    locs: np.ndarray
+    covariances: np.ndarray
+    responsibilities: np.ndarray
+    """Q(v_n = k), shape `(N, K)`."""
+
+
+def fit(num_components: int, u: Tensor) -> Fit:
+    """Returns the best of several runs of EM."""
+    pyro.clear_param_store()
+    model = gaussian_mixture(num_components)
+    run = vfe.EM(model).run(u, n_init=NUM_STARTS, max_iter=MAX_ITER, progress_bar=False)
+    order = run.params["locs"][:, 0].argsort()
+    parts = (run.params["locs"], run.params["covariances"], vfe.posterior(model, u).marginal("v").T)
+    return Fit(run, *(part[order].numpy() for part in parts[:2]), parts[2][order].T.numpy())
+
+
+def draw(path: Path, u: np.ndarray, two: Fit, three: Fit) -> None:
+    """Saves a picture: both mixtures, the phases of the first, and where every run of the second ended."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    (left, right), (bottom_left, bottom_right) = figure.subplots(2, 2, height_ratios=(3, 2))
+    for axes, fit in ((left, two), (right, three)):
+        draw_components(axes, u, fit)
+    draw_history(bottom_left, two.run.history)
+    draw_ends(bottom_right, three.run)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def draw_components(axes: Axes, u: np.ndarray, fit: Fit) -> None:
+    """Draws the data, shaded by the components that take them, and an ellipse of two standard deviations for each."""
+    shades = fit.responsibilities @ np.linspace(0.25, 1.0, len(fit.locs))
+    axes.scatter(*u.T, c=shades, cmap="Greys", vmin=0, vmax=1, s=18, edgecolors="0.2", linewidths=0.4)
+    for loc, covariance in zip(fit.locs, fit.covariances, strict=True):
         variances, directions = np.linalg.eigh(covariance)
         angle = np.degrees(np.arctan2(directions[1, -1], directions[0, -1]))
         width, height = 4 * np.sqrt(variances[::-1])
-        axes.add_patch(Ellipse(loc, width, height, angle=angle, fill=False, color=DARK, linewidth=1.6))
-    axes.set(xlabel="duration, minutes", ylabel="waiting time, minutes")
+        axes.add_patch(Ellipse(loc, width, height, angle=angle, fill=False, color=DARK, linewidth=1.8))
+    title = f"{len(fit.locs)} components: surprise {fit.run.free_energy:.2f} nats"
+    axes.set(title=title, xlabel="duration, minutes", ylabel="minutes until the next eruption")
+
+
+def draw_history(axes: Axes, history: vfe.History) -> None:
+    """Draws, on a log scale, how far F is above its end after each phase, and the gap that each M-phase opened."""
+    end = history.free_energy[-1]
+    for phase, marker, color in (("E", "o-", DARK), ("M", "D--", LIGHT)):
+        rows = history.of(phase)
+        above = rows.free_energy - end
+        label = f"F above its end, after the {phase}-phase"
+        axes.semilogy(rows.iteration[above > VISIBLE], above[above > VISIBLE], marker, color=color, ms=4, label=label)
+    opened = history.of("M")
+    visible = opened.gap > VISIBLE
+    axes.semilogy(opened.iteration[visible], opened.gap[visible], ":", color="0.35", label="gap that the M-phase opened")
+    axes.set(title="Two components: the fall of F", xlabel="iteration", ylabel="nats")
+    axes.legend(fontsize="small")
+
+
+def draw_ends(axes: Axes, run: vfe.EMRun) -> None:
+    """Draws how far above the best run each run ended."""
+    ends = np.sort([restart.free_energy for restart in run.restarts if restart.error is None])
+    axes.plot(ends - run.free_energy, "o", color=DARK)
+    axes.set(title="Three components: where every run ended", xlabel="run, best first", ylabel="F above the best, nats")
+
+
+def start_on_one_eruption(u: Tensor) -> None:
+    """Sets the first component on one eruption alone, too narrow to take any other."""
+    pyro.clear_param_store()
+    gaussian_mixture(2)(u)
+    with torch.no_grad():
+        pyro.param("locs")[0] = u[0]
+    covariances = pyro.param("covariances").detach().clone()
+    covariances[0] *= 1e-6
+    pyro.get_param_store()["covariances"] = covariances
+
+
+def collapse(u: Tensor) -> str:
+    """Returns the message of EM from a start on one eruption."""
+    start_on_one_eruption(u)
+    try:
+        vfe.EM(gaussian_mixture(2)).run(u, progress_bar=False)
+    except vfe.errors.VFEError as error:
+        return str(error)
+    return ""
+
+
+def with_floor(u: Tensor) -> vfe.EMRun:
+    """Returns the run from the same start, where no variance may be below a hundredth of a squared minute."""
+    start_on_one_eruption(u)
+    return vfe.EM(gaussian_mixture(2), floor={"covariances": 0.01}).run(u, max_iter=MAX_ITER, progress_bar=False)
+
+
+def mixture_with_priors(u: Tensor) -> None:
+    """The generative model of two components without correlations, whose weights and variances have priors."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.full((2,), 2.0)))
+    variances = pyro.sample("variances", dist.InverseGamma(2.0, u.var(0) / 10).expand([2, 2]).to_event(2))
+    locs = pyro.param("locs", torch.stack([u[0], u[1]]))
+    with pyro.plate("data", len(u)):
+        v = pyro.sample("v", dist.Categorical(weights))
+        pyro.sample("u", dist.Normal(locs[v], variances[v].sqrt()).to_event(1), obs=u)
