@@ -111,14 +111,30 @@ def expected_tables(graph: FactorGraph, *, max_bytes: float | None = None) -> li
     Raises:
         ImpossibleDataError: The log normaliser is -inf.
     """
+    return log_normalizer_and_expected_tables(graph, max_bytes=max_bytes)[1]
+
+
+def log_normalizer_and_expected_tables(
+    graph: FactorGraph, *, max_bytes: float | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the log normaliser, a scalar in nats, and what `expected_tables` gives, from the same passes; detached.
+
+    Args:
+        graph: The factors.
+        max_bytes: The most memory that intermediate tables may take; half of the free memory by default.
+
+    Raises:
+        ImpossibleDataError: The log normaliser is -inf.
+    """
     found = propagate(graph, (), own_tables=True, max_bytes=max_bytes)
     if found is not None:
         shapes = (factor.table.values.shape for factor in graph.factors)
-        return [probs.reshape(shape) for probs, shape in zip(found.probabilities, shapes, strict=True)]
+        tables = [probs.reshape(shape) for probs, shape in zip(found.probabilities, shapes, strict=True)]
+        return found.log_normalizer, tables
     detached = _detached(graph)
     for table in detached.tables:
         table.values.requires_grad_()
-    return _gradients(detached, [table.values for table in detached.tables], max_bytes)[1]
+    return _gradients(detached, [table.values for table in detached.tables], max_bytes)
 
 
 def check_possible(log_evidence: Tensor, graph: FactorGraph) -> None:
