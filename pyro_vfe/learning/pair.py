@@ -8,12 +8,13 @@ import torch
 
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.extraction import parameter_roles
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.parameters import Parameters
 from pyro_vfe.program.programs import Programs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pair:
     """A model and a guide with the arguments of one data set; their parameters live in Pyro's store."""
 
@@ -30,6 +31,10 @@ class Pair:
     floor: Mapping[str, float] | float | None = None
     """The least value that a scale, variance, rate or probability may take, for all parameters or by name."""
     max_bytes: float | None = None
+    learned: tuple[str, ...] = ()
+    """The parameters that the M-phase changes: the model's, and point estimates of the guide. Known after a run."""
+    recognition: tuple[str, ...] = ()
+    """The parameters that the E-phase changes: those of the guide's distributions of latents. Known after a run."""
 
     def enumerate(self, *, differentiable: bool = False) -> Enumeration:
         """The factors of both programs at the present parameters, in float64.
@@ -37,18 +42,15 @@ class Pair:
         Args:
             differentiable: Whether the tables carry the graph to the parameters. Otherwise only the distributions'
                 parameters do, which statistics need.
+
+        Raises:
+            StructureError: A parameter is the model's and the guide's at once.
         """
         self.parameters.forget()
         with torch.enable_grad():
             run = self.programs.enumerate(self.model, self.guide, self.args, self.kwargs, differentiable=differentiable)
-        return normalized(run, torch.float64)
-
-    @property
-    def learned(self) -> tuple[str, ...]:
-        """The parameters that the M-phase changes: those of the model, and what the guide gives as a point estimate."""
-        raise NotImplementedError
-
-    @property
-    def recognition(self) -> tuple[str, ...]:
-        """The parameters that the E-phase changes: those of the guide's distributions over discrete latents."""
-        raise NotImplementedError
+        learned, recognition = parameter_roles(run, self.parameters)
+        self.learned = tuple(name for name in learned if name not in self.fixed)
+        self.recognition = tuple(name for name in recognition if name not in self.fixed)
+        with torch.set_grad_enabled(differentiable):
+            return normalized(run, torch.float64)

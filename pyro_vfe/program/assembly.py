@@ -6,7 +6,7 @@ Where the programs branch there is a run per path of choices; otherwise there is
 they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -19,11 +19,12 @@ from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import time_plate
-from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.enumeration import Enumeration, Rescored, SiteKey
 from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.masks import check_absences
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
+from pyro_vfe.program.tables import Scorer
 
 
 @dataclass(eq=False)
@@ -35,6 +36,8 @@ class Run:
     supports: dict[str, Tensor]
     subsamples: dict[str, Tensor]
     lost: frozenset[tuple[str, str, str]]
+    label: Callable[[Mapping[SiteKey, Site], Scorer], dict[SiteKey, Factor]]
+    """Makes factors of some of its sites again, of other numbers than log-probabilities."""
 
 
 def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
@@ -64,13 +67,30 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     if len(runs) > 1:
         sites = {key: sites[key] for key in _common_order(runs)}
     _check_supports(sites, supports)
-    if len(runs) == 1 and not layout.sequential:
-        factors = last.factors
-    else:
-        factors = _joined_factors(runs, layout, supports, sites)
+    factors = _factors(runs, layout, supports, sites)
     optional = frozenset(name for run in runs.values() for name in supports if name not in run.supports)
     lost = frozenset().union(*(run.lost for run in runs.values()))
-    return _enumeration(factors, sites, supports, last.subsamples, optional, lost, layout)
+
+    def rescored(keys: Collection[SiteKey], scorer: Scorer) -> dict[SiteKey, Factor]:
+        again = {path: _labelled_again(run, keys, scorer) for path, run in runs.items()}
+        return _factors(again, layout, supports, {key: sites[key] for key in keys})
+
+    whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
+    return replace(whole, paths=tuple(run.sites for run in runs.values()))
+
+
+def _factors(
+    runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
+) -> dict[SiteKey, Factor]:
+    """The factors of all runs together."""
+    if len(runs) == 1 and not layout.sequential:
+        return next(iter(runs.values())).factors
+    return _joined_factors(runs, layout, supports, sites)
+
+
+def _labelled_again(run: Run, keys: Collection[SiteKey], scorer: Scorer) -> Run:
+    """The run with other numbers in the factors of some of its sites; the others have none."""
+    return replace(run, factors=run.label({key: site for key, site in run.sites.items() if key in keys}, scorer))
 
 
 def _common_order(runs: Mapping[Assignment, Run]) -> list[SiteKey]:
@@ -180,6 +200,7 @@ def _enumeration(
     subsamples: Mapping[str, Tensor],
     optional: frozenset[str],
     lost: frozenset[tuple[str, str, str]],
+    rescored: Rescored,
     layout: Layout,
 ) -> Enumeration:
     variables: dict[str, Variable] = {}
@@ -208,6 +229,8 @@ def _enumeration(
         optional=optional,
         lost=lost,
         full_plates={name: plate.full_size for name, plate in plates.items()},
+        paths=(sites,),
+        rescored=rescored,
     )
     check_absences(result.guided, sites, factors.values(), layout)
     return result

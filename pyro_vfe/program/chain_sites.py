@@ -6,6 +6,7 @@
 Batch dims lie as they do for other sites, with time the rightmost.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -39,7 +40,13 @@ def is_chain(site: Site) -> bool:
     return site.kind == "enumerated" and isinstance(fn, MarkovChain) and fn.num_steps > 1
 
 
-def chain_factor(site: Site, labels: Labels, scope: Sites | None, absent: Tensor | bool | None) -> Factor:
+def chain_factor(
+    site: Site,
+    labels: Labels,
+    scope: Sites | None,
+    absent: Tensor | bool | None,
+    tensors: Callable[[Site, MarkovChain], tuple[Tensor, Tensor]],
+) -> Factor:
     """Returns the factor of a chain: the tables of its first element and of the others.
 
     Args:
@@ -47,6 +54,7 @@ def chain_factor(site: Site, labels: Labels, scope: Sites | None, absent: Tensor
         labels: Names the dims of tensors.
         scope: The sites that the distribution reads.
         absent: Where a latent of guide and model does not exist: it is pinned there to its first value.
+        tensors: What the tables of the first states, `(*b, K)`, and of the transitions, `(*b, S, K, K)`, hold.
 
     Raises:
         StructureError: The last batch dim is no whole plate.
@@ -54,8 +62,9 @@ def chain_factor(site: Site, labels: Labels, scope: Sites | None, absent: Tensor
     """
     time = _time_plate(site)
     chain: MarkovChain = unwrapped(site.fn)
+    initial, transition = tensors(site, chain)
     try:
-        first = labels.labelled_before(chain.log_initial().unsqueeze(-2), site, scope, (site.name,))
+        first = labels.labelled_before(initial.unsqueeze(-2), site, scope, (site.name,))
     except (StructureChanged, StructureError) as error:
         raise StructureError(
             f"Site '{site.name}' is a MarkovChain whose initial probabilities, enumerated of shape"
@@ -63,7 +72,7 @@ def chain_factor(site: Site, labels: Labels, scope: Sites | None, absent: Tensor
             hint="`initial` has no time dim. A latent from outside brings one along: write initial[c].squeeze(-2) in a"
             " plate of sequences, initial[c.reshape(c.shape[:-1])] where c lies in none.",
         ) from error
-    pairs = _transition_table(chain.log_transition(), site, labels, scope, time)
+    pairs = _transition_table(transition, site, labels, scope, time)
     if absent is not None and absent is not False:
         where = labels.labelled(torch.as_tensor(absent, device=pairs.values.device), site, None)
         first = _pinned(first, where.selected(time.name, 0), site.name)

@@ -7,9 +7,10 @@ Every latent stands along its own axis with its whole support, so one run of eac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import unwrapped
 
 SiteKey = tuple[Role, str]
+
+Rescored = Callable[[Collection[SiteKey], Any], dict[SiteKey, Factor]]
 
 PARTICLES = "num_particles_vectorized"
 """The plate of particles."""
@@ -46,6 +49,10 @@ class Enumeration:
     """The size of each plate before subsampling."""
     subsamples: Mapping[str, Tensor]
     """The elements of each plate that are present."""
+    paths: tuple[Mapping[SiteKey, Site], ...]
+    """The sites of each path of choices, where the programs branch on a latent; otherwise of the one run."""
+    rescored: Rescored
+    """Makes the factors of some sites again, of what a scorer says in place of log-probabilities."""
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:

@@ -5,7 +5,8 @@
 Equal computations of a run are shared, so that the distributions of equal steps of a loop hold the same tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,12 @@ def reads_itself(site: Site, provenance: Provenance) -> bool:
     return name in provenance.of_distribution(site.fn) or name in provenance.of(site.scale) | provenance.of(site.mask)
 
 
-def stacked_log_prob(sites: Sequence[Site]) -> Tensor | None:
+def stacked_log_prob(sites: Sequence[Site], score: Callable[[Any, Tensor], Tensor] = log_prob) -> Tensor | None:
     """The log-probabilities of the data of equal sites under the distribution of the first, one after the other.
+
+    Args:
+        sites: Sites that differ in their data and latents alone.
+        score: What is computed of a distribution and its data.
 
     Returns:
         Shape `(T, *batch)`; None where the distribution is of a kind that may not take several data at a time, or
@@ -41,7 +46,7 @@ def stacked_log_prob(sites: Sequence[Site]) -> Tensor | None:
     batch_dims = max(len(fn.batch_shape), sites[0].value.dim() - event_dims)
     values = _stacked([site.value for site in sites], batch_dims + event_dims)
     try:
-        result = log_prob(fn, values)
+        result = score(fn, values)
     except ValueError:
         return None
     if result.dim() != batch_dims + 1 or len(result) != len(sites):

@@ -35,7 +35,7 @@ class Form:
 
     def statistic(self, x: Tensor) -> Tensor:
         """The sufficient statistic T(x), shape `(*x, D)`, where D counts the independent elements too."""
-        return self._statistic(x).flatten(-1 - len(self.independent))
+        return self.element_statistic(x).flatten(-1 - len(self.independent))
 
     @property
     def natural(self) -> Tensor:
@@ -48,6 +48,16 @@ class Form:
     def log_normalizer(self) -> Tensor:
         """The log normaliser A, shape `(*batch)`, in nats."""
         return self._summed(self.family.log_normalizer(self.parameters))
+
+    def batch_shape(self, *, fixed: bool = False) -> torch.Size:
+        """The batch shape of the parameters that are learned; of the fixed ones on demand."""
+        own_dims = len(self.independent)
+        shapes = []
+        for name, values in self.parameters.items():
+            event_dim = self.family.parameters.get("probs" if name == "logits" else name, 0)
+            if (name in self.family.fixed) is fixed:
+                shapes.append(values.shape[: max(0, values.dim() - own_dims - event_dim)])
+        return torch.broadcast_shapes(*shapes)
 
     def log_base_measure(self, x: Tensor) -> Tensor:
         """log h(x), shape `(*x)`, or no dims where it does not depend on x; in nats."""
@@ -82,7 +92,8 @@ class Form:
         """The form with its parameters in another precision."""
         return replace(self, parameters={name: value.to(dtype) for name, value in self.parameters.items()})
 
-    def _statistic(self, x: Tensor) -> Tensor:
+    def element_statistic(self, x: Tensor) -> Tensor:
+        """T(x) of each independent element by itself, shape `(*x, *independent, D)`."""
         x = self._centred(x)
         batch = x.dim() - len(self.independent) - self.family.event_dim
         event = x.shape[x.dim() - self.family.event_dim :]

@@ -4,6 +4,7 @@ One run of each program makes all tables; where the programs branch on a latent 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.supports import common_support, finite_support
-from pyro_vfe.program.tables import Labeller
+from pyro_vfe.program.tables import Labeller, Scorer
 
 
 def enumerate_programs(
@@ -86,7 +87,6 @@ class _Runner:
         self.given = given
         self.subsamples = subsamples
         self.provenance = Provenance(share=share)
-        self.lost: set[tuple[str, str, str]] = set()
         self.supports: dict[str, Tensor] = {}
         self.values: dict[object, tuple[Tensor, Tensor]] = {}
 
@@ -113,10 +113,18 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
+        absent = absences(sites)
+        mask_draws(sites)
+        self._check_unread(sites)
+        labeller = self._labeller(sites)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            factors = self._factors(sites)
+            factors = labeller.factors(sites, absent)
         self.provenance.finish()
-        return Run(sites, factors, self.supports, second.subsamples, frozenset(self.lost))
+
+        def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
+            return replace(labeller, scorer=scorer).factors(some, absent)
+
+        return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label)
 
     def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         with untracked():
@@ -143,15 +151,13 @@ class _Runner:
         self.supports[name] = known[0]
         return known[1] if kind is None else self.provenance.lent(known[1])
 
-    def _factors(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
-        homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
-        draws = frozenset(site.name for site in sites.values() if site.needs_score)
-        choices = dict(self.paths.assignment())
-        labeller = Labeller(self.layout, self.provenance, homes, choices, draws, self.lost)
-        absent = absences(sites)
-        mask_draws(sites)
+    def _check_unread(self, sites: Mapping[SiteKey, Site]) -> None:
         for site in sites.values() if self.layout.unread else ():
             read = site.reads(self.provenance) & self.layout.unread
             if read:
                 raise StructureChanged(f"site '{site.name}' reads '{min(read)}', which nothing read before")
-        return labeller.factors(sites, absent)
+
+    def _labeller(self, sites: Mapping[SiteKey, Site]) -> Labeller:
+        homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
+        draws = frozenset(site.name for site in sites.values() if site.needs_score)
+        return Labeller(self.layout, self.provenance, homes, dict(self.paths.assignment()), draws)

@@ -4,7 +4,7 @@ Batch dims to the right belong to plates, dims further left to enumerated latent
 size one is dropped: nothing varies along it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged
 from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
+from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
@@ -56,6 +57,45 @@ class _Reading(NamedTuple):
     """What its distribution has in common with others that are the same function."""
 
 
+class Scorer:
+    """Makes the tensors of tables: log-probabilities. Others may stand in their place, of the same shapes."""
+
+    def listed(self, site: Site, fn: Any) -> Tensor:
+        """One number for each value of a latent, shape `(*batch, K)`.
+
+        Args:
+            site: The latent.
+            fn: Its distribution, without masks.
+        """
+        return listed(fn)
+
+    def scored(self, site: Site, fn: Any) -> Tensor:
+        """The numbers of a site's value, of a shape that broadcasts to the batch.
+
+        Args:
+            site: The site.
+            fn: Its distribution, without masks.
+        """
+        return _scored(site, fn)
+
+    def stacked(self, sites: Sequence[Site]) -> Tensor | None:
+        """The numbers of equal sites one after the other, shape `(T, *batch)`; None where they differ after all.
+
+        Args:
+            sites: Sites with equal distributions.
+        """
+        return stacked_log_prob(sites)
+
+    def chain(self, site: Site, chain: MarkovChain) -> tuple[Tensor, Tensor]:
+        """The numbers of a chain's first states, `(*b, K)`, and of its transitions, `(*b, S, K, K)`.
+
+        Args:
+            site: The chain.
+            chain: Its distribution.
+        """
+        return chain.log_initial(), chain.log_transition()
+
+
 @dataclass(eq=False)
 class Labeller:
     """Turns the sites of one enumerated run into factors."""
@@ -70,6 +110,8 @@ class Labeller:
     """Draws that count as variables with one value, so that terms know which of them they read."""
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     """Program, site and latent where the site reads the latent and does not vary with it."""
+    scorer: Scorer = field(default_factory=Scorer)
+    """What the tables hold."""
 
     def factors(self, sites: Mapping[SiteKey, Site], absent: Mapping[str, Tensor | bool]) -> dict[SiteKey, Factor]:
         """The factor of each site; those of equal sites share their numbers.
@@ -136,10 +178,10 @@ class Labeller:
         """Labels equal sites together; returns whether that was possible."""
         first = sites[group[0]]
         if first.kind == "enumerated":
-            pattern = self._pattern(listed(readings[group[0]].fn), first, own=True)
+            pattern = self._pattern(self.scorer.listed(first, readings[group[0]].fn), first, own=True)
             tables = [Table(pattern.values, self._axes(pattern, sites[key], readings[key].scope)) for key in group]
         else:
-            values = stacked_log_prob([sites[key] for key in group])
+            values = self.scorer.stacked([sites[key] for key in group])
             if values is None:
                 return False
             pattern = self._pattern(values, first, stacked=True)
@@ -156,8 +198,8 @@ class Labeller:
         """The factor of `site`: its log-probability under its mask, and its scale."""
         scope, own = reading.scope, reading.own
         if is_chain(site):
-            return self._noted(site, scope, chain_factor(site, self, scope, absent))
-        values = listed(reading.fn) if own else _scored(site, reading.fn)
+            return self._noted(site, scope, chain_factor(site, self, scope, absent, self.scorer.chain))
+        values = self.scorer.listed(site, reading.fn) if own else self.scorer.scored(site, reading.fn)
         if site.kind != "enumerated":
             values = masked(values, reading.mask)
         elif absent is not None and absent is not False:

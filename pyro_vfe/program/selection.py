@@ -1,0 +1,160 @@
+r"""Which entries of which parameter a tensor consists of, read off the graph that autograd keeps.
+
+    p  =  J theta,    J a 0/1 matrix with one 1 in each row    =>    p_i  =  theta[index_i],    J a  =  a[index]
+
+J a is pushed forward along the graph for one vector `a` of distinct irregular numbers: p is a selection where each
+result is one of those numbers, at whose place in theta the value of p stands. So it does not matter by which operations
+a program selects: indexing by a latent or by data, expanding, reshaping, stacking.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from pyro_vfe.program.parameters import Parameters, unconstrained
+from pyro_vfe.program.statistics import Selection, Slot
+
+_RESHAPING = ("Expand", "View", "UnsafeView", "ReshapeAlias", "Alias", "Slice", "Squeeze", "Unsqueeze")
+"""Operations that keep the order of a tensor's entries, by the beginning of their nodes' names in the graph."""
+
+_GOLDEN = 0.6180339887498949
+
+
+class Origins:
+    """Where the tensors of a run come from: the parameters that it read."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        """Args:
+        parameters: What the programs read in the run.
+        """
+        self._values = {name: value for name, value in parameters.values.items() if value.requires_grad}
+        self._names: dict[Any, str] = {}
+        for name, value in self._values.items():
+            self._names[get_gradient_edge(unconstrained(name)).node] = name
+            self._names[get_gradient_edge(value).node] = name
+        self._reached: dict[Any, frozenset[str]] = {}
+
+    def of(self, *tensors: object) -> frozenset[str]:
+        """The parameters that tensors were computed from, by any operations.
+
+        Args:
+            *tensors: Tensors; anything else counts as a constant.
+        """
+        found = frozenset[str]()
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                found |= self._reach(get_gradient_edge(tensor).node)
+        return found
+
+    def _reach(self, root: Any) -> frozenset[str]:
+        known = self._reached.get(root)
+        if known is not None:
+            return known
+        found: set[str] = set()
+        seen, left = {root}, [root]
+        while left:
+            node = left.pop()
+            if node in self._names:
+                found.add(self._names[node])
+                continue
+            for follower, _ in node.next_functions:
+                if follower is not None and follower not in seen:
+                    seen.add(follower)
+                    left.append(follower)
+        self._reached[root] = frozenset(found)
+        return self._reached[root]
+
+    def slot(self, values: Tensor, *, normalised: bool = False) -> Slot:
+        """What a distribution's parameter is.
+
+        Args:
+            values: The parameter as the distribution has it.
+            normalised: Whether the distribution has divided it by its sum over the last axis (or, for logits, taken
+                from it the log of that sum): what was given is looked at then.
+        """
+        depends_on = self.of(values)
+        selection = None
+        if len(depends_on) == 1:
+            name = next(iter(depends_on))
+            selection = self._normalised(values, name) if normalised else None
+            selection = selection or self._selection(values, name)
+        return Slot(values.detach(), selection, depends_on)
+
+    def _normalised(self, values: Tensor, name: str) -> Selection | None:
+        given = _before_normalisation(values)
+        selection = None if given is None else self._selection(given, name)
+        if selection is None or selection.through != "itself":
+            return None
+        index = selection.index
+        if index.numel() == values.numel():
+            return Selection(name, index.reshape(values.shape))
+        try:
+            return Selection(name, index.expand(values.shape))
+        except RuntimeError:
+            return None
+
+    def _selection(self, values: Tensor, name: str) -> Selection | None:
+        parameter = self._values[name]
+        tangent = _irregular(parameter)
+        try:
+            pushed = _pushed_forward(values, parameter, tangent)
+        except RuntimeError:  # an operation without a second derivative, or a parameter reached around its constraint
+            return None
+        flat, numbers = parameter.detach().flatten(), tangent.flatten()
+        index = _places(pushed, numbers)
+        if index is not None and torch.equal(flat[index], values.detach()):
+            return Selection(name, index)
+        index = _places(2 * values.detach() * pushed, numbers)
+        if index is not None and torch.equal(flat[index].sqrt(), values.detach()):
+            return Selection(name, index, "sqrt")
+        return None
+
+
+def _irregular(parameter: Tensor) -> Tensor:
+    """Numbers near 0, 1, 2, ... of which no average is another."""
+    count = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
+    return (count + 0.4 * (count * _GOLDEN).frac()).to(parameter.dtype).reshape(parameter.shape)
+
+
+def _places(pushed: Tensor, numbers: Tensor) -> Tensor | None:
+    """For each entry, which of the numbers it is; None where one is none of them."""
+    index = pushed.detach().floor()
+    if not bool(((index >= 0) & (index < len(numbers))).all()):
+        return None
+    places = index.long()
+    tolerance = 64 * torch.finfo(numbers.dtype).eps * (1 + index)
+    return places if bool(((numbers[places] - pushed).abs() <= tolerance).all()) else None
+
+
+def _pushed_forward(values: Tensor, parameter: Tensor, tangent: Tensor) -> Tensor:
+    """The directional derivative of `values`: what is pulled back is linear in what is pulled, and so has a transpose.
+
+    Raises:
+        RuntimeError: An operation has no derivative of its derivative, or the graph does not pass the parameter.
+    """
+    cotangent = torch.zeros_like(values, requires_grad=True)
+    with torch.enable_grad():
+        (pulled,) = torch.autograd.grad(values, parameter, cotangent, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True)
+    return pushed.detach()
+
+
+def _before_normalisation(values: Tensor) -> Tensor | None:
+    """What was divided by its sum, or had the log of its summed exponentials taken away; None where nothing was."""
+    node: Any = values.grad_fn
+    while node is not None and node.name().startswith(_RESHAPING):
+        node = node.next_functions[0][0]
+    if node is None or len(node.next_functions) != 2:
+        return None
+    (given, _), (total, _) = node.next_functions
+    inner = total.next_functions[0][0] if total is not None and total.next_functions else None
+    if given is None or inner is not given:
+        return None
+    saved: Tensor | None = None
+    if node.name().startswith("Div") and total.name().startswith("Sum"):
+        saved = node._saved_self
+    if node.name().startswith("Sub") and total.name().startswith("Logsumexp"):
+        saved = total._saved_self
+    return saved
