@@ -206,9 +206,9 @@ def _notes(total: Pools, proposed: Mapping[str, Tensor], floor: Floor) -> list[s
     for name, value in proposed.items():
         known, low, shape = _state(name, total, value, floor_of(floor, name))
         if not bool(known.all()):
-            notes.append(f"{named(name, ~known, shape)} was never visited, and keeps its old value.")
+            notes.append(f"Never visited, and left as before: {named(name, ~known, shape)}.")
         if bool((low & known).any()):
-            notes.append(f"{named(name, low & known, shape)} is at the floor.")
+            notes.append(f"At the floor: {named(name, low & known, shape)}.")
     return notes
 
 
