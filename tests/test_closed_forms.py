@@ -779,7 +779,7 @@ def test_degenerate_parameters_are_named_and_a_floor_mends_them(name: str) -> No
     make, words = DEGENERATE[name]
     with pytest.raises(DegenerateError, match=words) as caught:
         make().solve()
-    assert "floor=" in str(caught.value)
+    assert ("floor=" in str(caught.value)) == (name != "no exposure")
     if name == "no exposure":
         return  # a floor is no ceiling
     torch.manual_seed(0)
@@ -791,6 +791,18 @@ def test_degenerate_parameters_are_named_and_a_floor_mends_them(name: str) -> No
     best = {**problem.values, **proposal.values}
     assert all(bool(value.isfinite().all()) for value in best.values())
     assert all(certified(*problem.pools(), best, problem.learned, floor).values())
+
+
+def test_a_prior_without_a_mode_and_without_data_is_named_also_with_a_floor() -> None:
+    own = torch.rand(N, K)
+    own[:, 1] = 0.0
+    problem = Problem(
+        {"probs": (simplex(K, 4), SIMPLEX)},
+        (Site(dist.Categorical, {"probs": Read("probs")}, torch.randint(4, (N, 1)), own),),
+        (prior(dist.Dirichlet, "probs", concentration=torch.full((4,), 0.9)),),
+    )
+    with pytest.raises(DegenerateError, match=r"without counts, .*: 'probs'\[1, 0\], 'probs'\[1, 1\]"):
+        problem.solve(0.01)
 
 
 def raised(name: str, value: Tensor, floor: float) -> Tensor:

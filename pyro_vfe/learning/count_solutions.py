@@ -15,7 +15,8 @@ from pyro_vfe.learning.pools import Form
 CANCELLED = 64
 """A coefficient this many roundings below zero is zero: weights that were added have been taken away again."""
 
-MEND = "Give a floor, floor={{'{name}': 1e-6}}, or the parameter a prior."
+FLOOR = "Give a floor, floor={{'{name}': 1e-6}}, or the parameter a prior."
+PRIOR = "Give '{name}' a prior: a floor is no ceiling."
 
 
 def best_counts(name: str, form: Form, coefficients: Tensor, value: Tensor, floor: float | None) -> Tensor:
@@ -122,12 +123,8 @@ def _best_unit(name: str, successes: Tensor, failures: Tensor, floor: float | No
 
 def _best_rate(name: str, events: Tensor, exposure: Tensor, floor: float | None) -> Tensor:
     known = (events != 0) | (exposure != 0)
-    _refuse(
-        name,
-        known & (exposure <= 0) & (events > 0),
-        events.shape,
-        "A rate grows beyond all numbers, as all its data are zero",
-    )
+    unbounded = known & (exposure <= 0) & (events > 0)
+    _refuse(name, unbounded, events.shape, "A rate grows beyond all numbers, as all its data are zero", PRIOR)
     rate = events / exposure.where(exposure > 0, 1.0)
     if floor is None:
         _refuse(name, known & (events <= 0), events.shape, "A rate falls to zero, as it has nothing to explain")
@@ -135,9 +132,9 @@ def _best_rate(name: str, events: Tensor, exposure: Tensor, floor: float | None)
     return rate.clamp(min=floor)
 
 
-def _refuse(name: str, chosen: Tensor, shape: torch.Size, fact: str) -> None:
+def _refuse(name: str, chosen: Tensor, shape: torch.Size, fact: str, hint: str = FLOOR) -> None:
     if bool(chosen.any()):
-        raise DegenerateError(f"{fact}: {named(name, chosen, shape)}.", hint=MEND.format(name=name))
+        raise DegenerateError(f"{fact}: {named(name, chosen, shape)}.", hint=hint.format(name=name))
 
 
 def slope_of_counts(form: Form, coefficients: Tensor, value: Tensor, floor: float | None) -> tuple[Tensor, Tensor]:
