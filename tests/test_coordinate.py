@@ -1,4 +1,4 @@
-"""Closed-form mean field: every factor is the best one given the others, F never rises, and SVI ends at the same place."""
+"""Closed-form mean field: each factor is the best one given the others, F never rises, and SVI ends at the same Q."""
 
 from collections import defaultdict
 from collections.abc import Callable
