@@ -71,3 +71,7 @@ class ProbabilityError(VFEError):
 
 class VFEWarning(UserWarning):
     """A result that is there and is not what was asked for: the fact, then the way out."""
+
+
+class DegenerateError(VFEError):
+    """The best value of a parameter lies where its density is infinite, or cannot be written down."""

@@ -41,8 +41,13 @@ def expected_log_joint(weights: Weights, enumeration: Enumeration) -> Tensor:
         weights: Q's expected tables.
         enumeration: A run of the model, of the structure that the weights have.
     """
-    parts = []
-    for key, own in weights.items():
-        for weight, table in zip(own, enumeration.factors[key].tables, strict=True):
-            parts.append(torch.where(weight != 0, weight * table.values, 0.0).sum())
-    return torch.stack(parts).sum()
+    pairs = [
+        (weight, table.values)
+        for key, own in weights.items()
+        for weight, table in zip(own, enumeration.factors[key].tables, strict=True)
+    ]
+    plain = torch.stack([torch.dot(weight.flatten(), values.flatten()) for weight, values in pairs]).sum()
+    if bool(plain.detach().isfinite()):
+        return plain
+    # 0 * inf is 0 here.
+    return torch.stack([torch.where(weight != 0, weight * values, 0.0).sum() for weight, values in pairs]).sum()

@@ -214,6 +214,15 @@ def model_keys(enumeration: Enumeration) -> list[SiteKey]:
     return [key for kind in kinds for key, site in sites if site.role == "model" and site.kind == kind]
 
 
+def leaf(table: Table) -> Table:
+    """The table as a leaf of the graph.
+
+    Args:
+        table: A log table.
+    """
+    return Table(table.values.detach().requires_grad_(), table.axes)
+
+
 def log_q_of_draws(enumeration: Enumeration, max_bytes: float | None = None) -> Tensor:
     """log q(w) of what the guide gives as point estimates, a scalar in nats: zero for a Delta of no other density.
 
@@ -233,7 +242,7 @@ def _model_graph(enumeration: Enumeration) -> FactorGraph:
 
 def _by_site(enumeration: Enumeration, tensors: Iterable[Tensor]) -> Weights:
     """Tensors in the order of the joint graph's tables, by site."""
-    left = iter(tensors)
+    left = (tensor.contiguous() for tensor in tensors)
     factors = enumeration.factors
     return {key: tuple(next(left) for _ in factors[key].tables) for key in model_keys(enumeration)}
 
@@ -267,10 +276,10 @@ def _to_the_power(graph: FactorGraph, beta: float) -> FactorGraph:
 def _counts(graph: FactorGraph, assignment: Mapping[str, Table], num_draws: int) -> list[Tensor]:
     """How often, per draw, an assignment meets each entry of the tables, times the scale: a gradient once more."""
     with torch.enable_grad():
-        leaves = [Table(table.values.detach().requires_grad_(), table.axes) for table in graph.tables]
+        leaves = [leaf(table) for table in graph.tables]
         known = graph.with_tables(leaves)
         parts = [_log_value(factor, known, assignment, num_draws) for factor in known.factors]
-        found = torch.autograd.grad(parts, [leaf.values for leaf in leaves])
+        found = torch.autograd.grad(parts, [table.values for table in leaves])
     return [gradient / num_draws for gradient in found]
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from pyro_vfe.energy.impossible import culprits, impossible_data
 from pyro_vfe.energy.parts import joint_graph, log_joint, log_q
-from pyro_vfe.engine.factors import Table
 from pyro_vfe.engine.inference import evidence
 from pyro_vfe.errors import CostError, NotFiniteError
 from pyro_vfe.learning.belief import Belief, Weights, expected_log_joint
-from pyro_vfe.learning.e_phases import log_q_of_draws, model_keys
+from pyro_vfe.learning.e_phases import leaf, log_q_of_draws, model_keys
 from pyro_vfe.program.enumeration import Enumeration
 
 
@@ -75,11 +74,8 @@ def surprise_of(enumeration: Enumeration, max_bytes: float | None = None) -> Ten
 def _expected_log_joint_and_weights(enumeration: Enumeration, max_bytes: float | None) -> tuple[Tensor, Weights]:
     keys = model_keys(enumeration)
     with torch.enable_grad():
-        factors = {
-            key: factor.mapped(lambda table: Table(table.values.detach().requires_grad_(key[0] == "model"), table.axes))
-            for key, factor in enumeration.factors.items()
-        }
-        known = enumeration.with_factors(factors, enumeration.variables)
+        factors = {key: enumeration.factors[key].mapped(leaf) for key in keys}
+        known = enumeration.with_factors({**enumeration.factors, **factors}, enumeration.variables)
         total = log_joint(known, max_bytes).expectation().total
         leaves = [table.values for key in keys for table in factors[key].tables]
         found = torch.autograd.grad(total, leaves, materialize_grads=True)

@@ -1,10 +1,10 @@
 r"""The M-phase by numerical search, for parameters without a closed form.
 
-    minimise over theta    f(theta)  =  - E_Q log P(v, u | theta)          in z = sqrt(n) theta, n the number of terms
+    minimise over theta    f(theta)  =  - E_Q log P(v, u | theta) / unit       in z = sqrt(n / unit) theta
 
-theta are the unconstrained parameters. A unit of z is of the size of a standard error, so f has curvatures around one
-in z whatever the number of data. A search by values cannot tell points apart whose values differ by less than rounding;
-the last steps go by the gradient alone.
+theta are the unconstrained parameters and n is the number of terms of the log joint: f has curvatures around one in z
+whatever the number of data. A search by values cannot tell points apart whose values differ by less than rounding; the
+last steps go by the gradient alone.
 
 References:
     Nocedal (1980), Updating quasi-Newton matrices with limited storage.
@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,11 +22,17 @@ from pyro_vfe.errors import NotFiniteError, VFEError
 from pyro_vfe.learning.phases import MPhase, Problem
 from pyro_vfe.program.parameters import restore, snapshot, unconstrained
 
+_UNIT = 1e-12
+"""The unit of f in nats. Torch's L-BFGS learns no curvature from a step that changes f by less than about 1e-10."""
+
 _REFUSED = 1e3
 """A step to a point without a finite value counts as this much worse, in units of the start's value."""
 
-_LAST_STEPS = 50
+_LAST_STEPS = 100
 """The most steps by the gradient alone."""
+
+_PATIENCE = 8
+"""How many of them in turn may fail to halve the gradient."""
 
 
 class Numerical(MPhase):
@@ -63,31 +69,33 @@ class Numerical(MPhase):
         if not objective.size:
             return dict.fromkeys(problem.names, "held: no finite entry that has a gradient")
         try:
-            left = self._searched(objective)
+            cut_short = self._searched(objective)
         except Exception:
             restore(before)
             raise
         finally:
             problem.pair.parameters.forget()
         words = f"L-BFGS, {objective.evaluations} evaluations"
-        if left > 1:
+        if cut_short:
             words += f", stopped at max_iter={self.max_iter}"
         return dict.fromkeys(problem.names, words)
 
-    def _searched(self, objective: "_Objective") -> float:
-        """Minimises, writes the best point, and returns how far max_iter left it from where values tell no more."""
-        start = objective.at_start
-        tolerance = max(self.tolerance_grad, 4 * objective.eps) * math.sqrt(objective.num_terms)
-        rounding = objective.eps * max(1.0, abs(start.value))
-        best, iterations, stalled = start, 0, False
-        while best.steepest > tolerance and iterations < self.max_iter and not stalled:
-            found, used, search = _line_searched(objective, best, self.max_iter - iterations, tolerance, rounding)
-            iterations += used
+    def _searched(self, objective: "_Objective") -> bool:
+        """Writes the best point found, and returns whether max_iter cut the search short."""
+        best = objective.at_start
+        tolerance = max(self.tolerance_grad, 4 * objective.eps) * objective.stretch
+        rounding = objective.eps * max(1.0, abs(best.value))
+        left, stalled = self.max_iter, False
+        while best.steepest > tolerance and left > 0 and not stalled:
+            search = _Search(objective, best.place, tolerance, rounding)
+            found = search.step(left, by_value=True)
+            left -= max(1, search.iterations)
             stalled = best.value - found.value <= rounding
             best = min(best, found, key=lambda point: point.value)
-            best = _by_gradient(objective, search, best, found, tolerance, rounding)
+            if left > 0 and best is found:
+                best = _by_gradient(search, best, tolerance, rounding)
         objective.write(best.place)
-        return best.steepest / tolerance if iterations >= self.max_iter and not stalled else 0.0
+        return best.steepest > tolerance and left <= 0
 
 
 class _Point(NamedTuple):
@@ -96,7 +104,7 @@ class _Point(NamedTuple):
     place: Tensor
     """z, float64."""
     value: float
-    """f in nats; a point without a finite value has a large one."""
+    """f; a point without a finite value has a large one."""
     gradient: Tensor
     """df/dz."""
 
@@ -116,6 +124,7 @@ class _Objective:
         self.size = sum(int(mask.sum()) for mask in self.finite)
         weights = problem.belief.sampled or problem.belief.weights
         self.num_terms = max(1.0, float(sum(table.sum() for own in weights.values() for table in own)))
+        self.stretch = math.sqrt(self.num_terms / _UNIT)
         self.eps = max((torch.finfo(leaf.dtype).eps for leaf in self.leaves), default=0.0)
         self.evaluations = 0
         if self.size:
@@ -125,17 +134,18 @@ class _Objective:
         present = [leaf.detach()[mask].double().cpu() for leaf, mask in zip(self.leaves, self.finite, strict=True)]
         value, gradient = self._evaluated()
         if not math.isfinite(value) or not bool(gradient.isfinite().all()):
+            names = ", ".join(f"'{name}'" for name in self.problem.names)
             raise NotFiniteError(
-                f"The expected log joint is {-value:g} at the parameters {', '.join(map(repr, self.problem.names))}"
-                f"{'' if math.isfinite(value) else ', before any step'}, or its gradient is not finite.",
+                f"Where the search for {names} starts, the expected log joint is {-value * _UNIT:g}, or its gradient "
+                "not finite.",
                 hint="Start them where every value that Q finds possible has a positive probability.",
             )
-        place = torch.cat(present) * math.sqrt(self.num_terms)
+        place = torch.cat(present) * self.stretch
         self.at_start = self.last = _Point(place, value, gradient)
 
     def write(self, place: Tensor) -> None:
         """Sets the parameters to a point."""
-        theta, offset = place / math.sqrt(self.num_terms), 0
+        theta, offset = place / self.stretch, 0
         with torch.no_grad():
             for leaf, mask in zip(self.leaves, self.finite, strict=True):
                 count = int(mask.sum())
@@ -160,13 +170,14 @@ class _Objective:
     def _evaluated(self) -> tuple[float, Tensor]:
         self.evaluations += 1
         loss = -self.problem.expected_log_joint()
-        found = torch.autograd.grad(loss, self.leaves, allow_unused=True) if loss.requires_grad else ()
-        found = found or (None,) * len(self.leaves)
+        found: Sequence[Tensor | None] = [None] * len(self.leaves)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, self.leaves, allow_unused=True)
         gradients = [
             (torch.zeros_like(leaf) if gradient is None else gradient)[mask].double().cpu()
             for leaf, gradient, mask in zip(self.leaves, found, self.finite, strict=True)
         ]
-        return float(loss.detach()), torch.cat(gradients) / math.sqrt(self.num_terms)
+        return float(loss.detach()) / _UNIT, torch.cat(gradients) / (_UNIT * self.stretch)
 
 
 class _Search:
@@ -202,29 +213,15 @@ class _Search:
         return point.value
 
 
-def _line_searched(
-    objective: _Objective, start: _Point, max_iter: int, tolerance: float, rounding: float
-) -> tuple[_Point, int, _Search]:
-    """Where a search by values ends, how many iterations it took, and the search."""
-    search = _Search(objective, start.place, tolerance, rounding)
-    found = search.step(max_iter, by_value=True)
-    return found, max(1, search.iterations), search
-
-
-def _by_gradient(
-    objective: _Objective, search: _Search, best: _Point, found: _Point, tolerance: float, rounding: float
-) -> _Point:
-    """The point with the smallest gradient near the best one, among those whose values cannot be told from its own."""
-    if found.value > best.value:
-        return best
-    limit, failures = best.value + rounding, 0
+def _by_gradient(search: _Search, best: _Point, tolerance: float, rounding: float) -> _Point:
+    """The point with the smallest gradient that L-BFGS finds from the best one, among those of no larger value."""
+    found = best
+    failures = 0
     for _ in range(_LAST_STEPS):
-        if best.steepest <= tolerance or failures > 2:
+        if best.steepest <= tolerance or failures > _PATIENCE or found.value > best.value + 2 * rounding:
             break
         found = search.step(1, by_value=False)
-        better = found.value <= limit and found.steepest < best.steepest
-        failures = failures + 1 if found.steepest > best.steepest / 2 else 0
-        best = found if better else best
-        if found.value > limit + rounding:
-            break
+        lower, no_higher = found.value < best.value - rounding, found.value <= best.value + rounding
+        failures = 0 if lower or found.steepest <= best.steepest / 2 else failures + 1
+        best = found if lower or (no_higher and found.steepest < best.steepest) else best
     return best

@@ -72,13 +72,13 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     wide = form.to(torch.float64).centred(x)
     natural = wide.natural.reshape(rows, -1)
     offset = -wide.log_normalizer.reshape(-1, 1).expand(rows, 1)
-    statistics = _Statistics.of(wide, x, data, natural.shape[1])
+    statistics = ChunkedStatistics.of(wide, x, data, natural.shape[1])
     product = _product(natural, offset, statistics, _result_type(form, value), independent * event_size)
     return None if product is None else _paired(product, batch, data)
 
 
 @dataclass(frozen=True, eq=False)
-class _Statistics:
+class ChunkedStatistics:
     """T(x) and log h(x) of N data, made anew whenever they are asked for."""
 
     form: Form
@@ -89,46 +89,57 @@ class _Statistics:
     """D."""
 
     @staticmethod
-    def of(form: Form, x: Tensor, data: torch.Size, width: int) -> "_Statistics":
+    def of(form: Form, x: Tensor, data: torch.Size, width: int) -> "ChunkedStatistics":
         """The statistics of data `x` that vary along plates of sizes `data`, D = `width` of them."""
         event = x.shape[x.dim() - form.family.event_dim :]
-        x = x.expand(*data, *form.independent, *event).reshape(-1, *form.independent, *event)
+        x = x.expand([*data, *form.independent, *event]).reshape(-1, *form.independent, *event)
         fixed = {
-            name: form.parameters[name].expand(*data, *form.independent).reshape(-1, *form.independent)
+            name: form.parameters[name].expand([*data, *form.independent]).reshape(-1, *form.independent)
             for name in form.family.fixed
         }
-        return _Statistics(replace(form, parameters={**form.parameters, **fixed}), x, width)
+        return ChunkedStatistics(replace(form, parameters={**form.parameters, **fixed}), x, width)
 
-    def part(self, where: slice) -> tuple[Tensor, Tensor]:
-        """T(x), shape `(n, D)`, and log h(x), shape `(n,)` or `()`."""
-        fixed = {name: self.form.parameters[name][where] for name in self.form.family.fixed}
-        form = replace(self.form, parameters={**self.form.parameters, **fixed}) if fixed else self.form
-        x = self.x[where].double()
-        return form.statistic(x), form.log_base_measure(x)
-
-    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """All parts one by one, each with the data that it is of."""
+    def slices(self) -> Iterator[slice]:
+        """The data, so many at a time as a cache holds the statistics of."""
         step = max(1, CHUNK.get(self.x.device.type, LARGE_CHUNK) // self.width)
         for start in range(0, len(self.x), step):
-            where = slice(start, start + step)
-            yield where, *self.part(where)
+            yield slice(start, start + step)
+
+    def statistic(self, where: slice) -> Tensor:
+        """T(x) of some data, shape `(n, D)`."""
+        return self._form(where).statistic(self.x[where].double())
+
+    def log_base_measure(self, where: slice) -> Tensor:
+        """log h(x) of some data, shape `(n,)` or `()`."""
+        return self._form(where).log_base_measure(self.x[where].double())
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sums of T(x) under weights `(K, N)`, shape `(K, D)`, in double precision."""
+        sums = [weights[:, where].double() @ self.statistic(where).double() for where in self.slices()]
+        return torch.stack(sums).sum(0)
+
+    def _form(self, where: slice) -> Form:
+        fixed = {name: self.form.parameters[name][where] for name in self.form.family.fixed}
+        return replace(self.form, parameters={**self.form.parameters, **fixed}) if fixed else self.form
 
 
 def _product(
-    natural: Tensor, offset: Tensor, statistics: _Statistics, dtype: torch.dtype, elements: int
+    natural: Tensor, offset: Tensor, statistics: ChunkedStatistics, dtype: torch.dtype, elements: int
 ) -> Tensor | None:
     """The product, shape `(K, N)`, unless its rounding error might pass the tolerance."""
     table = natural.new_empty(len(natural), len(statistics.x), dtype=dtype)
     tolerance = TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps) * elements
     largest, most = _largest(natural), _largest(offset)
     with torch.no_grad():
-        for where, statistic, log_base in statistics.parts():
+        for where in statistics.slices():
+            statistic, log_base = statistics.statistic(where), statistics.log_base_measure(where)
             error = torch.finfo(torch.float64).eps / 2 * float(_largest(statistic) @ largest + most)
             if not error <= tolerance:
                 return None
             table[:, where] = torch.addmm(offset + log_base, natural, statistic.mT)
     if statistics.x.requires_grad:
-        statistic, log_base = statistics.part(slice(None))
+        everything = slice(None)
+        statistic, log_base = statistics.statistic(everything), statistics.log_base_measure(everything)
         return torch.addmm(offset + log_base, natural, statistic.mT).to(dtype)
     if not natural.requires_grad:
         return table
@@ -140,7 +151,9 @@ class _Table(torch.autograd.Function):
     """The table is linear in eta and -A; its adjoint sums statistics, whose adjoint is a table again."""
 
     @staticmethod
-    def forward(ctx: Any, natural: Tensor, offset: Tensor, statistics: _Statistics, made: tuple[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, natural: Tensor, offset: Tensor, statistics: ChunkedStatistics, made: tuple[Tensor]
+    ) -> Tensor:
         """The table that was made, `(K, N)`."""
         ctx.statistics = statistics
         ctx.save_for_backward(statistics.x)  # so that torch notices where data are overwritten before the backward pass
@@ -157,18 +170,17 @@ class _Sums(torch.autograd.Function):
     """sum_n weights_kn T(x_n), shape `(K, D)`, and sum_n weights_kn, shape `(K, 1)`."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, statistics: _Statistics) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weights: Tensor, statistics: ChunkedStatistics) -> tuple[Tensor, Tensor]:
         """Both sums, in double precision."""
         ctx.statistics, ctx.dtype = statistics, weights.dtype
-        sums = [weights[:, where].double() @ statistic for where, statistic, _ in statistics.parts()]
-        return torch.stack(sums).sum(0), weights.sum(1, keepdim=True, dtype=torch.float64)
+        return statistics.weighted(weights), weights.sum(1, keepdim=True, dtype=torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *coefficients: Tensor) -> tuple[Tensor, None]:
         """The table of the coefficients in place of eta and -A."""
         natural, offset = coefficients
-        parts = [torch.addmm(offset, natural, part.mT).to(ctx.dtype) for _, part, _ in ctx.statistics.parts()]
-        table = torch.cat(parts, 1).detach()
+        rows = (ctx.statistics.statistic(where) for where in ctx.statistics.slices())
+        table = torch.cat([torch.addmm(offset, natural, part.mT).to(ctx.dtype) for part in rows], 1).detach()
         return _Table.apply(natural, offset, ctx.statistics, (table,)), None  # type: ignore[no-untyped-call]
 
 

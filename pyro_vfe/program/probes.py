@@ -6,6 +6,7 @@ The tables are labelled, masked, scaled and put together as those of log-probabi
 to its sites is done to their statistics. They are zeros: only their gradients are wanted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from pyro_vfe.program.equal_sites import stacked_log_prob
 from pyro_vfe.program.families import Form, form_of
 from pyro_vfe.program.families_forms import CATEGORICAL
+from pyro_vfe.program.families_table import ChunkedStatistics
 from pyro_vfe.program.log_prob import listed, looked_up, slim
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.recorder import Site
@@ -103,15 +105,15 @@ class Prober(Scorer):
         if form.family is CATEGORICAL and not form.independent:
             counting = self._counting(sites, fn, next(iter(form.parameters.values())))
             return looked_up(counting, value.long())
-        x = slim(value, len(form.independent) + form.family.event_dim).double()
-        wide = form.to(torch.float64).centred(x.nan_to_num(0.0, 0.0, 0.0))
-        statistic = wide.element_statistic(x)
-        shape = form.batch_shape()
+        family = form.family
+        x = slim(value, len(form.independent) + family.event_dim)
+        wide = form.to(torch.float64).centred(x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x)
+        shape, width = form.batch_shape(), wide.natural.shape[-1]
+        elements = (*form.independent, width // math.prod(form.independent))
         counts = torch.zeros(shape, dtype=torch.float64, device=x.device, requires_grad=True)
-        events = statistic.shape[statistic.dim() - 1 - len(form.independent) :]
-        sums = torch.zeros((*shape, *events), dtype=torch.float64, device=x.device, requires_grad=True)
+        sums = torch.zeros((*shape, *elements), dtype=torch.float64, device=x.device, requires_grad=True)
         self.probes.append(Probe(sites, fn, None, wide, None, sums, counts))
-        table: Tensor = _Table.apply(sums, counts, statistic)  # type: ignore[no-untyped-call]
+        table: Tensor = _Table.apply(sums, counts, x, wide)  # type: ignore[no-untyped-call]
         return table
 
 
@@ -119,32 +121,42 @@ class _Table(torch.autograd.Function):
     """Zeros, whose gradients are weighted sums of statistics."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, counts: Tensor, statistic: Tensor) -> Tensor:
+    def forward(ctx: Any, sums: Tensor, counts: Tensor, x: Tensor, form: Form) -> Tensor:
         """Zeros of the shape to which batch and data broadcast."""
-        ctx.statistic, ctx.batch, ctx.events = statistic, counts.shape, sums.shape[counts.dim() :]
-        data = statistic.shape[: statistic.dim() - len(ctx.events)]
-        return sums.new_zeros(()).expand(torch.broadcast_shapes(counts.shape, data))
+        own_dims = len(form.independent) + form.family.event_dim
+        ctx.data = torch.broadcast_shapes(form.batch_shape(fixed=True), x.shape[: max(0, x.dim() - own_dims)])
+        ctx.x, ctx.form, ctx.batch, ctx.shape = x, form, counts.shape, sums.shape
+        return sums.new_zeros(()).expand(torch.broadcast_shapes(ctx.batch, ctx.data))
 
     @staticmethod
-    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """The weighted sums of statistics, and of ones."""
         (weight,) = weights
-        rows = ctx.statistic.flatten(ctx.statistic.dim() - len(ctx.events))
-        sums = _summed(weight, rows, ctx.batch)
-        if not bool(sums.isfinite().all()):  # what is masked has no weight, and may be anything
-            sums = _summed(weight, rows.where(rows.isfinite(), 0.0), ctx.batch)
-        return sums.reshape(*ctx.batch, *ctx.events), weight.sum_to_size(ctx.batch), None
+        sums = _product(weight, ctx.form, ctx.x, ctx.batch, ctx.data)
+        if sums is None or not bool(sums.isfinite().all()):  # what is masked has no weight, and may be anything
+            sums = _contraction(weight, ctx.form, ctx.x, ctx.batch)
+        return sums.reshape(ctx.shape), weight.sum_to_size(ctx.batch), None, None
 
 
-def _summed(weight: Tensor, rows: Tensor, batch: torch.Size) -> Tensor:
-    """sum of weight times rows over the dims that the batch lacks: `(*batch, D)`."""
+def _product(weight: Tensor, form: Form, x: Tensor, batch: torch.Size, data: torch.Size) -> Tensor | None:
+    """The sums `(K, D)` as one matrix product; None where something varies along batch and data alike."""
     depth = weight.dim()
-    data = (1,) * (depth - rows.dim() + 1) + tuple(rows.shape[:-1])
+    padded = [(1,) * (depth - len(shape)) + tuple(shape) for shape in (batch, data)]
+    rows, columns = ([dim for dim in range(depth) if shape[dim] > 1] for shape in padded)
+    if not set(rows).isdisjoint(columns):
+        return None
+    chunks = ChunkedStatistics.of(form, x, data, form.natural.shape[-1])
+    rest = [dim for dim in range(depth) if dim not in rows and dim not in columns]
+    return chunks.weighted(weight.permute([*rest, *rows, *columns]).reshape(math.prod(batch), math.prod(data)))
+
+
+def _contraction(weight: Tensor, form: Form, x: Tensor, batch: torch.Size) -> Tensor:
+    """The sums `(*batch, D)` over all dims of the data that the batch lacks."""
+    statistic = form.statistic(x.double()).double()
+    statistic = statistic.where(statistic.isfinite(), 0.0)
+    depth = weight.dim()
+    data = (1,) * (depth - statistic.dim() + 1) + tuple(statistic.shape[:-1])
     kept = (1,) * (depth - len(batch)) + tuple(batch)
-    present = [[d for d in range(depth) if shape[d] != 1] for shape in (weight.shape, data, kept)]
-    operands = (
-        (weight.squeeze(), present[0]),
-        (rows.reshape([*(data[d] for d in present[1]), -1]), [*present[1], depth]),
-    )
-    product = torch.einsum(operands[0][0], operands[0][1], operands[1][0], operands[1][1], [*present[2], depth])
-    return product.reshape(*batch, -1)
+    present = [[dim for dim in range(depth) if shape[dim] != 1] for shape in (weight.shape, data, kept)]
+    rows = statistic.reshape([*(data[dim] for dim in present[1]), statistic.shape[-1]])
+    return torch.einsum(weight.squeeze(), present[0], rows, [*present[1], depth], [*present[2], depth])
