@@ -235,7 +235,8 @@ def _given(covariance: Tensor, form: Form) -> Tensor:
     if form.given == "scale":
         return covariance.sqrt()
     if form.given == "scale_tril":
-        return torch.linalg.cholesky(covariance)
+        factor: Tensor = torch.linalg.cholesky(covariance)
+        return factor
     return _inverse(covariance) if form.given == "precision_matrix" else covariance
 
 
