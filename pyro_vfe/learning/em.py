@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoGuideList
 from pyro.optim import Adam
 
 from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.em_checks import check_programs, first_enumeration
@@ -28,7 +29,6 @@ from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.history import History, Row
 from pyro_vfe.learning.mean_field import AutoMeanField
-from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.learning.rounding import Rounding, resolution
@@ -81,7 +81,7 @@ class EM:
         guide: Q; without one it is the exact posterior. A guide's point estimates (AutoDelta) are learned too: MAP.
         e_phase: How Q is chosen. By default `Exact()` where the guide has no discrete latents, `Coordinate()` for
             `AutoMeanField`, `Gradient` for other guides.
-        m_phase: How parameters are chosen; by default `Numerical()`.
+        m_phase: How parameters are chosen; by default `ClosedForm()`, and `Numerical()` for what has no closed form.
         fixed: Names of parameters that no phase may change.
         floor: The least value of a scale, variance, rate or probability, for all parameters or by name.
         check: When enumerated tables are compared with ordinary runs: at the first call, always, or never.
@@ -90,7 +90,7 @@ class EM:
         self.model = model
         self.guide = guide
         self._chosen_e_phase = e_phase
-        self._m_phase = m_phase or Numerical()
+        self._m_phase = m_phase or ClosedForm()
         self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
         self._floor = floor
         self._max_bytes = max_bytes
@@ -187,7 +187,7 @@ class EM:
         if belief is None:
             belief = last.e_phase.belief(before, self._m_phases, self._max_bytes)
         state = State(self._m_phases, before, belief, snapshot(pair.parameters.readers))
-        updates = m_step(pair, self._m_phase, state)
+        updates, _ = m_step(pair, self._m_phase, state)
         try:
             after = pair.enumerate()
             row = row_after_m_step(belief, after, surprise_of(after, self._max_bytes), self._m_phases + 1)
@@ -295,7 +295,7 @@ def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
         updates.update(dict.fromkeys(pair.recognition, _words_of(e_phase)))
     updates.update(dict.fromkeys(pair.learned, "not updated"))
     updates.update(end.loop.updates)
-    notes = (*end.loop.notes, *(("stopped by the callback",) if end.loop.stopped else ()))
+    notes = (*end.loop.notes, *end.loop.m_notes, *(("stopped by the callback",) if end.loop.stopped else ()))
     return EMRun(
         converged=end.loop.converged,
         n_iter=end.state.iteration,
