@@ -208,9 +208,7 @@ def weights(*shape: int) -> Tensor:
     return torch.rand(N, *shape)
 
 
-def mixture(
-    make: Any, name: str, start: Tensor, constraint: Any, x: Tensor, *priors: Prior, **known: Given
-) -> Problem:
+def mixture(make: Any, name: str, start: Tensor, constraint: Any, x: Tensor, *priors: Prior, **known: Given) -> Problem:
     """Data of K components, each with its own parameter."""
     return Problem({name: (start, constraint)}, (Site(make, {name: Read(name), **known}, x, weights(K)),), priors)
 
@@ -311,9 +309,7 @@ def normal_inverse_gamma(shared: bool) -> Problem:
 
 
 CASES: dict[str, Callable[[], Problem]] = {
-    "Categorical": lambda: mixture(
-        dist.Categorical, "probs", simplex(K, 4), SIMPLEX, torch.randint(4, (N, 1))
-    ),
+    "Categorical": lambda: mixture(dist.Categorical, "probs", simplex(K, 4), SIMPLEX, torch.randint(4, (N, 1))),
     "Categorical with unnormalised probabilities": lambda: mixture(
         dist.Categorical, "probs", positive(K, 4), POSITIVE, torch.randint(4, (N, 1))
     ),
@@ -354,9 +350,7 @@ CASES: dict[str, Callable[[], Problem]] = {
         binary(),
         prior(dist.Beta, "probs", 0.5, concentration1=positive(K) + 1, concentration0=positive(K) + 1),
     ),
-    "Binomial": lambda: mixture(
-        dist.Binomial, "probs", probability(K), UNIT, counts(), total_count=torch.tensor(9.0)
-    ),
+    "Binomial": lambda: mixture(dist.Binomial, "probs", probability(K), UNIT, counts(), total_count=torch.tensor(9.0)),
     "Binomial of logits with prior": lambda: mixture(
         dist.Binomial, "logits", torch.randn(K), REAL, counts(), total_count=torch.tensor(9.0)
     ),
@@ -385,24 +379,18 @@ CASES: dict[str, Callable[[], Problem]] = {
         dist.InverseGamma, "rate", positive(K), POSITIVE, positive(N, 1), concentration=torch.tensor(2.0)
     ),
     "tied rate": tied_rate,
-    "Normal": lambda: normals(
-        Read("loc"), Read("scale"), loc=(torch.randn(K), REAL), scale=(positive(K), POSITIVE)
-    ),
+    "Normal": lambda: normals(Read("loc"), Read("scale"), loc=(torch.randn(K), REAL), scale=(positive(K), POSITIVE)),
     "LogNormal": lambda: normals(
         Read("loc"), Read("scale"), make=dist.LogNormal, loc=(torch.randn(K), REAL), scale=(positive(K), POSITIVE)
     ),
-    "HalfNormal": lambda: mixture(
-        dist.HalfNormal, "scale", positive(K), POSITIVE, reals().abs()
-    ),
+    "HalfNormal": lambda: mixture(dist.HalfNormal, "scale", positive(K), POSITIVE, reals().abs()),
     "Normal of shared scale": lambda: normals(
         Read("loc"), Read("scale"), loc=(torch.randn(K), REAL), scale=(positive(), POSITIVE)
     ),
     "Normal of shared location": lambda: normals(
         Read("loc"), Read("scale"), loc=(torch.randn(()), REAL), scale=(positive(K), POSITIVE)
     ),
-    "Normal of known scale": lambda: normals(
-        Read("loc"), torch.tensor([1.0, 2.0, 0.5]), loc=(torch.randn(()), REAL)
-    ),
+    "Normal of known scale": lambda: normals(Read("loc"), torch.tensor([1.0, 2.0, 0.5]), loc=(torch.randn(()), REAL)),
     "Normal of known location": lambda: normals(
         torch.tensor([1.0, 2.0, 0.5]), Read("scale"), scale=(positive(), POSITIVE)
     ),
@@ -513,3 +501,489 @@ def test_no_perturbation_beats_the_closed_form(name: str) -> None:
         length = 10.0 ** -(number % 5)
         moved = {key: leaf + length * torch.randn(leaf.shape) for key, leaf in leaves.items()}
         assert problem.objective(problem.at(moved, best)) <= worth + rounding
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_certificate_tells_the_best_value_from_its_neighbours(name: str) -> None:
+    problem = CASES[name]()
+    best = {**problem.values, **problem.solve().values}
+    assert all(certified(*problem.pools(), best, problem.learned).values())
+    leaves = problem.unconstrained(best)
+    for key, leaf in leaves.items():
+        moved = {**leaves, key: leaf + 1e-7 * torch.randn(leaf.shape)}
+        assert not certified(*problem.pools(), problem.at(moved, best), [key])[key]
+
+
+COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "Categorical with Dirichlet prior": (torch.log, lambda t: t.softmax(-1)),
+    "Categorical of logits": (lambda t: t, lambda t: t),
+    "Multinomial": (torch.log, lambda t: t.softmax(-1)),
+    "tied probability": (torch.logit, torch.sigmoid),
+    "Bernoulli of logits": (lambda t: t, lambda t: t),
+    "tied rate": (torch.log, torch.exp),
+    "HalfNormal": (torch.log, torch.exp),
+    "Normal of known location": (torch.log, torch.exp),
+    "Normal with InverseGamma prior": (lambda t: t.log() / 2, lambda t: (2 * t).exp()),
+}
+"""A coordinate and its inverse, for problems of one parameter."""
+
+
+@pytest.mark.parametrize("name", COORDINATES)
+def test_the_gradient_is_that_of_the_log_density(name: str) -> None:
+    problem = CASES[name]()
+    ((key, value),) = problem.values.items()
+    to, back = COORDINATES[name]
+    leaf = to(value).requires_grad_()
+    (slope,) = torch.autograd.grad(problem.objective({key: back(leaf)}), leaf)
+    torch.testing.assert_close(gradient(*problem.pools(), problem.values)[key], slope, rtol=1e-10, atol=1e-10)
+
+
+def halves(problem: Problem) -> list[Problem]:
+    """The problem with the first and with the last of its data, without priors."""
+    cut = [slice(0, 13), slice(13, None)]
+    return [
+        Problem(
+            problem.start,
+            tuple(Site(s.make, s.slots, s.x[c], s.weights[c], s.events) for s in problem.sites),
+        )
+        for c in cut
+    ]
+
+
+def assert_same(actual: Pools, expected: Pools, problem: Problem, rtol: float = 1e-10) -> None:
+    """Both pools have the same gradient anywhere, and the same solution."""
+    mine, theirs = gradient(actual, Pools(), problem.values), gradient(expected, Pools(), problem.values)
+    assert mine.keys() == theirs.keys()
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], rtol=rtol, atol=rtol)
+    found, right = (solve(pools, Pools(), problem.values, list(problem.start)) for pools in (actual, expected))
+    assert not found.refused
+    for key in problem.start:
+        torch.testing.assert_close(found.values[key], right.values[key], rtol=rtol, atol=rtol)
+
+
+DATA_INDEXED = ("crossed groups", "data-indexed table")
+SPLIT = [name for name in CASES if name not in DATA_INDEXED]
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_the_pools_of_halves_add_to_those_of_the_whole(name: str) -> None:
+    problem = CASES[name]()
+    first, last = (half.pools()[0] for half in halves(problem))
+    assert_same(first + last, problem.pools()[0], problem)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_was_added_can_be_decayed_and_taken_away(name: str) -> None:
+    problem = CASES[name]()
+    first, last = (half.pools()[0] for half in halves(problem))
+    assert_same(last + first.scaled(0.25) + last.scaled(-1.0), first.scaled(0.25), problem)
+
+
+def test_pools_are_of_the_size_of_the_parameters() -> None:
+    data, _ = data_indexed().pools()
+    (moments,) = data.moments.values()
+    assert len(moments.weight) <= 4 * 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_data_far_from_zero_keep_their_precision(shared: bool) -> None:
+    offset = 1e8
+    near = torch.randn(N, 1).mul(1024).round() / 1024  # exact also at the offset
+    own = weights(K)
+    start = {"loc": (torch.zeros(K), REAL), "scale": (torch.ones(1 if shared else K), POSITIVE)}
+    slots = {"loc": Read("loc"), "scale": Read("scale")}
+    far = Problem(start, (Site(dist.Normal, slots, near + offset, own),))
+    first, last = (half.pools()[0] for half in halves(far))
+    loc = (own * near).sum(0) / own.sum(0)
+    squares = (own * (near - loc) ** 2).sum(0)
+    scale = (squares.sum() / own.sum()).sqrt().reshape(1) if shared else (squares / own.sum(0)).sqrt()
+    for proposal in (far.solve(), solve(first + last, Pools(), far.values, ["loc", "scale"])):
+        assert not proposal.refused
+        torch.testing.assert_close(proposal.values["loc"] - offset, loc, rtol=0, atol=2e-8)
+        torch.testing.assert_close(proposal.values["scale"], scale, rtol=1e-7, atol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(0, 10), min_size=12, max_size=12).filter(lambda own: min(own[:6]) > 1e-3))
+def test_weighted_means_hold_for_any_weights(own: list[float]) -> None:
+    torch.set_default_dtype(torch.float64)
+    weight = torch.tensor(own).reshape(12, 1)
+    x = torch.arange(12.0).reshape(12, 1).square() + 1
+    both = Problem(
+        {"loc": (torch.zeros(1), REAL), "scale": (torch.ones(1), POSITIVE), "rate": (torch.ones(1), POSITIVE)},
+        (
+            Site(dist.Normal, {"loc": Read("loc"), "scale": Read("scale")}, x, weight),
+            Site(dist.Poisson, {"rate": Read("rate")}, x, weight),
+        ),
+    )
+    values = both.solve().values
+    mean = (weight * x).sum() / weight.sum()
+    torch.testing.assert_close(values["rate"][0], mean)
+    torch.testing.assert_close(values["loc"][0], mean)
+    torch.testing.assert_close(values["scale"][0] ** 2, (weight * (x - mean) ** 2).sum() / weight.sum())
+
+
+def test_modes_are_those_of_the_textbooks() -> None:
+    """Gelman et al. (2013), sections 2.4 to 2.6 and 3.4; Murphy (2012), equations 3.27 and 3.47."""
+    x, n = counts()[:, 0], float(N)
+    ones = torch.ones(N)
+    coin = Problem(
+        {"p": (probability(), UNIT)},
+        (Site(dist.Binomial, {"total_count": torch.tensor(9.0), "probs": Read("p")}, x, ones),),
+        (prior(dist.Beta, "p", concentration1=2.0, concentration0=5.0),),
+    )
+    torch.testing.assert_close(coin.solve().values["p"], (x.sum() + 1) / (9 * n + 5))
+    rate = Problem(
+        {"r": (positive(), POSITIVE)},
+        (Site(dist.Poisson, {"rate": Read("r")}, x, ones),),
+        (prior(dist.Gamma, "r", concentration=3.0, rate=2.0),),
+    )
+    torch.testing.assert_close(rate.solve().values["r"], (x.sum() + 2) / (n + 2))
+    alpha = torch.tensor([1.5, 2.0, 4.0])
+    z = torch.randint(3, (N,))
+    die = Problem(
+        {"p": (simplex(3), SIMPLEX)},
+        (Site(dist.Categorical, {"probs": Read("p")}, z, ones),),
+        (prior(dist.Dirichlet, "p", concentration=alpha),),
+    )
+    seen = torch.bincount(z, minlength=3)
+    torch.testing.assert_close(die.solve().values["p"], (seen + alpha - 1) / (n + alpha.sum() - 3))
+    known = Problem(
+        {"m": (torch.zeros(()), REAL)},
+        (Site(dist.Normal, {"loc": Read("m"), "scale": torch.tensor(2.0)}, x, ones),),
+        (prior(dist.Normal, "m", loc=1.0, scale=0.5),),
+    )
+    torch.testing.assert_close(known.solve().values["m"], (1 / 0.25 + x.sum() / 4) / (1 / 0.25 + n / 4))
+
+
+def test_the_mode_of_normal_inverse_gamma_is_that_of_the_textbooks() -> None:
+    """Gelman et al. (2013), section 3.3: the joint density of location and variance, at its mode."""
+    x, n = reals()[:, 0], float(N)
+    a, b, m, k = 2.5, 4.0, 1.0, 3.0
+    follow = Computed(("v",), lambda values: (values["v"] / k).sqrt())
+    problem = Problem(
+        {"m": (torch.zeros(()), REAL), "v": (positive(), POSITIVE)},
+        (Site(dist.Normal, {"loc": Read("m"), "scale": Read("v", sqrt=True)}, x, torch.ones(N)),),
+        (prior(dist.Normal, "m", loc=m, scale=follow), prior(dist.InverseGamma, "v", concentration=a, rate=b)),
+    )
+    proposal = problem.solve()
+    squares = ((x - x.mean()) ** 2).sum() + k * n / (k + n) * (x.mean() - m) ** 2
+    torch.testing.assert_close(proposal.values["m"], (k * m + x.sum()) / (k + n))
+    torch.testing.assert_close(proposal.values["v"], (2 * b + squares) / (n + 2 * a + 3))
+    assert "InverseGamma prior" in proposal.words["v"] and "Normal prior" in proposal.words["m"]
+
+
+def test_what_was_never_visited_keeps_its_old_value() -> None:
+    own = torch.rand(N, K)
+    own[:, 1] = 0.0
+    slots = {"loc": Read("loc"), "scale": Read("scale")}
+    problem = Problem(
+        {
+            "probs": (simplex(K, 4), SIMPLEX),
+            "p": (probability(K), UNIT),
+            "rate": (positive(K), POSITIVE),
+            "loc": (torch.randn(K), REAL),
+            "scale": (positive(K), POSITIVE),
+            "mean": (torch.randn(K, 2), constraints.real_vector),
+            "tril": (triangular(K), constraints.lower_cholesky),
+        },
+        (
+            Site(dist.Categorical, {"probs": Read("probs")}, torch.randint(4, (N, 1)), own),
+            Site(dist.Bernoulli, {"probs": Read("p")}, binary(), own),
+            Site(dist.Poisson, {"rate": Read("rate")}, counts(), own),
+            Site(dist.Normal, slots, reals(), own),
+            Site(dist.MultivariateNormal, {"loc": Read("mean"), "scale_tril": Read("tril")}, vectors(), own),
+        ),
+    )
+    proposal = problem.solve()
+    assert not proposal.refused
+    for name, value in problem.values.items():
+        assert torch.equal(proposal.values[name][1], value[1])
+        assert not any(torch.allclose(proposal.values[name][row], value[row]) for row in (0, 2))
+        assert f"'{name}'[1] was never visited, and keeps its old value." in proposal.notes
+    assert all(certified(*problem.pools(), proposal.values, problem.learned).values())
+
+
+def one_datum(*shape: int) -> Tensor:
+    """Weights of which the second component has one datum alone."""
+    own = torch.rand(N, *shape)
+    own[1:, 1] = 0.0
+    return own
+
+
+DEGENERATE: dict[str, tuple[Callable[[], Problem], str]] = {
+    "a variance": (
+        lambda: Problem(
+            {"loc": (torch.zeros(K), REAL), "scale": (torch.ones(K), POSITIVE)},
+            (Site(dist.Normal, {"loc": Read("loc"), "scale": Read("scale")}, reals(), one_datum(K)),),
+        ),
+        r"'scale'\[1\] falls to zero",
+    ),
+    "a covariance": (
+        lambda: Problem(
+            {
+                "loc": (torch.zeros(2), constraints.real_vector),
+                "cov": (torch.eye(2), constraints.positive_definite),
+            },
+            (
+                Site(
+                    dist.MultivariateNormal,
+                    {"loc": Read("loc"), "covariance_matrix": Read("cov")},
+                    torch.randn(N, 1) * torch.tensor([1.0, 2.0]),
+                    weights(),
+                ),
+            ),
+        ),
+        r"'cov' falls to zero",
+    ),
+    "no events": (
+        lambda: mixture(dist.Poisson, "rate", positive(K), POSITIVE, torch.zeros(N, 1)),
+        r"'rate'\[0\], 'rate'\[1\], 'rate'\[2\] falls to zero",
+    ),
+    "no exposure": (
+        lambda: mixture(dist.Exponential, "rate", positive(K), POSITIVE, torch.zeros(N, 1)),
+        r"grows beyond all numbers",
+    ),
+    "log-odds": (
+        lambda: mixture(dist.Bernoulli, "logits", torch.randn(K), REAL, torch.ones(N, 1)),
+        r"has infinite log-odds",
+    ),
+    "a Dirichlet below one": (
+        lambda: mixture(
+            dist.Categorical,
+            "probs",
+            simplex(K, 4),
+            SIMPLEX,
+            torch.randint(3, (N, 1)),
+            prior(dist.Dirichlet, "probs", concentration=torch.full((4,), 0.5)),
+        ),
+        r"'probs'\[0, 3\], 'probs'\[1, 3\], 'probs'\[2, 3\] has its best value at zero",
+    ),
+    "a Beta below one": (
+        lambda: mixture(
+            dist.Bernoulli,
+            "probs",
+            probability(K),
+            UNIT,
+            torch.zeros(N, 1),
+            prior(dist.Beta, "probs", concentration1=0.5, concentration0=0.5),
+        ),
+        r"has its best value at 0 or 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_parameters_are_named_and_a_floor_mends_them(name: str) -> None:
+    make, words = DEGENERATE[name]
+    with pytest.raises(DegenerateError, match=words) as caught:
+        make().solve()
+    assert "floor=" in str(caught.value)
+    if name == "no exposure":
+        return  # a floor is no ceiling
+    torch.manual_seed(0)
+    problem = make()
+    floor = 0.01
+    proposal = problem.solve(floor)
+    assert not proposal.refused
+    assert any("at the floor" in note for note in proposal.notes)
+    best = {**problem.values, **proposal.values}
+    assert all(bool(value.isfinite().all()) for value in best.values())
+    assert all(certified(*problem.pools(), best, problem.learned, floor).values())
+
+
+def raised(name: str, value: Tensor, floor: float) -> Tensor:
+    """A value that respects the floor, near the given one."""
+    if name == "probs of a simplex":
+        return floor + (1 - value.shape[-1] * floor) * value
+    if name == "probs":
+        return value.clamp(floor, 1 - floor)
+    if name in ("scale_tril", "covariance_matrix", "precision_matrix"):
+        tril = name == "scale_tril"
+        variance, axes = torch.linalg.eigh(value @ value.mT if tril else value)
+        variance = 1 / variance if name == "precision_matrix" else variance
+        variance = variance.clamp(min=floor**2 if tril else floor)
+        variance = 1 / variance if name == "precision_matrix" else variance
+        matrix = axes @ torch.diag_embed(variance) @ axes.mT
+        return torch.linalg.cholesky(matrix) if tril else matrix
+    return value.clamp(min=floor)
+
+
+FLOORS: dict[str, tuple[str, float]] = {
+    "Categorical with Dirichlet prior": ("probs of a simplex", 0.2),
+    "Multinomial": ("probs of a simplex", 0.24),
+    "Bernoulli": ("probs", 0.495),
+    "Poisson": ("rate", 4.5),
+    "Normal of shared location": ("scale", 2.0),
+    "Normal of variance": ("variance", 8.0),
+    "MultivariateNormal of scale_tril": ("scale_tril", 1.0),
+    "MultivariateNormal of covariance_matrix": ("covariance_matrix", 1.5),
+    "MultivariateNormal of shared precision_matrix": ("precision_matrix", 1.5),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_the_floored_value_is_the_best_of_those_above_the_floor(name: str) -> None:
+    problem = CASES[name]()
+    kind, floor = FLOORS[name]
+    proposal = problem.solve(floor)
+    assert not proposal.refused
+    assert any("at the floor" in note for note in proposal.notes)
+    assert problem.objective({**problem.values, **problem.solve().values}) > problem.objective(proposal.values)
+    best = {**problem.values, **proposal.values}
+    leaves = problem.unconstrained(best)
+    worth = problem.objective(best)
+    for number in range(PERTURBATIONS):
+        length = 10.0 ** -(number % 5)
+        moved = problem.at({key: leaf + length * torch.randn(leaf.shape) for key, leaf in leaves.items()}, best)
+        moved = {key: value if key == "loc" else raised(kind, value, floor) for key, value in moved.items()}
+        assert problem.objective(moved) <= worth + 1e-12 * worth.abs()
+
+
+def test_a_floor_that_leaves_no_probabilities_is_refused() -> None:
+    with pytest.raises(ProbabilityError, match=r"floor 0\.3 of 'probs'"):
+        CASES["Categorical"]().solve(0.3)
+    with pytest.raises(ProbabilityError, match=r"floor 0\.6 of 'probs'"):
+        CASES["Bernoulli"]().solve({"probs": 0.6})
+
+
+def test_a_floor_for_another_parameter_changes_nothing() -> None:
+    problem = CASES["Poisson"]()
+    assert torch.equal(problem.solve({"other": 100.0}).values["rate"], problem.solve().values["rate"])
+
+
+def gamma_of_both() -> Problem:
+    slots = {"concentration": Read("shape"), "rate": Read("rate")}
+    start = {"shape": (positive(K), POSITIVE), "rate": (positive(K), POSITIVE)}
+    return Problem(start, (Site(dist.Gamma, slots, positive(N, 1), weights(K)),))
+
+
+def beside_a_product(names: tuple[str, ...] | None = None) -> Problem:
+    loc = Computed(("slope",), lambda values: values["slope"] * torch.arange(3.0))
+    start = {"slope": (torch.ones(()), REAL), "scale": (positive(), POSITIVE)}
+    return Problem(start, (Site(dist.Normal, {"loc": loc, "scale": Read("scale")}, reals(), weights(K)),), (), names)
+
+
+def of_two_forms() -> Problem:
+    slots = {"loc": Read("a"), "scale": Read("scale")}
+    start = {"a": (positive(K), POSITIVE), "scale": (positive(), POSITIVE)}
+    sites = (
+        Site(dist.Poisson, {"rate": Read("a")}, counts(), weights(K)),
+        Site(dist.Normal, slots, reals(), weights(K)),
+    )
+    return Problem(start, sites)
+
+
+def of_part_of_a_row() -> Problem:
+    slots = {"probs": Read("p", lambda t: t[:2])}
+    return Problem({"p": (simplex(3), SIMPLEX)}, (Site(dist.Categorical, slots, torch.randint(2, (N,)), weights()),))
+
+
+def of_one_entry_of_a_simplex() -> Problem:
+    slots = {"probs": Read("p", lambda t: t[0])}
+    return Problem({"p": (simplex(3), SIMPLEX)}, (Site(dist.Bernoulli, slots, binary()[:, 0], weights()),))
+
+
+def with_prior(own: Prior, name: str, start: Tensor, constraint: Any, make: Any, x: Tensor) -> Problem:
+    return mixture(make, name, start, constraint, x, own)
+
+
+REFUSED: dict[str, tuple[Callable[[], Problem], dict[str, str]]] = {
+    "a concentration": (
+        gamma_of_both,
+        {"shape": "no closed form for the concentration of site 'x'", "rate": "'shape', which a site reads beside it"},
+    ),
+    "a product": (
+        beside_a_product,
+        {"slope": "otherwise than by selecting entries", "scale": "'slope', which a site reads beside it"},
+    ),
+    "two forms": (
+        of_two_forms,
+        {"a": "it is the rate of a rate in one place and the loc of a location in another", "scale": "'a', which"},
+    ),
+    "part of a row": (of_part_of_a_row, {"p": "does not select whole rows"}),
+    "one entry of a simplex": (of_one_entry_of_a_simplex, {"p": "violates its constraint"}),
+    "a narrow interval": (
+        lambda: mixture(dist.Poisson, "rate", positive(K), constraints.interval(0.1, 3.0), counts()),
+        {"rate": "violates its constraint"},
+    ),
+    "another prior": (
+        lambda: mixture(
+            dist.Poisson, "rate", positive(K), POSITIVE, counts(), prior(dist.LogNormal, "rate", loc=0.0, scale=1.0)
+        ),
+        {"rate": "its prior, site 'prior', is not conjugate to the rate of a rate"},
+    ),
+    "an inverse gamma of a scale": (
+        lambda: mixture(
+            dist.HalfNormal,
+            "scale",
+            positive(K),
+            POSITIVE,
+            reals().abs(),
+            prior(dist.InverseGamma, "scale", concentration=2.0, rate=1.0),
+        ),
+        {"scale": "is not conjugate to the scale of a spread"},
+    ),
+    "a learned prior": (
+        lambda: Problem(
+            {"loc": (torch.randn(K), REAL), "mean": (torch.zeros(()), REAL)},
+            (Site(dist.Normal, {"loc": Read("loc"), "scale": torch.tensor(1.0)}, reals(), weights(K)),),
+            (prior(dist.Normal, "loc", loc=Read("mean"), scale=1.0),),
+        ),
+        {"loc": "is not conjugate", "mean": "the prior of 'loc', site 'prior', reads it"},
+    ),
+    "indirect": (
+        lambda: Problem(
+            {"rate": (positive(), POSITIVE)},
+            (Site(dist.Poisson, {"rate": Read("rate")}, counts()[:, 0], weights()),),
+            indirect={"rate": "site 'y' computes with it"},
+        ),
+        {"rate": "site 'y' computes with it"},
+    ),
+    "a root": (
+        lambda: Problem(
+            {"rate": (positive(), POSITIVE)},
+            (Site(dist.Poisson, {"rate": Read("rate", sqrt=True)}, counts()[:, 0], weights()),),
+        ),
+        {"rate": "takes its sqrt as rate"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_closed_form_is_refused_with_the_reason(name: str) -> None:
+    make, reasons = REFUSED[name]
+    proposal = make().solve()
+    assert proposal.refused.keys() == reasons.keys()
+    assert not proposal.values
+    for key, words in reasons.items():
+        assert words in proposal.refused[key]
+
+
+def test_what_is_held_beside_a_parameter_takes_no_closed_form_from_it() -> None:
+    problem = beside_a_product(("scale",))
+    proposal = problem.solve()
+    assert not proposal.refused
+    best = {**problem.values, **proposal.values}
+    assert problem.slope(best) < 1e-9 * (1 + problem.slope(problem.values))
+
+
+@pytest.mark.parametrize("held", ["loc", "scale"])
+def test_one_is_best_given_the_other_that_is_held(held: str) -> None:
+    whole = CASES["Normal of shared location"]()
+    problem = Problem(whole.start, whole.sites, names=tuple({"loc", "scale"} - {held}))
+    best = {**problem.values, **problem.solve().values}
+    assert torch.equal(best[held], problem.values[held])
+    assert problem.slope(best) < 1e-9 * (1 + problem.slope(problem.values))
+
+
+def test_single_precision_is_kept_and_certified() -> None:
+    problem = CASES["Normal"]()
+    data, priors = problem.pools()
+    single = {name: value.float() for name, value in problem.values.items()}
+    proposal = solve(data, priors, single, ["loc", "scale"])
+    assert not proposal.refused
+    for name, value in problem.solve().values.items():
+        assert proposal.values[name].dtype == torch.float32
+        torch.testing.assert_close(proposal.values[name], value.float())

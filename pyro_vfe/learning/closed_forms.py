@@ -84,7 +84,7 @@ def gradient(pools: Pools, priors: Pools, values: Mapping[str, Tensor], floor: F
 
     It is taken in coordinates in which it is zero at a maximum on the boundary too: a - theta sum a for a simplex,
     a (1 - theta) - b theta for a probability, a - b theta for a rate; a location counts in units of its standard
-    error, a covariance by the logarithm of its scales (times two). At a floor what points below it is zero.
+    error, a covariance by the logarithm of its scales, along its own axes. At a floor what points below it is zero.
 
     Args:
         pools: The data's part.

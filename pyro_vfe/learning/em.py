@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
+import torch
 from pyro.infer.autoguide import AutoGuideList
-from pyro.optim import Adam
+from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEError, VFEWarning
 from pyro_vfe.learning.closed_form import ClosedForm
@@ -57,7 +58,7 @@ class EM:
         >>> run.converged
         True
         >>> [round(rate, 3) for rate in run.params["rates"].tolist()]
-        [1.0, 11.0]
+        [0.998, 10.982]
 
     References:
         Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
@@ -81,7 +82,7 @@ class EM:
         guide: Q; without one it is the exact posterior. A guide's point estimates (AutoDelta) are learned too: MAP.
         e_phase: How Q is chosen. By default `Exact()` where the guide has no discrete latents, `Coordinate()` for
             `AutoMeanField`, `Gradient` for other guides.
-        m_phase: How parameters are chosen; by default `ClosedForm()`, and `Numerical()` for what has no closed form.
+        m_phase: How parameters are chosen; by default `ClosedForm()`, which searches where there is no closed form.
         fixed: Names of parameters that no phase may change.
         floor: The least value of a scale, variance, rate or probability, for all parameters or by name.
         check: When enumerated tables are compared with ordinary runs: at the first call, always, or never.
@@ -187,7 +188,7 @@ class EM:
         if belief is None:
             belief = last.e_phase.belief(before, self._m_phases, self._max_bytes)
         state = State(self._m_phases, before, belief, snapshot(pair.parameters.readers))
-        updates, _ = m_step(pair, self._m_phase, state)
+        updates = m_step(pair, self._m_phase, state)
         try:
             after = pair.enumerate()
             row = row_after_m_step(belief, after, surprise_of(after, self._max_bytes), self._m_phases + 1)
@@ -232,7 +233,9 @@ class EM:
             return Exact()
         if self._default_e_phase is None:
             is_mean_field = _is_mean_field(self.guide)
-            self._default_e_phase = Coordinate() if is_mean_field else Gradient(Adam({"lr": 0.05}), 20)
+            self._default_e_phase = (
+                Coordinate() if is_mean_field else Gradient(PyroOptim(torch.optim.Adam, {"lr": 0.05}), 20)
+            )
         return self._default_e_phase
 
 
@@ -295,7 +298,7 @@ def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
         updates.update(dict.fromkeys(pair.recognition, _words_of(e_phase)))
     updates.update(dict.fromkeys(pair.learned, "not updated"))
     updates.update(end.loop.updates)
-    notes = (*end.loop.notes, *end.loop.m_notes, *(("stopped by the callback",) if end.loop.stopped else ()))
+    notes = (*end.loop.notes, *end.loop.remarks, *(("stopped by the callback",) if end.loop.stopped else ()))
     return EMRun(
         converged=end.loop.converged,
         n_iter=end.state.iteration,

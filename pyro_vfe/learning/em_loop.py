@@ -74,22 +74,24 @@ def e_step(pair: Pair, e_phase: EPhase, iteration: int) -> State:
     return State(iteration, enumeration, belief, snapshot(pair.parameters.readers))
 
 
-def m_step(pair: Pair, m_phase: MPhase, state: State) -> tuple[Mapping[str, str], tuple[str, ...]]:
-    """Does an M-phase and returns how parameters were updated, and notes; after an error they are as they were.
+def m_step(
+    pair: Pair, m_phase: MPhase, state: State, belief: Belief | None = None, notes: list[str] | None = None
+) -> Mapping[str, str]:
+    """Does an M-phase and returns how parameters were updated; where an error is raised they are as they were.
 
     Args:
         pair: The programs.
         m_phase: The phase.
         state: The factors at the present parameters, and Q.
+        belief: Another Q to learn from.
+        notes: Gets what a user should know of the solution.
     """
-    problem = Problem(pair, state.enumeration, state.belief, pair.learned)
+    problem = Problem(pair, state.enumeration, belief or state.belief, pair.learned, [] if notes is None else notes)
     try:
-        return m_phase.update(problem), tuple(dict.fromkeys(problem.notes))
+        return m_phase.update(problem)
     except BaseException:
         restore(state.parameters)
         raise
-    finally:
-        pair.parameters.forget()
 
 
 def row_after_m_step(belief: Belief, enumeration: Enumeration, surprise: Tensor, iteration: int) -> Row:
@@ -140,11 +142,11 @@ class Loop:
     """Told of each phase; true stops EM after the E-phase."""
     acceleration: Squarem | None = None
     rows: list[Row] = field(default_factory=list)
-    updates: Mapping[str, str] = field(default_factory=dict)
-    """How the last M-phase changed each parameter."""
-    m_notes: tuple[str, ...] = ()
-    """What the last M-phase had to say."""
+    updates: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    """Phases that raised F."""
+    remarks: list[str] = field(default_factory=list)
+    """What the last M-phase had to say of its solution."""
     converged: bool = False
     stopped: bool = False
     last_decrease: float = float("nan")
@@ -170,7 +172,8 @@ class Loop:
         """One M-phase and the E-phase after it."""
         iteration = state.iteration + 1
         with _in_phase("M", iteration):
-            self.updates, self.m_notes = m_step(self.pair, self.m_phase, state)
+            self.remarks = []
+            self.updates.update(m_step(self.pair, self.m_phase, state, notes=self.remarks))
         after = self._jumped(state, snapshot(self.pair.parameters.readers))
         if after is None:
             after = self._e_step_after_m_step(state)

@@ -33,6 +33,8 @@ class _Normals:
 
     locations: dict[str, Tensor]
     covariances: dict[str, Tensor]
+    deviations: dict[str, Tensor]
+    """The square roots of the covariances' diagonals: an error that is small next to them is none."""
     precisions: dict[str, Tensor]
 
 
@@ -69,15 +71,16 @@ def best_normals(pools: Pools, values: Numbers, names: Collection[str], floor: F
 
 def _normals(pools: Pools, values: Numbers) -> _Normals:
     """The parameters as vectors and matrices."""
-    locations, covariances, precisions = {}, {}, {}
+    locations, covariances, deviations, precisions = {}, {}, {}, {}
     for name, form in pools.forms.items():
         value = values[name].detach().to(torch.float64)
         if form.kind == "location":
             locations[name] = value.reshape(-1, form.size)
         elif form.kind == "spread":
             covariances[name] = covariance_of(value, form)
+            deviations[name] = covariances[name].diagonal(dim1=-2, dim2=-1).sqrt()
             precisions[name] = _inverse(covariances[name])
-    return _Normals(locations, covariances, precisions)
+    return _Normals(locations, covariances, deviations, precisions)
 
 
 def _location_system(name: str, pools: Pools, now: _Normals) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,9 +100,8 @@ def _location_system(name: str, pools: Pools, now: _Normals) -> tuple[Tensor, Te
             continue
         own = now.precisions[spread][moments.spread]
         residual = moments.about(here[moments.location]).first
-        reach = moments.first.abs() + moments.weight[:, None].abs() * (
-            moments.centre.abs() + here[moments.location].abs()
-        )
+        place = moments.centre.abs() + here[moments.location].abs() + now.deviations[spread][moments.spread]
+        reach = moments.first.abs() + moments.weight[:, None].abs() * place
         precision = precision + summed_by(moments.location, moments.weight[:, None, None] * own, count)
         information = information + summed_by(moments.location, (own @ residual[..., None])[..., 0], count)
         scale = scale + summed_by(moments.location, (own.abs() @ reach[..., None])[..., 0], count)
@@ -135,14 +137,14 @@ def _best_spread(name: str, pools: Pools, current: Numbers, floor: float | None)
     covariance = scatter / count.where(known, 1.0)[:, None, None]
     if floor is not None:
         covariance = _raised(covariance, _least_variance(floor, form))
-    else:
-        singular = known & _is_singular(scatter, magnitude)
-        if bool(singular.any()):
-            raise DegenerateError(
-                f"{named(name, singular, batch_shape(form, old))} falls to zero: the data that it has "
-                "are all equal, or lie in a plane, to rounding.",
-                hint=f"Give a floor, floor={{'{name}': 1e-3}}, or the parameter a prior; or use fewer components.",
-            )
+        scatter, magnitude = covariance, covariance.diagonal(dim1=-2, dim2=-1)
+    singular = known & _is_singular(scatter, magnitude)
+    if bool(singular.any()):
+        where = named(name, singular, batch_shape(form, old))
+        raise DegenerateError(
+            f"{where} falls to zero: the data that it has are all equal, or lie in a plane, to rounding.",
+            hint=f"Give a floor, floor={{'{name}': 1e-3}}, or the parameter a prior; or use fewer components.",
+        )
     own = torch.eye(form.size, dtype=old.dtype, device=old.device)
     found = _given(torch.where(known[:, None, None], covariance, own), form)
     blocks = old.reshape(found.shape)
@@ -187,7 +189,8 @@ def _spread_slope(
     white = root[..., :, None] * (axes.mT @ scatter @ axes) * root[..., None, :]
     gradient = white - torch.diag_embed(count[:, None].expand(root.shape))
     if floor is not None:
-        low = at_floor(variance, _least_variance(floor, form), dtype)
+        rounding = CANCELLED * torch.finfo(dtype).eps * variance.amax(-1, keepdim=True)
+        low = at_floor(variance - rounding, _least_variance(floor, form), dtype)
         both = low[..., :, None] | low[..., None, :]
         gradient = torch.where(both, gradient.clamp(min=0) * torch.eye(form.size, device=low.device), gradient)
     reach = (axes.mT.abs() @ magnitude.sqrt()[..., None])[..., 0] * root
@@ -235,8 +238,8 @@ def _given(covariance: Tensor, form: Form) -> Tensor:
     if form.given == "scale":
         return covariance.sqrt()
     if form.given == "scale_tril":
-        factor: Tensor = torch.linalg.cholesky(covariance)
-        return factor
+        tril: Tensor = torch.linalg.cholesky(covariance)
+        return tril
     return _inverse(covariance) if form.given == "precision_matrix" else covariance
 
 
