@@ -105,8 +105,10 @@ def classes(number: int, seed: int = 0) -> Values:
 
 
 def survey(number: int) -> Case:
+    """Latent classes of the survey; a single one is found in one iteration."""
     start, args = classes(number), (tensor(PATTERNS), tensor(SURVEY))
-    return Case(em.latent_classes(start), args, by_hand.latent_classes(PATTERNS, SURVEY), start)
+    step, iterations = by_hand.latent_classes(PATTERNS, SURVEY), 1 if number == 1 else 6
+    return Case(em.latent_classes(start), args, step, start, iterations=iterations)
 
 
 def squared(found: Values) -> Values:
