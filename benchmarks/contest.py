@@ -88,6 +88,11 @@ def peak_gibibytes(limit: float) -> Target:
     return Target(limit, lambda ours, peer: ours.peak / 2**30, " GiB")
 
 
+def peak_ratio(limit: float) -> Target:
+    """Our peak memory over the peer's."""
+    return Target(limit, lambda ours, peer: ours.peak / peer.peak, " × memory")
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison: ours, the peers, and what the targets are held against (a peer's name, or FASTEST)."""

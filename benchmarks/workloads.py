@@ -2,7 +2,7 @@
 
 import gzip
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,8 +51,12 @@ def evidence_number(log_evidence: float) -> dict[str, float]:
 
 def counts(initial: Array, transition: Array, emission: Array) -> dict[str, float]:
     """Returns numbers that differ where expected counts do: the root of the sum of their squares."""
-    named = {"initial counts": initial, "transition counts": transition, "emission counts": emission}
-    return {name: float(np.sqrt((np.asarray(table, np.float64) ** 2).sum())) for name, table in named.items()}
+    return norms({"initial counts": initial, "transition counts": transition, "emission counts": emission})
+
+
+def norms(parameters: Mapping[str, Any]) -> dict[str, float]:
+    """Returns numbers that differ where parameters do: for each name, the root of the sum of its squares."""
+    return {name: float(np.sqrt((np.asarray(value, np.float64) ** 2).sum())) for name, value in parameters.items()}
 
 
 @dataclass(frozen=True)

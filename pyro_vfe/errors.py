@@ -67,3 +67,11 @@ class ShapeError(VFEError):
 
 class ProbabilityError(VFEError):
     """Numbers that are no probabilities."""
+
+
+class DegenerateError(VFEError):
+    """The best value of a parameter lies where its density is infinite, or cannot be written down."""
+
+
+class VFEWarning(UserWarning):
+    """A result that is there and is not what was asked for: the fact, then the way out."""

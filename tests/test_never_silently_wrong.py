@@ -290,3 +290,19 @@ def test_a_scale_that_reads_a_latent_is_part_of_its_table(plated: bool) -> None:
     log_likelihood = dist.Poisson(RATES).log_prob(tensor(4.0))
     one = -torch.logsumexp(tensor([0.2, 0.3, 0.5]).log() + (1.0 + torch.arange(3)) * log_likelihood, 0)
     assert loss_of(model) == pytest.approx(float(one) * (2 if plated else 1))
+
+
+def test_a_constant_that_broadcasting_hands_back_is_of_no_latent() -> None:
+    """`Normal(loc, scale)` of one shape holds `scale` itself, which does not depend on each loc it stood beside."""
+    scale, transition = torch.tensor(1.3), torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+
+    def model(series: torch.Tensor) -> None:
+        a = b = torch.tensor(0)
+        for t in range(3):
+            a = pyro.sample(f"a_{t}", dist.Categorical(transition[a]))
+            b = pyro.sample(f"b_{t}", dist.Categorical(transition[b]))
+            pyro.sample(f"u_{t}", dist.Normal(a + 2.0 * b, scale), obs=series[t])
+
+    series = torch.tensor([0.3, -0.4, 2.0])
+    expected = oracle(model, lambda series: None, series).terms["surprise"]
+    torch.testing.assert_close(-vfe.posterior(model, series).log_evidence, expected.double())

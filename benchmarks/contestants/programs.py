@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from torch.distributions import constraints
 from workloads import chain, mixture
 
@@ -16,20 +17,26 @@ def empty() -> None:
     """A guide without latents."""
 
 
-def gaussian_mixture(size: int, components: int, dims: int) -> Model:
+def gaussian_mixture(size: int, components: int, dims: int, dtype: torch.dtype = torch.float32) -> Model:
     """A mixture of diagonal Gaussians over data of shape `(size, dims)`."""
     workload = mixture(size, components, dims)
-    data, start = torch.tensor(workload.data).float(), torch.tensor(workload.means).float()
+    data, start = torch.tensor(workload.data).to(dtype), torch.tensor(workload.means).to(dtype)
 
     def model() -> None:
-        weights = pyro.param("weights", torch.ones(components) / components, constraint=constraints.simplex)
-        loc = pyro.param("loc", start.clone)
-        scale = pyro.param("scale", torch.ones(components, dims), constraint=constraints.positive)
-        with pyro.plate("data", size, dim=-1):
-            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(loc[z], scale[z]).to_event(1), obs=data)
+        diagonal_gaussians(data, start)
 
     return model
+
+
+def diagonal_gaussians(data: Tensor, start: Tensor) -> None:
+    """A mixture of diagonal Gaussians with equal weights, unit scales and given means at the start."""
+    ones = torch.ones_like(start)
+    weights = pyro.param("weights", ones[:, 0] / len(start), constraint=constraints.simplex)
+    loc = pyro.param("loc", start.clone)
+    scale = pyro.param("scale", ones, constraint=constraints.positive)
+    with pyro.plate("data", len(data), dim=-1):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc[z], scale[z]).to_event(1), obs=data)
 
 
 def hidden_markov(

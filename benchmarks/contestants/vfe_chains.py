@@ -14,11 +14,11 @@ from contestants.steps import step
 from pyro_vfe.engine.chains import chain_log_normalizer
 
 
-def markov_chain(sequences: int, steps: int, states: int) -> Model:
+def markov_chain(sequences: int, steps: int, states: int, dtype: torch.dtype = torch.float32) -> Model:
     """A hidden Markov model whose chain is one site."""
     workload = chain(sequences, steps, states)
     data = torch.tensor(workload.data)
-    start = [torch.tensor(table).float() for table in (workload.initial, workload.transition, workload.emission)]
+    start = [torch.tensor(table).to(dtype) for table in (workload.initial, workload.transition, workload.emission)]
 
     def model() -> None:
         initial = pyro.param("initial", start[0].clone, constraint=constraints.simplex)

@@ -33,7 +33,7 @@ def guided_belief(enumeration: Enumeration, max_bytes: float | None = None) -> B
     References:
         Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
     """
-    surprise = _surprise(enumeration, max_bytes)
+    surprise = surprise_of(enumeration, max_bytes)
     expected, weights = _expected_log_joint_and_weights(enumeration, max_bytes)
     with torch.no_grad():
         free_energy = log_q(enumeration, max_bytes).expectation().total - expected
@@ -51,7 +51,16 @@ def guided_belief(enumeration: Enumeration, max_bytes: float | None = None) -> B
     )
 
 
-def _surprise(enumeration: Enumeration, max_bytes: float | None) -> Tensor:
+def surprise_of(enumeration: Enumeration, max_bytes: float | None = None) -> Tensor:
+    """-log p(u | G), a scalar in nats; nan where the model is too large to be summed exactly.
+
+    Args:
+        enumeration: The factors of both programs.
+        max_bytes: The most memory that intermediate tables may take.
+
+    Raises:
+        ImpossibleDataError: The data have probability zero under the model.
+    """
     drawn = log_q_of_draws(enumeration, max_bytes)
     try:
         log_evidence = evidence(joint_graph(enumeration), max_bytes=max_bytes)

@@ -6,7 +6,7 @@ References:
     Saul, Jaakkola and Jordan (1996), Mean field theory for sigmoid belief networks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vfe.energy.posterior import posterior
+from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import SiteStructure, discrete_latents
@@ -130,6 +131,37 @@ class AutoMeanField(AutoGuide):
             name: The latent's site.
         """
         return _logits(self, name).detach().softmax(-1)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """The sites whose factors it holds; known after its first call."""
+        return tuple(self._latents)
+
+    def parameter_name(self, name: str) -> str:
+        """Returns the name in Pyro's store of a latent's logits.
+
+        Args:
+            name: The latent's site.
+        """
+        return str(pyro.get_param_store().param_name(_logits(self, name)))
+
+    def set_log_probs(self, name: str, log_probs: Table, chosen: Table, subsamples: Mapping[str, Tensor]) -> None:
+        """Sets the logits of some elements of a latent, in place.
+
+        Args:
+            name: The latent's site.
+            log_probs: log Q(v) over the plates and the values, as subsampled.
+            chosen: Which elements to set, over the plates.
+            subsamples: The elements of each plate that are present; all of a plate that is not named.
+        """
+        site, logits = self._latents[name], _logits(self, name)
+        values, where = over_dims(log_probs, site.plates), over_dims(chosen, site.plates)
+        rows = [torch.arange(size, device=logits.device) for size in logits.shape[:-1]]
+        for plate in site.plates:
+            rows[plate.dim] = subsamples.get(plate.name, rows[plate.dim]).to(logits.device)
+        places = torch.meshgrid(*rows, indexing="ij") if rows else ()
+        with torch.no_grad():
+            logits[tuple(place[where] for place in places) if rows else where] = values[where].to(logits)
 
 
 def _attribute(name: str) -> str:

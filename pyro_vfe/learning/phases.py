@@ -8,7 +8,7 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -52,6 +52,8 @@ class Problem:
     belief: Belief
     names: tuple[str, ...]
     """The parameters to change."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of the solution; the phase adds to it."""
 
     def expected_log_joint(self) -> Tensor:
         """E_Q log P(v, u) in nats at the present parameters, anew, with the graph to the unconstrained parameters."""

@@ -75,7 +75,8 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         again = {path: _labelled_again(run, keys, scorer) for path, run in runs.items()}
         return _factors(again, layout, supports, {key: sites[key] for key in keys})
 
-    return _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
+    whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
+    return replace(whole, paths=tuple(run.sites for run in runs.values()))
 
 
 def _factors(
@@ -228,6 +229,7 @@ def _enumeration(
         optional=optional,
         lost=lost,
         full_plates={name: plate.full_size for name, plate in plates.items()},
+        paths=(sites,),
         rescored=rescored,
     )
     check_absences(result.guided, sites, factors.values(), layout)

@@ -49,6 +49,8 @@ class Enumeration:
     """The size of each plate before subsampling."""
     subsamples: Mapping[str, Tensor]
     """The elements of each plate that are present."""
+    paths: tuple[Mapping[SiteKey, Site], ...]
+    """The sites of each path of choices, where the programs branch on a latent; otherwise of the one run."""
     rescored: Rescored
     """Makes the factors of some sites again, of what a scorer says in place of log-probabilities."""
 

@@ -45,21 +45,19 @@ def statistics_of(
     origins = Origins(parameters)
     indirect: dict[str, str] = {}
     priors: list[PriorStatistics] = []
-    probed: list[SiteKey] = []
-    for key, site in enumeration.sites.items():
-        if site.role != "model" or not origins.of(*_tensors(site.fn), *_around(site)):
+    probed: dict[SiteKey, bool] = {}
+    for key, site in ((key, site) for path in enumeration.paths for key, site in path.items()):
+        reads = origins.of(*_tensors(site.fn), site.mask, site.scale, site.value) if site.role == "model" else ()
+        if not reads:
             continue
-        if site.kind == "sampled":
-            reason = _prior_reason(site, enumeration, origins)
-            if reason is None:
-                priors.append(_prior(site, origins))
-        else:
-            reason = _reason(site, origins)
-            if reason is None:
-                probed.append(key)
+        reason = _reason(site, enumeration, origins)
         if reason is not None:
-            indirect.update(dict.fromkeys(origins.of(*_tensors(site.fn), *_around(site)), reason))
-    sites = _probed(enumeration, weights, probed, origins)
+            indirect.update(dict.fromkeys(reads, reason))
+        probed[key] = probed.get(key, True) and reason is None
+    for key in [key for key, ready in probed.items() if ready and enumeration.sites[key].kind == "sampled"]:
+        priors.append(_prior(enumeration.sites[key], origins))
+        del probed[key]
+    sites = _probed(enumeration, weights, [key for key, ready in probed.items() if ready], origins)
     for statistics in sites:
         for slot in statistics.slots.values():
             if slot.selection is None:
@@ -82,7 +80,7 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     free = [name for name, value in parameters.values.items() if value.requires_grad]
     points: set[str] = set()
     recognition = {name for name in free if parameters.readers[name] == {"guide"}}
-    for site in enumeration.sites.values():
+    for site in (site for path in enumeration.paths for site in path.values()):
         if site.role != "guide":
             continue
         reached = origins.of(*_tensors(site.fn))
@@ -106,10 +104,6 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     return learned, tuple(name for name in free if name in recognition - points)
 
 
-def _around(site: Site) -> tuple[object, ...]:
-    return site.mask, site.scale, site.value
-
-
 def _tensors(holder: object) -> Iterable[Tensor]:
     """All tensors that a distribution holds, at any depth."""
     if isinstance(holder, Tensor):
@@ -126,31 +120,21 @@ def _tensors(holder: object) -> Iterable[Tensor]:
         yield from _tensors(holder.__dict__)
 
 
-def _reason(site: Site, origins: Origins) -> str | None:
-    """Why the parameters that an observed site or a latent reads have no closed form; None where they may have."""
-    fn, _ = unmasked(site)
+def _reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | None:
+    """Why the parameters that a site reads have no closed form; None where they may have."""
+    fn, mask = unmasked(site)
     base, _ = unwrapped(fn)
-    if origins.of(site.mask, site.scale):
+    is_prior = site.kind == "sampled"
+    if origins.of(site.scale) or (isinstance(mask, Tensor) and (is_prior or origins.of(mask))):
         return f"the mask or scale of site '{site.name}' depends on it"
-    if origins.of(site.value):
+    if not is_prior and origins.of(site.value):
         return f"the value of site '{site.name}' depends on it"
+    if is_prior and not enumeration.supports.keys().isdisjoint(enumeration.factors[site.role, site.name].axes):
+        return f"its prior, site '{site.name}', depends on a latent"
     if isinstance(base, MarkovChain):
         return None if base.num_steps > 1 else f"site '{site.name}' is a chain of one step"
     if form_of(fn) is None:
         return f"site '{site.name}' is {type(base).__name__}, which has no exponential-family form here"
-    return None
-
-
-def _prior_reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | None:
-    """Why a learned value and its prior's parameters have no closed form; None where they may have."""
-    fn, mask = unmasked(site)
-    factor = enumeration.factors[site.role, site.name]
-    if form_of(fn) is None:
-        return f"its prior, site '{site.name}', is {type(unwrapped(fn)[0]).__name__}"
-    if mask is not None or origins.of(site.scale):
-        return f"its prior, site '{site.name}', is masked, or its scale depends on a parameter"
-    if not enumeration.supports.keys().isdisjoint(factor.axes):
-        return f"its prior, site '{site.name}', depends on a latent"
     return None
 
 
@@ -188,7 +172,7 @@ def _probed(
                 tables.append(table.values)
                 given.append(_rearranged(Table(weight, own.axes), table))
     leaves = [leaf for probe in prober.probes for leaf in probe.leaves]
-    gradients = iter(torch.autograd.grad(tables, leaves, given) if leaves else ())
+    gradients = iter(torch.autograd.grad(tables, leaves, given, materialize_grads=True) if leaves else ())
     return tuple(_statistics(probe, [next(gradients) for _ in probe.leaves], origins) for probe in prober.probes)
 
 
@@ -213,8 +197,8 @@ def _statistics(probe: Probe, gradients: Sequence[Tensor], origins: Origins) -> 
     slots = _slots(probe.fn, form, origins)
     if probe.form is not None:
         sums, counts = gradients
-        counts = counts.reshape(*counts.shape, *(1,) * len(form.independent))
-        counts = counts.expand(*counts.shape[: counts.dim() - len(form.independent)], *form.independent)
+        batch, elements = counts.shape, form.independent
+        counts = counts.reshape([*batch, *(1,) * len(elements)]).expand([*batch, *elements])
         return SiteStatistics(probe.sites, form.family, slots, counts, sums, form.centre)
     (sums,) = gradients
     counts = sums.sum(-1)

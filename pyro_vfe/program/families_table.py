@@ -92,9 +92,9 @@ class ChunkedStatistics:
     def of(form: Form, x: Tensor, data: torch.Size, width: int) -> "ChunkedStatistics":
         """The statistics of data `x` that vary along plates of sizes `data`, D = `width` of them."""
         event = x.shape[x.dim() - form.family.event_dim :]
-        x = x.expand(*data, *form.independent, *event).reshape(-1, *form.independent, *event)
+        x = x.expand([*data, *form.independent, *event]).reshape(-1, *form.independent, *event)
         fixed = {
-            name: form.parameters[name].expand(*data, *form.independent).reshape(-1, *form.independent)
+            name: form.parameters[name].expand([*data, *form.independent]).reshape(-1, *form.independent)
             for name in form.family.fixed
         }
         return ChunkedStatistics(replace(form, parameters={**form.parameters, **fixed}), x, width)
@@ -115,7 +115,7 @@ class ChunkedStatistics:
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The sums of T(x) under weights `(K, N)`, shape `(K, D)`, in double precision."""
-        sums = [weights[:, where].double() @ self.statistic(where) for where in self.slices()]
+        sums = [weights[:, where].double() @ self.statistic(where).double() for where in self.slices()]
         return torch.stack(sums).sum(0)
 
     def _form(self, where: slice) -> Form:

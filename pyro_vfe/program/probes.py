@@ -147,12 +147,12 @@ def _product(weight: Tensor, form: Form, x: Tensor, batch: torch.Size, data: tor
         return None
     chunks = ChunkedStatistics.of(form, x, data, form.natural.shape[-1])
     rest = [dim for dim in range(depth) if dim not in rows and dim not in columns]
-    return chunks.weighted(weight.permute(*rest, *rows, *columns).reshape(math.prod(batch), math.prod(data)))
+    return chunks.weighted(weight.permute([*rest, *rows, *columns]).reshape(math.prod(batch), math.prod(data)))
 
 
 def _contraction(weight: Tensor, form: Form, x: Tensor, batch: torch.Size) -> Tensor:
     """The sums `(*batch, D)` over all dims of the data that the batch lacks."""
-    statistic = form.statistic(x.double())
+    statistic = form.statistic(x.double()).double()
     statistic = statistic.where(statistic.isfinite(), 0.0)
     depth = weight.dim()
     data = (1,) * (depth - statistic.dim() + 1) + tuple(statistic.shape[:-1])

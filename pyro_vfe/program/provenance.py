@@ -182,7 +182,7 @@ class Provenance(TorchFunctionMode):
         if name in _INERT:
             result = func(*args, **kwargs)
             if isinstance(result, Tensor):
-                self._mark_all(result, self.of(args[0]))
+                self._mark_all(result, self.of(args[0]), ())
             return result
         if self.shared is not None and name in PURE and "out" not in kwargs:
             return self._pure(func, name, args, kwargs)
@@ -200,7 +200,7 @@ class Provenance(TorchFunctionMode):
         if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
             self.on_union(sites, name)
-        self._mark_all(result, sites)
+        self._mark_all(result, sites, args)
         if written:
             self._mark_written(args[0], sites)
         return result
@@ -226,7 +226,7 @@ class Provenance(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result) is Tensor and can_be_shared(result) and id(result) not in map(id, args):
             self.shared.keep(key, result, (result,), tensors)
-        self._mark_all(result, sites)
+        self._mark_all(result, sites, args)
         return result
 
     def _distribution(self, family: Any, args: Any, kwargs: Any) -> Any:
@@ -308,12 +308,14 @@ class Provenance(TorchFunctionMode):
                 sites = sites | self._gather((value.start, value.stop, value.step))
         return sites
 
-    def _mark_all(self, result: Any, sites: Sites) -> None:
+    def _mark_all(self, result: Any, sites: Sites, args: Any) -> None:
+        """Marks what an operation made; an argument that it hands back as it is was not made from the others."""
         if isinstance(result, Tensor):
-            self.mark(result, sites)
+            if not any(result is argument for argument in args):
+                self.mark(result, sites)
         elif isinstance(result, (list, tuple)):
             for part in result:
-                self._mark_all(part, sites)
+                self._mark_all(part, sites, args)
 
     def _mark_written(self, target: Any, sites: Sites) -> None:
         if isinstance(target, Tensor):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
+from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable
 
@@ -135,7 +136,18 @@ class Recorder(Messenger):
                     fn = self.sites[name].fn
                     raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn)) from escape
             raise
+        for site in self.sites.values():
+            if site.kind == "observed":
+                self._fill_gaps(site)
         return self.sites
+
+    def _fill_gaps(self, site: Site) -> None:
+        """Replaces the NaN of missing data; after the run, which would take a look at them for a branch."""
+        value = without_gaps(site)
+        if value is not site.value:
+            if self.provenance is not None:
+                self.provenance.mark(value, self.provenance.of(site.value))
+            site.value = value
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]

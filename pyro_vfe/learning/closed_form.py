@@ -1,0 +1,131 @@
+r"""The M-phase in closed form, for every parameter that has one; a search for the others.
+
+    counts and sums of T(x)  ->  pooled by parameter  ->  theta'  ->  certificate: dF(Q, theta')/dtheta = 0
+
+The certificate is taken twice: in every M-phase from the pooled statistics, and in the first one of a pair of programs
+from the programs themselves, by autograd through their tables. What fails it goes to the search.
+
+References:
+    Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vfe.learning.closed_forms import Proposal, solve
+from pyro_vfe.learning.entries import floor_of
+from pyro_vfe.learning.numerical import Numerical
+from pyro_vfe.learning.phases import MPhase, Problem
+from pyro_vfe.learning.pools import Pools
+from pyro_vfe.learning.prior_pools import prior_pools
+from pyro_vfe.learning.site_pools import data_pools
+from pyro_vfe.program.extraction import statistics_of
+from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained, write
+from pyro_vfe.program.programs import Programs
+
+_FRACTION = 1e-6
+"""How small a certified gradient is next to the one at the old parameters, in double precision."""
+
+
+class ClosedForm(MPhase):
+    """Closed forms from expected sufficient statistics, where a parameter feeds its distributions directly.
+
+    Directly: as it is, expanded, or selected by a latent or by data; probabilities also as logits, a scale also as the
+    root of a variance. The families are those of counts (Bernoulli, Categorical, OneHotCategorical, Binomial,
+    Multinomial, Geometric, NegativeBinomial, MarkovChain), of rates (Poisson, Exponential, Gamma) and of normals
+    (Normal, LogNormal, HalfNormal, MultivariateNormal). A point estimate with a conjugate prior is its posterior mode.
+    """
+
+    def __init__(self, fallback: MPhase | None = None) -> None:
+        """Args:
+        fallback: The M-phase for parameters without a closed form; by default `Numerical()`.
+        """
+        self.fallback = fallback or Numerical()
+        self._programs: Programs | None = None
+        self._uncertified: dict[str, str] = {}
+
+    @property
+    def monotone(self) -> bool:  # type: ignore[override]
+        """Whether F never rises, but for rounding: where the fallback does not raise it."""
+        return self.fallback.monotone
+
+    def update(self, problem: Problem) -> Mapping[str, str]:
+        """Writes new parameters and returns, for each name, how it was updated.
+
+        Args:
+            problem: What to solve.
+
+        Raises:
+            DegenerateError: The likelihood is unbounded: a component has collapsed onto its data.
+        """
+        is_first = self._programs is not problem.pair.programs
+        if is_first:
+            self._programs, self._uncertified = problem.pair.programs, {}
+        data, priors = self.pooled(problem)
+        before = snapshot(problem.names)
+        proposal = self._proposed(problem, data, priors)
+        if is_first and proposal.values:
+            self._certify(problem, list(proposal.values), before)
+            if self._uncertified:
+                restore(before)
+                proposal = self._proposed(problem, data, priors)
+        problem.notes.extend(proposal.notes)
+        words = dict(proposal.words)
+        rest = tuple(name for name in problem.names if name not in proposal.values)
+        if rest:
+            problem.pair.parameters.forget()
+            found = self.fallback.update(replace(problem, names=rest))
+            reasons = {**proposal.refused, **self._uncertified}
+            words |= {name: f"{how} (no closed form: {reasons.get(name, '')})" for name, how in found.items()}
+        return words
+
+    def pooled(self, problem: Problem) -> tuple[Pools, Pools]:
+        """The statistics of a problem pooled by parameter: the data's, and the priors'.
+
+        Args:
+            problem: What to solve.
+        """
+        weights = problem.belief.sampled or problem.belief.weights
+        statistics = statistics_of(problem.enumeration, weights, problem.pair.parameters)
+        values = _values(problem)
+        data = data_pools(statistics, values)
+        return data, prior_pools(statistics, values, data)
+
+    def _proposed(self, problem: Problem, data: Pools, priors: Pools) -> Proposal:
+        """New values, written."""
+        names = [name for name in problem.names if name not in self._uncertified]
+        constraints = {name: constraint_of(name) for name in names}
+        proposal = solve(data, priors, _values(problem), names, problem.pair.floor, constraints)
+        write(proposal.values)
+        return proposal
+
+    def _certify(self, problem: Problem, names: Sequence[str], before: Mapping[str, Tensor]) -> None:
+        """Notes the parameters at whose new values the programs' own gradient does not vanish."""
+        proposed = snapshot(names)
+        slopes, _ = _slopes(problem, names)
+        restore(before)
+        old_slopes, size = _slopes(problem, names)
+        restore(proposed)
+        for name in names:
+            eps = torch.finfo(unconstrained(name).dtype).eps
+            noise = eps**0.5 * size / max(1, problem.enumeration.num_data)
+            largest = max(_FRACTION, 1e3 * eps) * float(old_slopes[name].abs().max()) + noise
+            if not float(slopes[name].abs().max()) <= largest and floor_of(problem.pair.floor, name) is None:
+                self._uncertified[name] = "the programs' own gradient does not vanish there"
+
+
+def _values(problem: Problem) -> dict[str, Tensor]:
+    """The present constrained values of the parameters."""
+    return {name: pyro.get_param_store()[name].detach() for name in problem.pair.parameters.readers}
+
+
+def _slopes(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
+    """The gradient of the expected log joint in the unconstrained parameters at present, and its size, in nats."""
+    value = problem.expected_log_joint()
+    leaves = [unconstrained(name) for name in names]
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, gradients, strict=True)), abs(float(value.detach()))

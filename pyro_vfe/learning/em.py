@@ -1,0 +1,313 @@
+r"""Expectation maximisation for any program with discrete latents.
+
+    E-phase    Q  <-  argmin_Q F(Q, G)        M-phase    G  <-  argmin_G F(Q, G)        F  =  surprise + gap
+
+References:
+    Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
+    Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuideList
+from pyro.optim import PyroOptim
+
+from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.learning.closed_form import ClosedForm
+from pyro_vfe.learning.coordinate import Coordinate
+from pyro_vfe.learning.e_phases import Exact
+from pyro_vfe.learning.em_checks import check_programs, first_enumeration
+from pyro_vfe.learning.em_loop import Loop, State, e_step, m_step, row_after_m_step, row_of, updates_guide
+from pyro_vfe.learning.em_report import Callback, Report
+from pyro_vfe.learning.em_run import EMRun, PhaseResult
+from pyro_vfe.learning.em_starts import End, Starts
+from pyro_vfe.learning.gradient import Gradient
+from pyro_vfe.learning.guided import surprise_of
+from pyro_vfe.learning.history import History, Row
+from pyro_vfe.learning.mean_field import AutoMeanField
+from pyro_vfe.learning.pair import Pair
+from pyro_vfe.learning.phases import EPhase, MPhase
+from pyro_vfe.learning.rounding import Rounding, resolution
+from pyro_vfe.learning.squarem import Squarem
+from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.parameters import Parameters, restore, snapshot
+from pyro_vfe.program.programs import Check, Programs
+
+Acceleration = Literal["squarem"]
+
+
+class EM:
+    """Expectation maximisation: the guide is fitted with the model held, the model with the guide held, in turn.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from torch.distributions import constraints
+        >>> pyro.clear_param_store()
+        >>> def model(u):
+        ...     rates = pyro.param("rates", torch.tensor([1.0, 9.0]), constraint=constraints.positive)
+        ...     with pyro.plate("data", len(u)):
+        ...         v = pyro.sample("v", dist.Categorical(torch.ones(2) / 2))
+        ...         pyro.sample("u", dist.Poisson(rates[v]), obs=u)
+        >>> run = EM(model).run(torch.tensor([2.0, 0.0, 1.0, 12.0, 8.0, 13.0]), progress_bar=False)
+        >>> run.converged
+        True
+        >>> [round(rate, 3) for rate in run.params["rates"].tolist()]
+        [0.998, 10.982]
+
+    References:
+        Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
+        Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None = None,
+        *,
+        e_phase: EPhase | None = None,
+        m_phase: MPhase | None = None,
+        fixed: Iterable[str] = (),
+        floor: Mapping[str, float] | float | None = None,
+        check: Check = "first",
+        max_bytes: float | None = None,
+    ) -> None:
+        """Args:
+        model: The generative model; what it makes by pyro.param, or as a PyroModule, is learned.
+        guide: Q; without one it is the exact posterior. A guide's point estimates (AutoDelta) are learned too: MAP.
+        e_phase: How Q is chosen. By default `Exact()` where the guide has no discrete latents, `Coordinate()` for
+            `AutoMeanField`, `Gradient` for other guides.
+        m_phase: How parameters are chosen; by default `ClosedForm()`, which searches where there is no closed form.
+        fixed: Names of parameters that no phase may change.
+        floor: The least value of a scale, variance, rate or probability, for all parameters or by name.
+        check: When enumerated tables are compared with ordinary runs: at the first call, always, or never.
+        max_bytes: The most memory that tables may take; half of what is free by default.
+        """
+        self.model = model
+        self.guide = guide
+        self._chosen_e_phase = e_phase
+        self._m_phase = m_phase or ClosedForm()
+        self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
+        self._floor = floor
+        self._max_bytes = max_bytes
+        self._programs = Programs(check=check, max_bytes=max_bytes)
+        self._parameters = Parameters()
+        self._watched_model = self._parameters.watched(model, "model")
+        self._watched_guide = self._parameters.watched(guide or _no_guide, "guide")
+        self._default_e_phase: EPhase | None = None
+        self._last: _Last | None = None
+        self._m_phases = 0
+
+    def run(
+        self,
+        *args: Any,
+        max_iter: int = 500,
+        tol: float = 1e-8,
+        n_init: int = 1,
+        progress_bar: bool = True,
+        callback: Callback | None = None,
+        seed: int = 0,
+        acceleration: Acceleration | None = None,
+        **kwargs: Any,
+    ) -> EMRun:
+        """Returns the end of E, M, E, M, ..., E and the way there; the parameters in Pyro's store are those of the end.
+
+        Args:
+            *args: The programs' arguments: the data.
+            max_iter: The most iterations: M-phases, each with an E-phase after it.
+            tol: Converged is a run whose last iteration lowered F by no more than this, in nats per datum, or by no
+                more than rounding explains.
+            n_init: The number of starts: the parameters as they are, then random ones. The best end is kept.
+            progress_bar: Whether to show one.
+            callback: Called after each phase with its number and a dict of F, surprise, gap (total, in nats), phase,
+                iteration and start; where it returns true the start ends with the E-phase.
+            seed: Of the random starts. The global random state is not touched.
+            acceleration: "squarem" for jumps along the path, which are taken where F falls.
+            **kwargs: The programs' keyword arguments.
+
+        Raises:
+            VFEError: The programs are not for EM, or a phase failed; the parameters are those before the failed step.
+
+        References:
+            Varadhan and Roland (2008), Simple and globally convergent methods for accelerating the convergence of any
+            EM algorithm.
+        """
+        _check_options(max_iter, tol, n_init, acceleration)
+        pair, first = self._looked_at(args, kwargs)
+        e_phase = self._e_phase_for(first)
+        if acceleration is not None and (updates_guide(e_phase) or not e_phase.monotone):
+            raise VFEError(
+                f"SQUAREM was asked for with the E-phase {type(e_phase).__name__}, whose Q is more than a function of "
+                "the model's parameters.",
+                hint="Use it with Exact() or Hard(), or leave acceleration out.",
+            )
+        rounding, num_data = Rounding(pair, resolution(first)), first.num_data
+
+        def new_loop(start: int) -> Loop:
+            watch = report.of(start)
+            jumps = None if acceleration is None else Squarem()
+            return Loop(pair, e_phase, self._m_phase, tol, max_iter, rounding, num_data, watch, jumps)
+
+        with Report(max_iter, n_init, progress_bar, callback) as report:
+            starts = Starts(pair, self._m_phase, new_loop)
+            end = starts.run(n_init, seed)
+        if not end.loop.converged and not end.loop.stopped:
+            warnings.warn(_not_converged(end, max_iter, tol), VFEWarning, stacklevel=2)
+        return _run_of(end, starts, pair, e_phase)
+
+    def e_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
+        """Does a single E-phase and returns where it led.
+
+        Args:
+            *args: The programs' arguments: the data.
+            **kwargs: The programs' keyword arguments.
+        """
+        last = self._at(args, kwargs)
+        last.state = e_step(last.pair, last.e_phase, self._m_phases)
+        row = row_of(last.state.belief, self._m_phases, "E")
+        return _result(row, dict.fromkeys(last.pair.recognition, _words_of(last.e_phase)))
+
+    def m_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
+        """Does a single M-phase and returns where it led.
+
+        Q is that of the last `e_phase` on the same arguments (the same objects); without one it is what the E-phase
+        makes of the present parameters, the guide's parameters left as they are.
+
+        Args:
+            *args: The programs' arguments: the data.
+            **kwargs: The programs' keyword arguments.
+        """
+        last = self._at(args, kwargs)
+        pair, belief = last.pair, None if last.state is None else last.state.belief
+        before = pair.enumerate()
+        if belief is None:
+            belief = last.e_phase.belief(before, self._m_phases, self._max_bytes)
+        state = State(self._m_phases, before, belief, snapshot(pair.parameters.readers))
+        updates = m_step(pair, self._m_phase, state)
+        try:
+            after = pair.enumerate()
+            row = row_after_m_step(belief, after, surprise_of(after, self._max_bytes), self._m_phases + 1)
+        except BaseException:
+            restore(state.parameters)
+            raise
+        self._m_phases += 1
+        last.state = replace(state, iteration=self._m_phases, enumeration=after)
+        return _result(row, updates)
+
+    def _pair(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pair:
+        return Pair(
+            self._watched_model,
+            self._watched_guide,
+            args,
+            kwargs,
+            self._programs,
+            self._parameters,
+            self._fixed,
+            self._floor,
+            self._max_bytes,
+        )
+
+    def _looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Pair, Enumeration]:
+        """The programs at these data, and what EM found when it first looked at them."""
+        pair = self._pair(args, kwargs)
+        first = first_enumeration(pair)
+        check_programs(pair, first)
+        return pair, first
+
+    def _at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Last":
+        """What is known of the programs at these data; looked at anew where the data are others than last."""
+        if self._last is None or not self._last.is_for(args, kwargs):
+            pair, first = self._looked_at(args, kwargs)
+            self._last = _Last(pair, self._e_phase_for(first))
+        return self._last
+
+    def _e_phase_for(self, enumeration: Enumeration) -> EPhase:
+        if self._chosen_e_phase is not None:
+            return self._chosen_e_phase
+        if not enumeration.guide_latents:
+            return Exact()
+        if self._default_e_phase is None:
+            is_mean_field = _is_mean_field(self.guide)
+            self._default_e_phase = (
+                Coordinate() if is_mean_field else Gradient(PyroOptim(torch.optim.Adam, {"lr": 0.05}), 20)
+            )
+        return self._default_e_phase
+
+
+@dataclass(eq=False)
+class _Last:
+    """The data of the last single phase, and what it left."""
+
+    pair: Pair
+    e_phase: EPhase
+    state: State | None = None
+
+    def is_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether these are the same objects."""
+        if len(args) != len(self.pair.args) or kwargs.keys() != self.pair.kwargs.keys():
+            return False
+        same = [ours is theirs for ours, theirs in zip(self.pair.args, args, strict=True)]
+        return all(same) and all(self.pair.kwargs[name] is value for name, value in kwargs.items())
+
+
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites: every latent is summed inside the model."""
+
+
+def _is_mean_field(guide: Program | None) -> bool:
+    parts = [guide, *(guide if isinstance(guide, AutoGuideList) else ())]
+    return any(isinstance(part, AutoMeanField) for part in parts)
+
+
+def _check_options(max_iter: int, tol: float, n_init: int, acceleration: str | None) -> None:
+    for name, value, least in (("max_iter", max_iter, 0), ("tol", tol, 0), ("n_init", n_init, 1)):
+        if not value >= least:
+            raise VFEError(f"EM was given {name}={value}.", hint=f"Pass a number of at least {least}.")
+    if acceleration not in (None, "squarem"):
+        raise VFEError(f"EM knows no acceleration '{acceleration}'.", hint="Pass 'squarem' or None.")
+
+
+def _words_of(phase: EPhase) -> str:
+    return f"E-phase: {type(phase).__name__}"
+
+
+def _result(row: Row, updates: Mapping[str, str]) -> PhaseResult:
+    return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates)
+
+
+def _not_converged(end: End, max_iter: int, tol: float) -> str:
+    per_datum = end.loop.last_decrease / end.loop.num_data
+    last = f"its last iteration lowered F by {per_datum:.3g} nats per datum, more than tol={tol:g}"
+    return (
+        f"EM stopped at max_iter={max_iter} before it had converged{': ' + last if max_iter else ''}. Pass a larger "
+        "max_iter (or call run again: it goes on from here), a larger tol, or acceleration='squarem'."
+    )
+
+
+def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
+    """The result of the best start; the parameters in the store are its own."""
+    store = pyro.get_param_store()
+    params = {name: store[name].detach().clone() for name in pair.parameters.readers}
+    updates = dict.fromkeys(params, "held fixed")
+    if updates_guide(e_phase):
+        updates.update(dict.fromkeys(pair.recognition, _words_of(e_phase)))
+    updates.update(dict.fromkeys(pair.learned, "not updated"))
+    updates.update(end.loop.updates)
+    notes = (*end.loop.notes, *end.loop.remarks, *(("stopped by the callback",) if end.loop.stopped else ()))
+    return EMRun(
+        converged=end.loop.converged,
+        n_iter=end.state.iteration,
+        history=History(tuple(end.loop.rows), end.loop.num_data),
+        params=params,
+        updates=updates,
+        notes=notes,
+        restarts=tuple(starts.restarts),
+        enumeration=end.state.enumeration,
+        belief=end.state.belief,
+        max_bytes=pair.max_bytes,
+    )

@@ -1,0 +1,100 @@
+"""What EM cannot serve, said before anything changes: the site or parameter, the fact, the way out."""
+
+from collections.abc import Iterable, Mapping
+
+from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableError, VFEError
+from pyro_vfe.learning.pair import Pair
+from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.supports import unwrapped
+
+_POINT_OR_POSTERIOR = (
+    "For its most probable value (MAP) give EM a guide with a point estimate of it: "
+    "pyro.infer.autoguide.AutoDelta(pyro.poutine.block(model, expose=['{name}'])). For a posterior over it use SVI: "
+    "pyro.infer.SVI(model, guide, optim, loss=vfe.FreeEnergy())."
+)
+
+
+def first_enumeration(pair: Pair) -> Enumeration:
+    """The factors at the first parameters; the programs create them here.
+
+    Args:
+        pair: The programs.
+
+    Raises:
+        MissingGuideSiteError: A latent of the model has no finite support and the guide lacks it.
+    """
+    try:
+        return pair.enumerate()
+    except MissingGuideSiteError as error:
+        hint = _POINT_OR_POSTERIOR.replace("'{name}'", "its name")
+        raise MissingGuideSiteError(error.problem, hint=hint) from error
+
+
+def check_programs(pair: Pair, enumeration: Enumeration) -> None:
+    """Checks that EM can learn these programs from these data.
+
+    Args:
+        pair: The programs.
+        enumeration: Their factors.
+
+    Raises:
+        UnenumerableError: The guide draws something at random.
+        StructureError: A plate is subsampled.
+        VFEError: There is nothing to learn, or an option names what is not there.
+    """
+    _check_draws(enumeration)
+    _check_subsamples(enumeration)
+    _check_names(pair)
+    if not pair.learned:
+        _nothing_to_learn(pair)
+
+
+def _check_draws(enumeration: Enumeration) -> None:
+    for site in enumeration.sites.values():
+        family = type(unwrapped(site.fn)).__name__
+        if site.role == "guide" and site.kind == "sampled" and family != "Delta":
+            raise UnenumerableError(
+                f"The guide draws latent site '{site.name}' at random, from {family}: EM sums latents out or sets "
+                "them to a point, and does not sample.",
+                hint=_POINT_OR_POSTERIOR.replace("{name}", site.name),
+            )
+
+
+def _check_subsamples(enumeration: Enumeration) -> None:
+    for name, size in enumeration.plates.items():
+        if enumeration.full_plates[name] != size:
+            raise StructureError(
+                f"Plate '{name}' shows {size} of its {enumeration.full_plates[name]} elements, and EM needs all data "
+                "in every iteration.",
+                hint="Let the plate have all elements, or use one of the mini-batch methods (incremental or online "
+                "EM).",
+            )
+
+
+def _check_names(pair: Pair) -> None:
+    floors = pair.floor if isinstance(pair.floor, Mapping) else ()
+    for option, names in (("fixed", pair.fixed), ("floor", floors)):
+        unknown = sorted(set(names) - pair.parameters.readers.keys())
+        if unknown:
+            raise VFEError(
+                f"{option}= names '{unknown[0]}', which is no parameter of the programs.",
+                hint=f"Their parameters are: {_listed(pair.parameters.readers)}.",
+            )
+
+
+def _nothing_to_learn(pair: Pair) -> None:
+    of_model = pair.parameters.of("model")
+    if of_model:
+        raise VFEError(
+            f"All parameters of the model ({_listed(of_model)}) are fixed: the M-phase has nothing to change.",
+            hint="Leave one out of fixed=, or call vfe.posterior or em.e_phase for Q alone.",
+        )
+    raise VFEError(
+        "The model has no parameters to learn.",
+        hint="Write what is to be learned as pyro.param(name, init, constraint=...), or as a PyroModule's parameter. "
+        "For Q alone call vfe.posterior.",
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"

@@ -1,0 +1,82 @@
+"""EM from several starts, of which the best end is kept."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import nan
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.errors import VFEError
+from pyro_vfe.learning.em_loop import Loop, State, m_step
+from pyro_vfe.learning.em_run import Restart
+from pyro_vfe.learning.pair import Pair
+from pyro_vfe.learning.phases import MPhase
+from pyro_vfe.learning.restarts import random_belief
+from pyro_vfe.program.parameters import restore, snapshot
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """Where one start led."""
+
+    loop: Loop
+    state: State
+
+
+@dataclass(eq=False)
+class Starts:
+    """Runs a loop from the parameters as they are, and from random ones."""
+
+    pair: Pair
+    m_phase: MPhase
+    new_loop: Callable[[int], Loop]
+    """Makes the loop of a start, by its number."""
+    restarts: list[Restart] = field(default_factory=list)
+    best: End | None = None
+
+    def run(self, n_init: int, seed: int) -> End:
+        """Returns the end with the least F; the parameters are those of it.
+
+        Args:
+            n_init: The number of starts; the first takes the parameters as they are.
+            seed: Of the random starts.
+
+        Raises:
+            VFEError: Every start failed; the error is the last one's.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        initial = snapshot(self.pair.parameters.readers)
+        with self._best_kept():
+            for start in range(n_init):
+                try:
+                    self._run_one(start, generator, initial)
+                except VFEError as error:
+                    self.restarts.append(Restart(start, nan, 0, False, str(error)))
+                    if self.best is None and start == n_init - 1:
+                        raise
+        assert self.best is not None
+        return self.best
+
+    def _run_one(self, start: int, generator: torch.Generator, initial: dict[str, Tensor]) -> None:
+        if start:
+            restore(initial)
+            enumeration = self.pair.enumerate()
+            belief = random_belief(enumeration, self.pair.parameters, generator)
+            m_step(self.pair, self.m_phase, State(0, enumeration, belief, initial))
+        loop = self.new_loop(start)
+        state = loop.run()
+        self.restarts.append(Restart(start, state.free_energy, state.iteration, loop.converged))
+        if self.best is None or state.free_energy < self.best.state.free_energy:
+            self.best = End(loop, state)
+
+    @contextmanager
+    def _best_kept(self) -> Iterator[None]:
+        """Leaves the parameters at the best end, if there is one, also where the user interrupts."""
+        try:
+            yield
+        finally:
+            if self.best is not None:
+                restore(self.best.state.parameters)
+                self.pair.parameters.forget()

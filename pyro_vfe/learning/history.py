@@ -1,0 +1,173 @@
+r"""How a free energy fell, phase by phase.
+
+    d F  =  d surprise  +  d gap
+
+An E-phase moves the gap alone, an M-phase both.
+
+References:
+    Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import xarray
+
+START = "start"
+"""The phase of a row before any phase."""
+
+_SHOWN = 8
+"""How many rows a printed history has at its beginning and at its end."""
+
+_COLUMNS = ("iteration", "phase", "F", "surprise", "gap", "d F", "= d surprise", "+ d gap")
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where one phase ended."""
+
+    iteration: int
+    """The number of M-phases (or steps) so far, this one included."""
+    phase: str
+    """'start', 'E', 'M', or what else changes Q and G."""
+    free_energy: float
+    """F(Q, G) in nats, summed over the data."""
+    surprise: float
+    """-log p(u | G) in nats."""
+    gap: float
+    """KL(Q || posterior) in nats."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Free energy, surprise and gap after every phase, in nats."""
+
+    rows: tuple[Row, ...]
+    """One per phase, in order; the first is the start."""
+    num_data: int = 1
+    """The number of data that the sums are over."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def of(self, phase: str) -> "History":
+        """Returns the rows of one phase: `history.of("E").free_energy` is F after each iteration.
+
+        Args:
+            phase: 'start', 'E' or 'M'.
+        """
+        return History(tuple(row for row in self.rows if row.phase == phase), self.num_data)
+
+    @property
+    def iteration(self) -> NDArray[np.int64]:
+        """The iteration of each row."""
+        return np.array([row.iteration for row in self.rows], dtype=np.int64)
+
+    @property
+    def phase(self) -> tuple[str, ...]:
+        """The phase of each row."""
+        return tuple(row.phase for row in self.rows)
+
+    @property
+    def free_energy(self) -> Numbers:
+        """F after each phase, in nats."""
+        return np.array([row.free_energy for row in self.rows], dtype=np.float64)
+
+    @property
+    def surprise(self) -> Numbers:
+        """-log p(u | G) after each phase, in nats."""
+        return np.array([row.surprise for row in self.rows], dtype=np.float64)
+
+    @property
+    def gap(self) -> Numbers:
+        """KL(Q || posterior) after each phase, in nats."""
+        return np.array([row.gap for row in self.rows], dtype=np.float64)
+
+    @property
+    def d_free_energy(self) -> Numbers:
+        """By how much each row differs in F from the one before; NaN for the first."""
+        return _differences(self.free_energy)
+
+    @property
+    def d_surprise(self) -> Numbers:
+        """The part of `d_free_energy` that is surprise."""
+        return _differences(self.surprise)
+
+    @property
+    def d_gap(self) -> Numbers:
+        """The part of `d_free_energy` that is gap."""
+        return _differences(self.gap)
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """Returns an `xarray.Dataset` with one entry per phase along `step`, and `iteration` and `phase` beside it."""
+        import xarray
+
+        names = ("free_energy", "surprise", "gap", "d_free_energy", "d_surprise", "d_gap")
+        coords = {
+            "step": np.arange(len(self)),
+            "iteration": ("step", self.iteration),
+            "phase": ("step", np.array(self.phase, dtype=str)),
+        }
+        values = {name: ("step", getattr(self, name), {"units": "nats"}) for name in names}
+        return xarray.Dataset(values, coords=coords, attrs={"units": "nats", "num_data": self.num_data})
+
+    def __str__(self) -> str:
+        """An aligned table; the middle of a long one is left out."""
+        cells = [list(_COLUMNS), *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        if self._left_out:
+            lines.insert(_SHOWN + 1, f"... {self._left_out} more ...".rjust(len(lines[0])))
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        style = "style='text-align:right;padding:2px 12px;font-variant-numeric:tabular-nums'"
+        rows = [_html_row("th", style, _COLUMNS), *(_html_row("td", style, row) for row in self._cells())]
+        if self._left_out:
+            rows.insert(_SHOWN + 1, f"<tr><td {style} colspan={len(_COLUMNS)}>... {self._left_out} more ...</td></tr>")
+        return f"<table>{''.join(rows)}</table>"
+
+    @property
+    def _left_out(self) -> int:
+        return max(0, len(self) - 2 * _SHOWN)
+
+    def _cells(self) -> list[list[str]]:
+        """The printed rows, without those left out."""
+        kept = [*range(len(self))]
+        if self._left_out:
+            kept = kept[:_SHOWN] + kept[-_SHOWN:]
+        levels = (self.free_energy, self.surprise, self.gap)
+        changes = (self.d_free_energy, self.d_surprise, self.d_gap)
+        return [
+            [
+                str(self.rows[i].iteration),
+                self.rows[i].phase,
+                *(f"{float(column[i]):,.4f}" for column in levels),
+                *(_change(float(column[i])) for column in changes),
+            ]
+            for i in kept
+        ]
+
+
+def _differences(values: Numbers) -> Numbers:
+    return np.diff(values, prepend=np.nan)
+
+
+def _change(value: float) -> str:
+    """A signed number of four decimals; a small one keeps its magnitude, and the first row has none."""
+    if np.isnan(value):
+        return ""
+    return f"{value:+.1e}" if value != 0 and abs(value) < 1e-3 else f"{value:+,.4f}"
+
+
+def _html_row(tag: str, style: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag} {style}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
