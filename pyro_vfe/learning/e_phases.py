@@ -20,6 +20,7 @@ from pyro_vfe.energy.parts import guide_graph
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.execution import reference_tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, log_normalizer_and_expected_tables
 from pyro_vfe.engine.lookup import read_factor
@@ -230,6 +231,8 @@ def log_q_of_draws(enumeration: Enumeration, max_bytes: float | None = None) -> 
         enumeration: The factors of both programs.
         max_bytes: The most memory that intermediate tables may take.
     """
+    if not enumeration.guide_draws:
+        return reference_tensor(_model_graph(enumeration)).new_zeros(())
     if enumeration.draws_tell_of_latents:
         return evidence(guide_graph(enumeration), max_bytes=max_bytes)
     draws = enumeration.graph(*enumeration.guide_draws)
@@ -241,10 +244,15 @@ def _model_graph(enumeration: Enumeration) -> FactorGraph:
 
 
 def _by_site(enumeration: Enumeration, tensors: Iterable[Tensor]) -> Weights:
-    """Tensors in the order of the joint graph's tables, by site."""
-    left = (tensor.contiguous() for tensor in tensors)
+    """Tensors in the order of the joint graph's tables, by site; they lie in memory as the tables do."""
+    left = iter(tensors)
     factors = enumeration.factors
-    return {key: tuple(next(left) for _ in factors[key].tables) for key in model_keys(enumeration)}
+    return {key: tuple(_laid_as(next(left), t.values) for t in factors[key].tables) for key in model_keys(enumeration)}
+
+
+def _laid_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the memory layout of another of its shape, so that both are read in one order."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def _tempered(enumeration: Enumeration, beta: float, max_bytes: float | None) -> Belief:
