@@ -42,7 +42,7 @@ def _distinct(rows: Iterable[Row]) -> list[Row]:
 def _log_mass(rows: Sequence[Row], scaled_plate: str | None = None, of_prior: bool = False) -> Tensor:
     if scaled_plate is None:
         return log_sum_exp(row.log_mass(of_prior) for row in rows)
-    scales = _scales(rows, scaled_plate)
+    scales = scales_of(rows, scaled_plate)
     by_outside: dict[Hashable, list[Row]] = defaultdict(list)
     for row in rows:
         by_outside[frozenset(row.outside(scaled_plate).assignment.items())].append(row)
@@ -56,7 +56,7 @@ def _log_mass(rows: Sequence[Row], scaled_plate: str | None = None, of_prior: bo
     return log_sum_exp(log_masses)
 
 
-def _scales(rows: Sequence[Row], plate: str) -> list[float]:
+def scales_of(rows: Sequence[Row], plate: str) -> list[float]:
     """The scale of every index of the plate, which all its factors must share."""
     found: list[float] = []
     for site in rows[0].sites.values():
@@ -69,7 +69,7 @@ def _scales(rows: Sequence[Row], plate: str) -> list[float]:
     return found
 
 
-def _matches(guide: Sequence[Row], model: Sequence[Row]) -> list[tuple[list[Row], list[Row]]]:
+def matches(guide: Sequence[Row], model: Sequence[Row]) -> list[tuple[list[Row], list[Row]]]:
     """Groups: guide rows that agree on what the model has, with all model rows that agree with them."""
     by_domain: dict[frozenset[Element], dict[Hashable, list[Row]]] = {}
     groups: dict[Hashable, tuple[list[Row], list[Row]]] = {}
@@ -91,7 +91,7 @@ def _matches(guide: Sequence[Row], model: Sequence[Row]) -> list[tuple[list[Row]
 def terms_of(guide: Sequence[Row], model: Sequence[Row], scaled_plate: str | None = None) -> dict[str, Tensor]:
     """Returns the seven terms of a guide's and a model's rows, scalars in nats that carry gradients."""
     energy = entropy = complexity = torch.zeros(())
-    for guide_rows, model_rows in _matches(guide, model):
+    for guide_rows, model_rows in matches(guide, model):
         q = _log_mass(guide_rows).exp()
         if q == 0:
             continue

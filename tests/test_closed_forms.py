@@ -701,7 +701,7 @@ def test_what_was_never_visited_keeps_its_old_value() -> None:
     for name, value in problem.values.items():
         assert torch.equal(proposal.values[name][1], value[1])
         assert not any(torch.allclose(proposal.values[name][row], value[row]) for row in (0, 2))
-        assert f"'{name}'[1] was never visited, and keeps its old value." in proposal.notes
+        assert f"Never visited, and left as before: '{name}'[1]." in proposal.notes
     assert all(certified(*problem.pools(), proposal.values, problem.learned).values())
 
 
@@ -718,7 +718,7 @@ DEGENERATE: dict[str, tuple[Callable[[], Problem], str]] = {
             {"loc": (torch.zeros(K), REAL), "scale": (torch.ones(K), POSITIVE)},
             (Site(dist.Normal, {"loc": Read("loc"), "scale": Read("scale")}, reals(), one_datum(K)),),
         ),
-        r"'scale'\[1\] falls to zero",
+        r"A variance falls to zero, .*: 'scale'\[1\]\.",
     ),
     "a covariance": (
         lambda: Problem(
@@ -735,19 +735,19 @@ DEGENERATE: dict[str, tuple[Callable[[], Problem], str]] = {
                 ),
             ),
         ),
-        r"'cov' falls to zero",
+        r"A variance falls to zero, .*: 'cov'\.",
     ),
     "no events": (
         lambda: mixture(dist.Poisson, "rate", positive(K), POSITIVE, torch.zeros(N, 1)),
-        r"'rate'\[0\], 'rate'\[1\], 'rate'\[2\] falls to zero",
+        r"A rate falls to zero, .*: 'rate'\[0\], 'rate'\[1\], 'rate'\[2\]\.",
     ),
     "no exposure": (
         lambda: mixture(dist.Exponential, "rate", positive(K), POSITIVE, torch.zeros(N, 1)),
-        r"grows beyond all numbers",
+        r"A rate grows beyond all numbers",
     ),
     "log-odds": (
         lambda: mixture(dist.Bernoulli, "logits", torch.randn(K), REAL, torch.ones(N, 1)),
-        r"has infinite log-odds",
+        r"Log-odds are infinite",
     ),
     "a Dirichlet below one": (
         lambda: mixture(
@@ -758,7 +758,7 @@ DEGENERATE: dict[str, tuple[Callable[[], Problem], str]] = {
             torch.randint(3, (N, 1)),
             prior(dist.Dirichlet, "probs", concentration=torch.full((4,), 0.5)),
         ),
-        r"'probs'\[0, 3\], 'probs'\[1, 3\], 'probs'\[2, 3\] has its best value at zero",
+        r"The best probability is zero, .*: 'probs'\[0, 3\], 'probs'\[1, 3\], 'probs'\[2, 3\]\.",
     ),
     "a Beta below one": (
         lambda: mixture(
@@ -769,7 +769,7 @@ DEGENERATE: dict[str, tuple[Callable[[], Problem], str]] = {
             torch.zeros(N, 1),
             prior(dist.Beta, "probs", concentration1=0.5, concentration0=0.5),
         ),
-        r"has its best value at 0 or 1",
+        r"The best probability is 0 or 1",
     ),
 }
 
@@ -779,7 +779,7 @@ def test_degenerate_parameters_are_named_and_a_floor_mends_them(name: str) -> No
     make, words = DEGENERATE[name]
     with pytest.raises(DegenerateError, match=words) as caught:
         make().solve()
-    assert "floor=" in str(caught.value)
+    assert ("floor=" in str(caught.value)) == (name != "no exposure")
     if name == "no exposure":
         return  # a floor is no ceiling
     torch.manual_seed(0)
@@ -787,10 +787,22 @@ def test_degenerate_parameters_are_named_and_a_floor_mends_them(name: str) -> No
     floor = 0.01
     proposal = problem.solve(floor)
     assert not proposal.refused
-    assert any("at the floor" in note for note in proposal.notes)
+    assert any("At the floor" in note for note in proposal.notes)
     best = {**problem.values, **proposal.values}
     assert all(bool(value.isfinite().all()) for value in best.values())
     assert all(certified(*problem.pools(), best, problem.learned, floor).values())
+
+
+def test_a_prior_without_a_mode_and_without_data_is_named_also_with_a_floor() -> None:
+    own = torch.rand(N, K)
+    own[:, 1] = 0.0
+    problem = Problem(
+        {"probs": (simplex(K, 4), SIMPLEX)},
+        (Site(dist.Categorical, {"probs": Read("probs")}, torch.randint(4, (N, 1)), own),),
+        (prior(dist.Dirichlet, "probs", concentration=torch.full((4,), 0.9)),),
+    )
+    with pytest.raises(DegenerateError, match=r"without counts, .*: 'probs'\[1, 0\], 'probs'\[1, 1\]"):
+        problem.solve(0.01)
 
 
 def raised(name: str, value: Tensor, floor: float) -> Tensor:
@@ -829,7 +841,7 @@ def test_the_floored_value_is_the_best_of_those_above_the_floor(name: str) -> No
     kind, floor = FLOORS[name]
     proposal = problem.solve(floor)
     assert not proposal.refused
-    assert any("at the floor" in note for note in proposal.notes)
+    assert any("At the floor" in note for note in proposal.notes)
     assert problem.objective({**problem.values, **problem.solve().values}) > problem.objective(proposal.values)
     best = {**problem.values, **proposal.values}
     leaves = problem.unconstrained(best)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import DIFFERENTIABLE, assert_equal
 from joint_table import Element, Row, ScoredSite
-from oracles import Oracle, _log_mass, _matches, _scales, gradients, log_sum_exp, oracle
+from oracles import Oracle, gradients, log_sum_exp, matches, oracle, scales_of
 from programs import INFINITE, PROGRAMS, Program
 from programs.case import categorical, empty, positive, simplex, tensor
 from programs.plates import COUNTS, global_over_local, guide_of_both, halved
@@ -175,7 +175,7 @@ def responsibilities(rows: Sequence[Row], scaled_plate: str | None, beta: float 
     if scaled_plate is None:
         logs = torch.stack([beta * row.log_mass().detach() for row in rows])
         return (logs - logs.logsumexp(0)).exp(), logs.logsumexp(0)
-    scales = _scales(rows, scaled_plate)
+    scales = scales_of(rows, scaled_plate)
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
         groups[frozenset(row.outside(scaled_plate).assignment.items())].append(n)
@@ -200,8 +200,8 @@ def under_the_guide(guide: Sequence[Row], model: Sequence[Row], scaled_plate: st
     """Q(v) of the guide times P of what only the model has given v, for each row of the model, shape `(rows,)`."""
     position = {id(row): n for n, row in enumerate(model)}
     probs = torch.zeros(len(model))
-    for guide_rows, model_rows in _matches(guide, model):
-        q = _log_mass(guide_rows).exp().detach()
+    for guide_rows, model_rows in matches(guide, model):
+        q = log_sum_exp(row.log_mass() for row in guide_rows).exp().detach()
         if q > 0:
             within, _ = responsibilities(model_rows, scaled_plate)
             probs[[position[id(row)] for row in model_rows]] += q * within
@@ -366,6 +366,18 @@ def test_the_drawn_weights_are_an_unbiased_estimate_of_the_exact_ones(name: str)
             mean = torch.tensordot(probs, counts, 1)
             stderr = (torch.tensordot(probs, (counts - mean) ** 2, 1) / num_samples).sqrt()
             assert ((found - mean).abs() <= 5 * stderr + PRECISION).all(), key
+
+
+@pytest.mark.parametrize("name", ["mixture", "global_guided"])
+def test_what_is_believed_is_in_double_precision_whatever_the_default(name: str) -> None:
+    enumeration = run_of(name)
+    torch.set_default_dtype(torch.float32)
+    phases = (Exact(), Hard(), MonteCarlo(2), Annealed([0.5]))
+    for belief in (*(phase.belief(enumeration, 0) for phase in phases), guided_belief(enumeration)):
+        scalars = (belief.expected_log_q, belief.surprise, belief.free_energy)
+        weights = [w for held in (belief.weights, belief.sampled or {}) for own in held.values() for w in own]
+        assert {value.dtype for value in (*scalars, *weights)} == {torch.float64}
+        assert not any(value.requires_grad for value in (*scalars, *weights))
 
 
 def test_draws_come_from_the_global_generator() -> None:

@@ -16,6 +16,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_vfe.learning.count_solutions import at_floor, best_counts, is_known, rounded_off, slope_of_counts
 from pyro_vfe.learning.entries import Floor, floor_of, named
+from pyro_vfe.learning.moments import summed_by
 from pyro_vfe.learning.normal_solutions import batch_shape, best_normals, covariance_of, is_weighed, slopes_of_normals
 from pyro_vfe.learning.pools import Pools
 
@@ -212,9 +213,9 @@ def _notes(total: Pools, proposed: Mapping[str, Tensor], floor: Floor) -> list[s
     for name, value in proposed.items():
         known, low, shape = _state(name, total, value, floor_of(floor, name))
         if not bool(known.all()):
-            notes.append(f"{named(name, ~known, shape)} was never visited, and keeps its old value.")
+            notes.append(f"Never visited, and left as before: {named(name, ~known, shape)}.")
         if bool((low & known).any()):
-            notes.append(f"{named(name, low & known, shape)} is at the floor.")
+            notes.append(f"At the floor: {named(name, low & known, shape)}.")
     return notes
 
 
@@ -223,13 +224,13 @@ def _state(name: str, total: Pools, value: Tensor, floor: float | None) -> tuple
     form = total.forms[name]
     wide = value.to(torch.float64)
     if form.kind == "spread":
-        count = sum_of_counts(total, name, wide.numel() // form.size**2)
+        count = _sum_of_counts(total, name, wide.numel() // form.size**2)
         least = torch.linalg.eigvalsh(covariance_of(wide, form)).amin(-1)
         square = floor is not None and form.given in ("scale", "scale_tril")
         low = at_floor(least, floor * floor if square and floor is not None else floor, value.dtype)
         return is_weighed(count), low, batch_shape(form, value)
     if form.kind == "location":
-        weight = sum_of_weights(total, name, wide.numel() // form.size)
+        weight = _sum_of_weights(total, name, wide.numel() // form.size)
         shape = tuple(value.shape) if form.size == 1 else tuple(value.shape[:-1])
         return is_weighed(weight), torch.zeros_like(weight, dtype=torch.bool), shape
     known = is_known(form, rounded_off(total.coefficients[name]).reshape(-1, *value.shape))
@@ -242,32 +243,20 @@ def _state(name: str, total: Pools, value: Tensor, floor: float | None) -> tuple
     return known, low, tuple(value.shape)
 
 
-def sum_of_counts(total: Pools, name: str, entries: int) -> Tensor:
-    """How often each covariance of a parameter counts, `(entries,)`.
-
-    Args:
-        total: Data and priors.
-        name: The parameter.
-        entries: How many covariances it gives.
-    """
+def _sum_of_counts(total: Pools, name: str, entries: int) -> Tensor:
+    """How often each covariance of a parameter counts, `(entries,)`."""
     parts = [
-        moments.count.new_zeros(entries).index_add(0, moments.spread, moments.count)
+        summed_by(moments.spread, moments.count, entries)
         for (_, spread), moments in total.moments.items()
         if spread == name
     ]
     return torch.stack(parts).sum(0)
 
 
-def sum_of_weights(total: Pools, name: str, entries: int) -> Tensor:
-    """The weight of what tells of each location of a parameter, `(entries,)`; in any unit.
-
-    Args:
-        total: Data and priors.
-        name: The parameter.
-        entries: How many locations it gives.
-    """
+def _sum_of_weights(total: Pools, name: str, entries: int) -> Tensor:
+    """The weight of what tells of each location of a parameter, `(entries,)`; in any unit."""
     parts = [
-        moments.weight.new_zeros(entries).index_add(0, moments.location, moments.weight)
+        summed_by(moments.location, moments.weight, entries)
         for (location, _), moments in total.moments.items()
         if location == name
     ]

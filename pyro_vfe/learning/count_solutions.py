@@ -15,7 +15,8 @@ from pyro_vfe.learning.pools import Form
 CANCELLED = 64
 """A coefficient this many roundings below zero is zero: weights that were added have been taken away again."""
 
-MEND = "Give a floor, floor={{'{name}': 1e-6}}, or the parameter a prior."
+FLOOR = "Give a floor, floor={{'{name}': 1e-6}}, or the parameter a prior."
+PRIOR = "Give '{name}' a prior: a floor is no ceiling."
 
 
 def best_counts(name: str, form: Form, coefficients: Tensor, value: Tensor, floor: float | None) -> Tensor:
@@ -42,7 +43,7 @@ def best_counts(name: str, form: Form, coefficients: Tensor, value: Tensor, floo
     if form.given == "logits" and form.kind == "simplex":
         found = found.log()
     elif form.given == "logits":
-        _refuse(name, (found == 0) | (found == 1), value.shape, "has infinite log-odds: all its data agree.")
+        _refuse(name, (found == 0) | (found == 1), value.shape, "Log-odds are infinite, as all their data agree")
         found = found.log() - torch.log1p(-found)
     return torch.where(is_known(form, own), found, value.detach().to(found))
 
@@ -71,7 +72,9 @@ def is_known(form: Form, coefficients: Tensor) -> Tensor:
 
 def _best_simplex(name: str, counts: Tensor, floor: float | None) -> Tensor:
     if floor is None:
-        _refuse(name, counts < 0, counts.shape, "has its best value at zero: its prior's concentration is below one.")
+        _refuse(
+            name, counts < 0, counts.shape, "The best probability is zero, as the prior's concentration is below one"
+        )
         return counts / counts.sum(-1, keepdim=True).where(counts.sum(-1, keepdim=True) > 0, 1.0)
     size = counts.shape[-1]
     if floor * size > 1:
@@ -88,7 +91,12 @@ def _best_simplex(name: str, counts: Tensor, floor: float | None) -> Tensor:
         below = free & (share < floor)
         if not bool(below.any()):
             alone = ~free.any(-1, keepdim=True) & (counts < 0).any(-1, keepdim=True)
-            _refuse(name, alone.expand(counts.shape), counts.shape, "has no count, and a concentration below one.")
+            _refuse(
+                name,
+                alone.expand(counts.shape),
+                counts.shape,
+                "There is no best probability without counts, as the prior's concentration is below one",
+            )
             return share
         free = free & ~below
 
@@ -98,7 +106,9 @@ def _best_unit(name: str, successes: Tensor, failures: Tensor, floor: float | No
     share = successes / total.where(total > 0, 1.0)
     if floor is None:
         unbounded = (successes < 0) | (failures < 0)
-        _refuse(name, unbounded, total.shape, "has its best value at 0 or 1: its prior's concentration is below one.")
+        _refuse(
+            name, unbounded, total.shape, "The best probability is 0 or 1, as the prior's concentration is below one"
+        )
         return share
     if floor > 0.5:
         raise ProbabilityError(
@@ -113,19 +123,18 @@ def _best_unit(name: str, successes: Tensor, failures: Tensor, floor: float | No
 
 def _best_rate(name: str, events: Tensor, exposure: Tensor, floor: float | None) -> Tensor:
     known = (events != 0) | (exposure != 0)
-    _refuse(
-        name, known & (exposure <= 0) & (events > 0), events.shape, "grows beyond all numbers: all its data are zero."
-    )
+    unbounded = known & (exposure <= 0) & (events > 0)
+    _refuse(name, unbounded, events.shape, "A rate grows beyond all numbers, as all its data are zero", PRIOR)
     rate = events / exposure.where(exposure > 0, 1.0)
     if floor is None:
-        _refuse(name, known & (events <= 0), events.shape, "falls to zero: there is nothing that it would explain.")
+        _refuse(name, known & (events <= 0), events.shape, "A rate falls to zero, as it has nothing to explain")
         return rate
     return rate.clamp(min=floor)
 
 
-def _refuse(name: str, chosen: Tensor, shape: torch.Size, fact: str) -> None:
+def _refuse(name: str, chosen: Tensor, shape: torch.Size, fact: str, hint: str = FLOOR) -> None:
     if bool(chosen.any()):
-        raise DegenerateError(f"{named(name, chosen, shape)} {fact}", hint=MEND.format(name=name))
+        raise DegenerateError(f"{fact}: {named(name, chosen, shape)}.", hint=hint.format(name=name))
 
 
 def slope_of_counts(form: Form, coefficients: Tensor, value: Tensor, floor: float | None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from pyro_vfe.energy.parts import guide_graph
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.execution import reference_tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, log_normalizer_and_expected_tables
 from pyro_vfe.engine.lookup import read_factor
@@ -230,6 +231,8 @@ def log_q_of_draws(enumeration: Enumeration, max_bytes: float | None = None) -> 
         enumeration: The factors of both programs.
         max_bytes: The most memory that intermediate tables may take.
     """
+    if not enumeration.guide_draws:
+        return reference_tensor(_model_graph(enumeration)).new_zeros(())
     if enumeration.draws_tell_of_latents:
         return evidence(guide_graph(enumeration), max_bytes=max_bytes)
     draws = enumeration.graph(*enumeration.guide_draws)

@@ -142,7 +142,7 @@ def _best_spread(name: str, pools: Pools, current: Numbers, floor: float | None)
     if bool(singular.any()):
         where = named(name, singular, batch_shape(form, old))
         raise DegenerateError(
-            f"{where} falls to zero: the data that it has are all equal, or lie in a plane, to rounding.",
+            f"A variance falls to zero, as its data are all equal, or lie in a plane, to rounding: {where}.",
             hint=f"Give a floor, floor={{'{name}': 1e-3}}, or the parameter a prior; or use fewer components.",
         )
     own = torch.eye(form.size, dtype=old.dtype, device=old.device)

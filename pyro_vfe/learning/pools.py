@@ -63,6 +63,8 @@ class Pools:
 
     def __add__(self, other: "Pools") -> "Pools":
         """The pools of the data of both."""
+        if not other.forms and not other.refusals:
+            return self
         clashes = {
             name: f"it is {form} in one place and {other.forms[name]} in another"
             for name, form in self.forms.items()
