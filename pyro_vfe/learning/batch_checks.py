@@ -91,10 +91,9 @@ def no_closed_form(refused: Mapping[str, str]) -> VFEError:
         refused: The reasons, by parameter.
     """
     reasons = "; ".join(f"'{name}' ({reason})" for name, reason in refused.items())
-    one = len(refused) == 1
     return VFEError(
-        f"{'Parameter' if one else 'Parameters'} without a closed form: {reasons}. No statistics of fixed size say what "
-        f"{'its' if one else 'their'} best value is, and EM on batches keeps nothing else.",
+        f"EM on batches keeps nothing but pooled statistics, and learns in closed form, which there is not for: "
+        f"{reasons}.",
         hint="Call run with all data, which searches where there is no closed form (vfe.Numerical), use SVI with "
         "loss=vfe.FreeEnergy(), or hold them by fixed=.",
     )

@@ -66,9 +66,7 @@ def visit_of(enumeration: Enumeration, belief: Belief, share: Share, max_bytes: 
         max_bytes: The most memory that tables may take.
     """
     prior = float(log_q_of_draws(enumeration, max_bytes) - expected_log_probs(belief, enumeration, "sampled"))
-    free_energy, surprise = (
-        (float(value) - prior) * share.factor for value in (belief.free_energy, belief.surprise)
-    )
+    free_energy, surprise = ((float(value) - prior) * share.factor for value in (belief.free_energy, belief.surprise))
     return Visit(share, free_energy, surprise, prior)
 
 
@@ -137,11 +135,12 @@ class BatchLoop:
     """The sums of the last whole epoch."""
     pair: Pair | None = None
     """The programs at the last batch."""
+    e_phase: EPhase | None = None
+    """Known after the first look."""
     full_size: int | None = None
     """The number of elements that the subsampled data plate has."""
     learned: dict[str, None] = field(default_factory=dict)
     """The parameters that the M-phase changes, of all batches so far."""
-    _e_phase: EPhase | None = None
     _eps: float = nan
     _certified: bool = False
     _priors: Statistics | None = None
@@ -160,7 +159,7 @@ class BatchLoop:
             self._run_epoch(batches)
             self.rows.append(self.last.row(self.epoch, EPOCH))
             self.stopped = self.on_row(self.rows[-1]) or self.stopped
-            self.converged = not self.stopped and self.epoch > 1 and self._settled(before)
+            self.converged = not self.stopped and self._settled(before)
 
     def look_once_more(self, batches: Iterable[object]) -> None:
         """Adds the row of all batches at the present parameters, which stay.
@@ -169,12 +168,12 @@ class BatchLoop:
             batches: What a user iterates over.
         """
         total = Tally()
-        assert self._e_phase is not None
+        assert self.e_phase is not None
         for number, arguments in numbered(batches, self.epoch + 1):
             with _in_batch("the last look", number):
                 pair = self.new_pair(*arguments)
                 enumeration = pair.enumerate()
-                belief = self._e_phase.belief(enumeration, self.epoch, pair.max_bytes)
+                belief = self.e_phase.belief(enumeration, self.epoch, pair.max_bytes)
                 check_finite(belief)
                 total.add(visit_of(enumeration, belief, self._share(enumeration), pair.max_bytes))
         self.last = total
@@ -200,17 +199,17 @@ class BatchLoop:
     def _pair_at(self, arguments: Arguments) -> Pair:
         """The programs at a batch, which are looked at if it is the first one."""
         self.pair = self.new_pair(*arguments)
-        if self._e_phase is None:
-            first, self._e_phase = self.look(self.pair)
+        if self.e_phase is None:
+            first, self.e_phase = self.look(self.pair)
             self._eps = resolution(first)
-            check_e_phase(self._e_phase, self.pair, share_of(first))
+            check_e_phase(self.e_phase, self.pair, share_of(first))
             check_subsamples(first, self.pair)
         return self.pair
 
     def _visited(self, pair: Pair) -> Visit:
         """The E-phase of a batch; its statistics are learned."""
-        assert self._e_phase is not None
-        state = e_step(pair, self._e_phase, self.epoch - 1)
+        assert self.e_phase is not None
+        state = e_step(pair, self.e_phase, self.epoch - 1)
         share = self._share(state.enumeration)
         self.learned |= dict.fromkeys(pair.learned)
         visit = visit_of(state.enumeration, state.belief, share, pair.max_bytes)
@@ -267,8 +266,11 @@ class BatchLoop:
             )
 
     def _settled(self, before: Tally) -> bool:
-        change = abs(self.rows[-2].free_energy - self.rows[-1].free_energy)
-        return change <= max(self.tol * self.last.num_data, _SAFETY * self._eps * max(before.magnitude, self.last.magnitude))
+        """Whether the last two changes are within the tolerance; one alone may be a turn, as visits have many G."""
+        floor = _SAFETY * self._eps * max(before.magnitude, self.last.magnitude)
+        free_energies = [row.free_energy for row in self.rows[-3:]]
+        changes = [abs(last - following) for last, following in zip(free_energies, free_energies[1:], strict=False)]
+        return len(changes) > 1 and max(changes) <= max(self.tol * self.last.num_data, floor)
 
     @contextmanager
     def _restored(self, pair: Pair) -> Iterator[Pair]:

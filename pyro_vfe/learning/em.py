@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyro
 import torch
 from pyro.infer.autoguide import AutoGuideList
 from pyro.optim import PyroOptim
@@ -26,7 +25,17 @@ from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.em_checks import check_programs, first_enumeration
-from pyro_vfe.learning.em_loop import Loop, State, e_step, m_step, row_after_m_step, row_of, updates_guide
+from pyro_vfe.learning.em_loop import (
+    Loop,
+    State,
+    e_step,
+    m_step,
+    params_and_updates,
+    row_after_m_step,
+    row_of,
+    updates_guide,
+    words_of,
+)
 from pyro_vfe.learning.em_report import Callback, Report
 from pyro_vfe.learning.em_run import EMRun, PhaseResult
 from pyro_vfe.learning.em_starts import End, Starts
@@ -188,8 +197,8 @@ class EM:
             method: By default `Incremental()`: it needs no step size, never raises F, and ends where EM with all data
                 does; its batches are the same in every epoch. `Online()` for shuffled batches and streams.
             num_epochs: The most passes over the batches. An iterator can be passed over once only.
-            tol: Converged is a run whose last epoch lowered F, summed over the batches as they were visited, by no more
-                than this, in nats per datum, or by no more than rounding explains.
+            tol: Converged is a run whose last two epochs each changed F, summed over the batches as they were visited,
+                by no more than this, in nats per datum, or by no more than rounding explains.
             num_data: The number of elements of the data plate in all batches. `Online` needs it where the model has
                 priors and the plate is as long as the batch.
             progress_bar: Whether to show one.

@@ -219,7 +219,9 @@ class KeptStatistics(Memory):
         """
         missing = len(self.places) - self.seen.total() if self.complete else 0
         if missing:
-            raise _other_batches(f"{missing} of the {len(self.places)} batches of the first epoch did not come up again")
+            raise _other_batches(
+                f"{missing} of the {len(self.places)} batches of the first epoch did not come up again"
+            )
         self.complete = True
         self.seen.clear()
 
