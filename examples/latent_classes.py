@@ -37,7 +37,9 @@ COUNTS = (20, 2, 9, 2, 6, 1, 4, 1, 38, 7, 24, 6, 25, 6, 23, 42)
 """How many people gave the answers 1111, 1112, 1121, ..., 2222; 1 is for the friend, 2 for what holds for everyone."""
 ITEMS = ("A", "B", "C", "D")
 KNOWN_LOG_LIKELIHOOD = {1: -543.6498, 2: -504.4677, 3: -503.3011}
-NUM_STARTS, MAX_ITER, TOLERANCE = 8, 2000, 1e-9
+NUM_STARTS, MAX_ITER = 5, 2000
+SAME = 0.01
+"""Ends that differ by fewer nats are the same."""
 DARK, LIGHT = "#0b3c5d", "#e69f00"
 
 Program = Callable[[Tensor], None]
@@ -145,34 +147,36 @@ def draw_criteria(axes: Axes, fits: list[Fit]) -> None:
 
 
 def draw_ends(axes: Axes, fits: list[Fit]) -> None:
-    """Draws how far above the best run each run ended."""
-    for fit, marker, color in zip(fits, "oDs", (DARK, LIGHT, "0.35"), strict=False):
+    """Draws how far above the best run each run ended, on a scale that is linear near 0 and logarithmic above."""
+    for fit, marker, color in zip(fits[1:], "Ds", (LIGHT, "0.35"), strict=True):
         above = np.sort(fit.ends) - fit.surprise
         axes.plot(above, marker, color=color, mec="0.2", mew=0.6, label=f"{len(fit.weights)}")
+    axes.set_yscale("symlog", linthresh=1e-4)
     axes.set(title="Where every run ended", xlabel="run, best first", ylabel="F above the best, nats")
-    axes.ticklabel_format(axis="y", scilimits=(0, 0))
     axes.legend(title="classes")
 
 
-def in_words(fits: list[Fit]) -> str:
+def in_words(fits: list[Fit], runs: list[vfe.EMRun]) -> str:
     """Returns what was found, in sentences."""
     one, two, three = fits
-    spread = max(three.ends) - min(three.ends)
     few, many = two.profiles
+    same = [sum(end < fit.surprise + SAME for end in fit.ends) for fit in fits]
+    iterations = [np.median([restart.n_iter for restart in run.restarts]) for run in runs]
     return f"""\
 In words
   A second class lowers the surprise by {one.surprise - two.surprise:.2f} nats, a third by {two.surprise - three.surprise:.2f} more, for {three.num_free - two.num_free} parameters each: two classes.
   {two.weights[0]:.0%} of the people are for the rule whatever the situation ({few.min():.0%} and more of their answers); the others let the
   situation decide ({many.min():.0%} to {many.max():.0%}).
-  Two classes have one minimum of F, and every start leads to it. With three F is nearly flat: EM crawls, and its ends
-  differ by {spread:.1g} nats."""
+  {same[1]} of {len(two.ends)} starts with two classes and {same[2]} of {len(three.ends)} with three come to the best end. With three F is nearly flat there:
+  it takes {iterations[2]:.0f} iterations in place of {iterations[1]:.0f}, although SQUAREM makes them long."""
 
 
 def fit(num_classes: int, u: Tensor) -> tuple[Fit, vfe.EMRun]:
     """Returns the best of several runs of EM from random starts, with the classes in order of size."""
     pyro.clear_param_store()
     model = latent_class_model(num_classes)
-    run = vfe.EM(model).run(u, tol=TOLERANCE, n_init=NUM_STARTS, max_iter=MAX_ITER, progress_bar=False)
+    em = vfe.EM(model)
+    run = em.run(u, n_init=NUM_STARTS, max_iter=MAX_ITER, acceleration="squarem", progress_bar=False)
     weights, profiles = run.params["weights"].numpy(), run.params["profiles"].numpy()
     order = np.argsort(weights)
     ends = tuple(restart.free_energy for restart in run.restarts)
@@ -187,13 +191,14 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     u = survey()
 
-    fits = []
+    fits, runs = [], []
     for num_classes in KNOWN_LOG_LIKELIHOOD:
         fitted, run = fit(num_classes, u)
         fits.append(fitted)
-        print(f"{num_classes} of {max(KNOWN_LOG_LIKELIHOOD)}\n{run}\n")
+        runs.append(run)
+        print(f"Classes: {num_classes}\n{run}\n")
     draw(picture, fits)
-    print(f"{as_table(fits)}\n\n{in_words(fits)}\nPicture: {picture}")
+    print(f"{as_table(fits)}\n\n{in_words(fits, runs)}\nPicture: {picture}")
 
     for fitted in fits:
         assert abs(-fitted.surprise - KNOWN_LOG_LIKELIHOOD[len(fitted.weights)]) < 1e-3

@@ -332,7 +332,7 @@ def test_priors_count_once_in_online_em(kind: str) -> None:
     assert_same(parameters(), expected, 1e-10)
 
 
-@parametrize("name", [name for name, case in CASES.items() if "prior" in name and "chain" in name])
+@parametrize("name", ["dirichlet_of_a_chain", "normal_inverse_gamma_of_a_chain"])
 def test_priors_of_chains_count_once(name: str) -> None:
     case = CASES[name]
     batches = list(zip(*(argument.split(2) for argument in case.args), strict=True))
@@ -398,9 +398,8 @@ def test_a_guide_for_any_datum_is_learned_on_batches() -> None:
         with pyro.plate("data", len(counts)):
             pyro.sample("z", dist.Categorical(logits=offset + slope * counts[:, None].log1p()))
 
-    run = vfe.EM(MIXTURE, guide, e_phase=vfe.Gradient(pyro.optim.Adam({"lr": 0.1}), 10)).run_batches(
-        BATCHES, num_epochs=40, tol=1e-3, progress_bar=False
-    )
+    gradient = vfe.Gradient(pyro.optim.Adam({"lr": 0.1}), 5)
+    run = run_batches(vfe.EM(MIXTURE, guide, e_phase=gradient), BATCHES, 20)
     loss = vfe.FreeEnergy().loss(MIXTURE, guide, tensor(COUNTS))
     close(run.free_energy, loss, rtol=1e-10)
     assert 0 < run.history.gap[-1] < 0.05 * run.free_energy

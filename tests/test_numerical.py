@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.engine.inference import evidence, expected_tables, marginals
-from pyro_vfe.errors import NotFiniteError, VFEError
+from pyro_vfe.errors import DegenerateError, NotFiniteError, VFEError
 from pyro_vfe.learning.belief import Belief
 from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
@@ -249,6 +249,30 @@ def test_a_start_where_Q_has_weight_on_the_impossible_is_refused_by_name() -> No
         unconstrained("weights")[0] = -torch.inf
     with pytest.raises(NotFiniteError, match="'weights'"):
         Numerical().update(problem)
+
+
+def test_a_scale_that_collapses_onto_one_datum_is_an_error_that_names_it_and_changes_nothing() -> None:
+    def model(points: Tensor) -> None:
+        locs, scales = real("locs", 2), positive("scales", 2)
+        pyro.sample("one", dist.Normal(locs[0], scales[0]), obs=points[0])
+        with pyro.plate("data", len(points)):
+            pyro.sample("u", dist.Normal(locs[1], scales[1]), obs=points)
+
+    problem = problem_of(model, POINTS)
+    before = pyro.param("scales").detach().clone()
+    with pytest.raises(DegenerateError, match=r"no lower bound.*'scales'\[0\].*greater_than"):
+        Numerical().update(problem)
+    torch.testing.assert_close(pyro.param("scales").detach(), before, rtol=0, atol=0)
+
+
+def test_a_scale_with_a_lower_bound_goes_there_instead() -> None:
+    def model() -> None:
+        scale = pyro.param("scale", tensor(0.7), constraint=constraints.greater_than(0.5))
+        pyro.sample("u", dist.Normal(pyro.param("loc", tensor(0.0)), scale), obs=tensor(1.0))
+
+    Numerical().update(problem_of(model))
+    assert pyro.param("scale").item() == pytest.approx(0.5, abs=1e-6)
+    assert pyro.param("loc").item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_search_that_is_cut_short_says_so() -> None:

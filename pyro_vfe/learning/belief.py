@@ -46,8 +46,14 @@ def expected_log_joint(weights: Weights, enumeration: Enumeration) -> Tensor:
         for key, own in weights.items()
         for weight, table in zip(own, enumeration.factors[key].tables, strict=True)
     ]
-    plain = torch.stack([torch.dot(weight.flatten(), values.flatten()) for weight, values in pairs]).sum()
+    plain = torch.stack([_dot(weight, values) for weight, values in pairs]).sum()
     if bool(plain.detach().isfinite()):
         return plain
     # 0 * inf is 0 here.
     return torch.stack([torch.where(weight != 0, weight * values, 0.0).sum() for weight, values in pairs]).sum()
+
+
+def _dot(weight: Tensor, values: Tensor) -> Tensor:
+    """The sum of products, read in the order in which the values lie in memory."""
+    order = sorted(range(values.dim()), key=values.stride, reverse=True)
+    return torch.dot(weight.permute(order).flatten(), values.permute(order).flatten())

@@ -83,12 +83,13 @@ class Coordinate(EPhase):
 def _owners(guide: Program, enumeration: Enumeration) -> dict[str, AutoMeanField]:
     """The mean-field guide of each latent that the guide has, in order of sampling."""
     owner_of = {name: owner for owner in mean_fields(inspect.unwrap(guide)) for name in owner.latents}
+    is_sampled = enumeration.is_sampled
     owners: dict[str, AutoMeanField] = {}
     for factor in enumeration.guide_latents:
-        if factor.name not in owner_of or enumeration.is_sampled:
+        if factor.name not in owner_of or is_sampled:
             raise StructureError(
                 f"Coordinate sets the factors of vfe.AutoMeanField, and latent site '{factor.name}' is of another guide"
-                f"{', or stands beside sites that are drawn at random' if enumeration.is_sampled else ''}.",
+                f"{', or stands beside sites that are drawn at random' if is_sampled else ''}.",
                 hint="Use e_phase=vfe.Gradient(optim, num_steps), which serves any guide.",
             )
         readers = [axis for axis in factor.axes if axis in enumeration.variables and axis != factor.name]
@@ -121,6 +122,6 @@ def _impossible(stuck: Sequence[str]) -> ImpossibleDataError:
     names = ", ".join(f"'{name}'" for name in stuck[:4])
     return ImpossibleDataError(
         f"The other factors of Q leave no possible value to latent site {names}: F is +inf.",
-        hint="Start from vfe.AutoMeanField(model, init='posterior'), or leave sites that others determine out of the "
-        "guide: they are then summed inside the model.",
+        hint="Leave sites that others determine out of the guide: they are then summed inside the model. Or start with "
+        "logits of -inf for what the other factors forbid.",
     )

@@ -244,10 +244,15 @@ def _model_graph(enumeration: Enumeration) -> FactorGraph:
 
 
 def _by_site(enumeration: Enumeration, tensors: Iterable[Tensor]) -> Weights:
-    """Tensors in the order of the joint graph's tables, by site."""
-    left = (tensor.contiguous() for tensor in tensors)
+    """Tensors in the order of the joint graph's tables, by site; they lie in memory as the tables do."""
+    left = iter(tensors)
     factors = enumeration.factors
-    return {key: tuple(next(left) for _ in factors[key].tables) for key in model_keys(enumeration)}
+    return {key: tuple(_laid_as(next(left), t.values) for t in factors[key].tables) for key in model_keys(enumeration)}
+
+
+def _laid_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the memory layout of another of its shape, so that both are read in one order."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def _tempered(enumeration: Enumeration, beta: float, max_bytes: float | None) -> Belief:

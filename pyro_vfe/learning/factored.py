@@ -7,6 +7,7 @@ then exactly zero. Latents that only the model has are summed out of it first; w
 together, they are variables of their own and change one after the other.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -61,6 +62,10 @@ class FactoredQ:
         flat = [self._laid_out(factor, enumeration) for factor in enumeration.guide_latents]
         self._log_q = torch.cat(flat)
         self._start = self._log_q.clone()
+        self._connect(enumeration, max_bytes)
+
+    def _connect(self, enumeration: Enumeration, max_bytes: float | None) -> None:
+        """Finds the variables of log P, the entries of Q that each has, and the tables that read it."""
         # The guide's tables hold the numbers of their entries here: which entries a variable has is read off.
         numbered: dict[SiteKey, Factor] = {("guide", name): self._numbered(name, enumeration) for name in self._axes}
         known = enumeration.with_factors({**enumeration.factors, **numbered}, enumeration.variables)
@@ -70,9 +75,16 @@ class FactoredQ:
             factor.name: factor.table.aligned((*sorted(self._graph.variables[factor.name].plates), factor.name)).long()
             for factor in parts.conditionals
         }
+        site_of = {entries.start: site for site, entries in self._entries.items()}
+        begins = sorted(site_of)
+        self._variables: dict[str, list[str]] = {site: [] for site in self._axes}
+        for name, index in self._index.items():
+            begin = begins[bisect_right(begins, int(index.min())) - 1]
+            self._variables[site_of[begin]].append(name)
         self._scales = {factor.name: factor.scale for factor in parts.conditionals}
         self._readers: dict[str, list[tuple[_Cost, str]]] = {name: [] for name in self._index}
-        for cost in (part for factor in parts.costs for part in _costs(applied(factor), self._graph)):
+        earlier = {previous(name): name for name in self._graph.variables}
+        for cost in (part for factor in parts.costs for part in _costs(applied(factor), self._graph, earlier)):
             for axis, read in cost.reads.items():
                 self._readers[read.variable].append((cost, axis))
 
@@ -91,12 +103,10 @@ class FactoredQ:
         Args:
             site: The name of a latent of the guide.
         """
-        entries = self._entries[site]
         possible = True
-        for name, index in self._index.items():
-            if entries.start <= int(index.flatten()[0]) < entries.stop:
-                for part in self._parts(name):
-                    possible &= self._improve(name, part)
+        for name in self._variables[site]:
+            for part in self._parts(name):
+                possible &= self._improve(name, part)
         return possible
 
     def _improve(self, name: str, part: Tensor) -> bool:
@@ -169,7 +179,7 @@ class FactoredQ:
         variable = enumeration.variables[factor.name]
         axes = (*sorted(variable.plates), factor.name)
         shape = [*(enumeration.plates[plate] for plate in axes[:-1]), variable.size]
-        begin = max((entries.stop for entries in self._entries.values()), default=0)
+        begin = next((entries.stop for entries in reversed(self._entries.values())), 0)
         self._axes[factor.name], self._shapes[factor.name] = axes, shape
         self._entries[factor.name] = slice(begin, begin + prod(shape))
         return factor.table.aligned(axes).expand(shape).reshape(-1)
@@ -185,20 +195,30 @@ class FactoredQ:
         return replace(factor, table=Table(numbers.reshape(self._shapes[site]), self._axes[site]))
 
 
-def _costs(factor: Factor, graph: FactorGraph) -> list[_Cost]:
-    """A factor of scale one as costs."""
+def _costs(factor: Factor, graph: FactorGraph, earlier: Mapping[str, str]) -> list[_Cost]:
+    """A factor of scale one as costs.
+
+    Args:
+        factor: What is expected.
+        graph: Knows the sizes and the chains.
+        earlier: The variable of each axis of previous values.
+    """
     sizes = {plate: graph.plates[plate] for plate in factor.plates}
-    if factor.first is None:
-        return [_cost(factor.table, sizes, None, graph)]
-    time = next(v.chain for v in graph.variables.values() if previous(v.name) in factor.table.axes)
+    reads = {axis: _Read(axis) for axis in factor.axes if axis in graph.variables}
+    before = {axis: _Read(earlier[axis]) for axis in factor.axes if axis in earlier}
+    if factor.first is None or not before:
+        return [_cost(factor.table, sizes, None, reads)]
+    time = graph.variables[next(iter(before.values())).variable].chain
     assert time is not None
-    first = _cost(factor.first.narrowed(time, 0, 1), {**sizes, time: 1}, time, graph)
-    return [first, _cost(factor.table, {**sizes, time: sizes[time] - 1}, time, graph, start=1)]
+    later = {axis: replace(read, start=1) for axis, read in reads.items()} | before
+    return [
+        _cost(factor.first.narrowed(time, 0, 1), {**sizes, time: 1}, time, reads),
+        _cost(factor.table, {**sizes, time: sizes[time] - 1}, time, later),
+    ]
 
 
-def _cost(table: Table, plates: Mapping[str, int], time: str | None, graph: FactorGraph, start: int = 0) -> _Cost:
-    reads = {name: _Read(name, start) for name in graph.variables if name in table.axes}
-    reads |= {previous(name): _Read(name) for name in graph.variables if previous(name) in table.axes}
+def _cost(table: Table, plates: Mapping[str, int], time: str | None, reads: Mapping[str, _Read]) -> _Cost:
+    own = {axis: read for axis, read in reads.items() if axis in table.axes}
     values, impossible = table.values.detach(), table.values.detach().isneginf()
     weight = impossible.to(values) if bool(impossible.any()) else None
-    return _Cost(values.masked_fill(impossible, 0.0), weight, table.axes, plates, time, reads)
+    return _Cost(values.masked_fill(impossible, 0.0), weight, table.axes, plates, time, own)

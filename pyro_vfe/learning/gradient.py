@@ -49,10 +49,12 @@ class Gradient(EPhase, MPhase):
         self.num_steps = num_steps
 
     @overload
-    def update(self, pair: Pair, iteration: int) -> None: ...
+    def update(self, pair: Pair, iteration: int) -> None:
+        """Changes the guide's parameters."""
 
     @overload
-    def update(self, problem: Problem) -> Mapping[str, str]: ...
+    def update(self, problem: Problem) -> Mapping[str, str]:
+        """Changes the named parameters, and says how."""
 
     def update(self, *args: Any, **kwargs: Any) -> Mapping[str, str] | None:
         """Changes the guide's parameters, given a pair; or the named ones, given a problem, and says how.

@@ -18,15 +18,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vfe.errors import NotFiniteError, VFEError
+from pyro_vfe.errors import DegenerateError, NotFiniteError, VFEError
+from pyro_vfe.learning.entries import named
 from pyro_vfe.learning.phases import MPhase, Problem
-from pyro_vfe.program.parameters import restore, snapshot, unconstrained
+from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained
 
 _UNIT = 1e-12
 """The unit of f in nats. Torch's L-BFGS learns no curvature from a step that changes f by less than about 1e-10."""
 
 _REFUSED = 1e3
 """A step to a point without a finite value counts as this much worse, in units of the start's value."""
+
+_BLOCK = 20
+"""After so many iterations the search is looked at, whether it runs off to where f has no lower bound."""
+
+_COLLAPSED = 1e-30
+"""What is left of a positive parameter, relative to its start, that has collapsed."""
+
+_FALLING = 1e-3
+"""A slope of f, in nats per unit of an unconstrained parameter, that has not come to an end."""
 
 _LAST_STEPS = 100
 """The most steps by the gradient alone."""
@@ -63,6 +73,7 @@ class Numerical(MPhase):
 
         Raises:
             NotFiniteError: The expected log joint is not finite at the present parameters.
+            DegenerateError: A positive parameter runs off to zero: F has no lower bound; all stay as they were.
         """
         before = snapshot(problem.names)
         objective = _Objective(problem)
@@ -86,14 +97,19 @@ class Numerical(MPhase):
         tolerance = max(self.tolerance_grad, 4 * objective.eps) * objective.stretch
         rounding = objective.eps * max(1.0, abs(best.value))
         left, stalled = self.max_iter, False
+        search: _Search | None = None
         while best.steepest > tolerance and left > 0 and not stalled:
-            search = _Search(objective, best.place, tolerance, rounding)
-            found = search.step(left, by_value=True)
-            left -= max(1, search.iterations)
+            search = search or _Search(objective, best.place, tolerance, rounding)
+            found, used = search.steps_by_value(min(left, _BLOCK))
+            left -= max(1, used)
             stalled = best.value - found.value <= rounding
             best = min(best, found, key=lambda point: point.value)
+            objective.check_bounded(best)
+            if used >= _BLOCK and not stalled:
+                continue
             if left > 0 and best is found:
                 best = _by_gradient(search, best, tolerance, rounding)
+            search = None
         objective.write(best.place)
         return best.steepest > tolerance and left <= 0
 
@@ -119,7 +135,8 @@ class _Objective:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.leaves = [leaf for leaf in map(unconstrained, problem.names) if leaf.requires_grad]
+        self.names = [name for name in problem.names if unconstrained(name).requires_grad]
+        self.leaves = [unconstrained(name) for name in self.names]
         self.finite = [leaf.detach().isfinite() for leaf in self.leaves]
         self.size = sum(int(mask.sum()) for mask in self.finite)
         weights = problem.belief.sampled or problem.belief.weights
@@ -152,6 +169,29 @@ class _Objective:
                 leaf[mask] = theta[offset : offset + count].to(leaf)
                 offset += count
 
+    def check_bounded(self, point: _Point) -> None:
+        """Checks that no positive parameter runs off to zero with f still falling.
+
+        Raises:
+            DegenerateError: One does, a variance say: f has no lower bound.
+        """
+        theta, slope, offset = point.place / self.stretch, point.gradient, 0
+        start = self.at_start.place / self.stretch
+        for name, leaf, mask in zip(self.names, self.leaves, self.finite, strict=True):
+            entries = slice(offset, offset + int(mask.sum()))
+            offset = entries.stop
+            if not _is_positive(name):
+                continue
+            falling = slope[entries] * self.stretch * _UNIT > _FALLING
+            collapsed = mask.clone()
+            collapsed[mask] = falling & (theta[entries] < start[entries] + math.log(_COLLAPSED)).to(falling)
+            if bool(collapsed.any()):
+                raise DegenerateError(
+                    f"F has no lower bound: it falls as long as {named(name, collapsed, leaf.shape)} goes to zero.",
+                    hint="A component has collapsed onto its data, say. Give the parameter a prior (a pyro.sample site "
+                    "with AutoDelta as its guide), or a constraint with a lower bound, constraints.greater_than(1e-3).",
+                )
+
     def __call__(self, place: Tensor) -> _Point:
         """Value and gradient at a point; one that the programs refuse is far worse than the start, and flat."""
         if torch.equal(place, self.last.place):
@@ -180,6 +220,12 @@ class _Objective:
         return float(loss.detach()) / _UNIT, torch.cat(gradients) / (_UNIT * self.stretch)
 
 
+def _is_positive(name: str) -> bool:
+    """Whether a parameter is the exponential of its unconstrained value."""
+    constraint = constraint_of(name)
+    return getattr(constraint, "lower_bound", None) == 0 and not hasattr(constraint, "upper_bound")
+
+
 class _Search:
     """One run of torch's L-BFGS on a vector of its own."""
 
@@ -192,6 +238,11 @@ class _Search:
             tolerance_grad=tolerance,
         )
         self.rounding = rounding
+
+    def steps_by_value(self, max_iter: int) -> tuple[_Point, int]:
+        """Takes steps by line search and returns where they led, and how many they were."""
+        before = self.iterations
+        return self.step(max_iter, by_value=True), self.iterations - before
 
     def step(self, max_iter: int, *, by_value: bool) -> _Point:
         """Takes steps, by line search on the value or as long as L-BFGS proposes, and returns where they led."""

@@ -143,10 +143,11 @@ def _prior(site: Site, origins: Origins) -> PriorStatistics:
     form = form_of(fn)
     assert form is not None
     weight = torch.as_tensor(site.scale, dtype=torch.float64)
-    return PriorStatistics(site.name, form.family, origins.slot(site.value), _slots(fn, form, origins), weight)
+    value = origins.slot(site.value, (site.name, "value"))
+    return PriorStatistics(site.name, form.family, value, _slots(fn, form, origins, site.name), weight)
 
 
-def _slots(fn: Any, form: Form, origins: Origins) -> dict[str, Slot]:
+def _slots(fn: Any, form: Form, origins: Origins, site: str) -> dict[str, Slot]:
     """The parameters of a distribution as they were given."""
     base, own_dims = unwrapped(fn)
     slots = {}
@@ -155,7 +156,7 @@ def _slots(fn: Any, form: Form, origins: Origins) -> dict[str, Slot]:
         if name == "scale_tril":
             name = next((given for given in _COVARIANCES if given in base.__dict__), name)
         values = slim(torch.as_tensor(getattr(base, name)), own_dims + event_dim)
-        slots[name] = origins.slot(values, normalised=form.family in _NORMALISED)
+        slots[name] = origins.slot(values, (site, name), normalised=form.family in _NORMALISED)
     return slots
 
 
@@ -189,12 +190,12 @@ def _rearranged(weight: Table, like: Table) -> Tensor:
 def _statistics(probe: Probe, gradients: Sequence[Tensor], origins: Origins) -> SiteStatistics:
     if probe.slot is not None:
         table = probe.fn.initial if probe.slot == "initial" else probe.fn.transition
-        slot = origins.slot(table, normalised=True)
+        slot = origins.slot(table, (probe.sites[0], probe.slot), normalised=True)
         sums = gradients[0].reshape(table.shape)
         return SiteStatistics(probe.sites, CATEGORICAL, {"probs": slot}, sums.sum(-1), sums, None)
     form = probe.form or form_of(probe.fn)
     assert form is not None
-    slots = _slots(probe.fn, form, origins)
+    slots = _slots(probe.fn, form, origins, probe.sites[0])
     if probe.form is not None:
         sums, counts = gradients
         batch, elements = counts.shape, form.independent

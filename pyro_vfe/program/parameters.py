@@ -26,6 +26,8 @@ class Parameters:
         """The constrained value of each parameter, in the graph of its unconstrained one."""
         self.readers: dict[str, set[Role]] = {}
         """Which programs read each parameter."""
+        self.known: dict[object, Tensor] = {}
+        """For slots of distributions that were selections before, the index of their entries."""
 
     def watched(self, program: Program, role: Role) -> Program:
         """The program, whose parameters are noted when it runs.

@@ -29,6 +29,7 @@ class Origins:
         """Args:
         parameters: What the programs read in the run.
         """
+        self._known = parameters.known
         self._values = {name: value for name, value in parameters.values.items() if value.requires_grad}
         self._names: dict[Any, str] = {}
         for name, value in self._values.items():
@@ -66,21 +67,36 @@ class Origins:
         self._reached[root] = frozenset(found)
         return self._reached[root]
 
-    def slot(self, values: Tensor, *, normalised: bool = False) -> Slot:
+    def slot(self, values: Tensor, key: object, *, normalised: bool = False) -> Slot:
         """What a distribution's parameter is.
 
         Args:
             values: The parameter as the distribution has it.
+            key: What stands for the slot from run to run.
             normalised: Whether the distribution has divided it by its sum over the last axis (or, for logits, taken
                 from it the log of that sum): what was given is looked at then.
         """
         depends_on = self.of(values)
-        selection = None
-        if len(depends_on) == 1:
-            name = next(iter(depends_on))
+        if len(depends_on) != 1:
+            return Slot(values.detach(), None, depends_on)
+        name = next(iter(depends_on))
+        selection = self._known_before(values, name, (key, name), normalised)
+        if selection is None:
             selection = self._normalised(values, name) if normalised else None
             selection = selection or self._selection(values, name)
+            if selection is not None and selection.through == "itself":
+                self._known[key, name] = selection.index
         return Slot(values.detach(), selection, depends_on)
+
+    def _known_before(self, values: Tensor, name: str, key: object, normalised: bool) -> Selection | None:
+        """What the slot was in an earlier run, if its numbers say that it still is."""
+        index = self._known.get(key)
+        if index is None or index.shape != values.shape:
+            return None
+        selected = self._values[name].detach().flatten()[index]
+        if torch.equal(selected, values) or (normalised and torch.equal(_normalised_like(selected, values), values)):
+            return Selection(name, index)
+        return None
 
     def _normalised(self, values: Tensor, name: str) -> Selection | None:
         given = _before_normalisation(values)
@@ -110,6 +126,13 @@ class Origins:
         if index is not None and torch.equal(flat[index].sqrt(), values.detach()):
             return Selection(name, index, "sqrt")
         return None
+
+
+def _normalised_like(given: Tensor, values: Tensor) -> Tensor:
+    """Probabilities, or logits where the values are negative, as distributions normalise them."""
+    if bool((values.detach() < 0).any()):
+        return given - given.logsumexp(-1, keepdim=True)
+    return given / given.sum(-1, keepdim=True)
 
 
 def _irregular(parameter: Tensor) -> Tensor:
