@@ -1,7 +1,7 @@
 """EM on batches against EM by hand with all data, and against incremental and online EM by hand."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import em_oracles as by_hand
@@ -16,11 +16,10 @@ from programs.case import categorical, empty, tensor
 from programs.em_cases import CASES, Case
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
-from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import StructureError, VFEError, VFEWarning
+from pyro_vfe.errors import DegenerateError, StructureError, VFEError, VFEWarning
 from pyro_vfe.learning.minibatch import Memory
 
 close = np.testing.assert_allclose
@@ -156,9 +155,11 @@ def drawn_sequences(number: int = 12, steps: int = 8) -> Array:
 
 SEQUENCES = drawn_sequences()
 BAUM_WELCH = by_hand.baum_welch(by_hand.poisson_emission(SEQUENCES))
-POINTS = np.concatenate([np.random.default_rng(1).normal(0, 1, (60, 2)), np.random.default_rng(2).normal(4, 2, (45, 2))])
+POINTS = np.concatenate(
+    [np.random.default_rng(1).normal(0, 1, (60, 2)), np.random.default_rng(2).normal(4, 2, (45, 2))]
+)
 GAUSSIANS = {"weights": np.array([0.5, 0.5]), "loc": np.array([[0.5, 0.0], [3.0, 3.0]]), "scale": np.ones((2, 2))}
-FULL = {**{k: GAUSSIANS[k] for k in ("weights", "loc")}, "covariance": np.stack([np.eye(2)] * 2)}
+FULL = {"weights": GAUSSIANS["weights"], "loc": GAUSSIANS["loc"], "covariance": np.stack([np.eye(2)] * 2)}
 
 FIXED_POINTS = {
     "poisson_mixture": (MIXTURE, BATCHES, by_hand.poisson_mixture(COUNTS), START),
@@ -183,20 +184,18 @@ def test_incremental_em_ends_where_em_with_all_data_does(name: str) -> None:
     assert run.converged and run.num_batches == len(batches)
 
 
-@parametrize("kind", ["diagonal", "full"])
-def test_incremental_em_of_gaussians_ends_where_em_with_all_data_does(kind: str) -> None:
-    start, model = (GAUSSIANS, em.diagonal_mixture(GAUSSIANS)) if kind == "diagonal" else (FULL, em.full_mixture(FULL))
-    step = by_hand.diagonal_mixture(POINTS) if kind == "diagonal" else None
-    settled(vfe.EM(model), tensor(POINTS)[torch.randperm(105)].split(20))
-    found = parameters()
-    if step is None:
-        sklearn = by_hand.scikit_learn_mixture(POINTS, "full")
-        assert_same(sklearn(found)[1], found, 1e-8)
-    else:
-        found = {**found, "covariance": found.pop("scale") ** 2}
-        expected = {**start, "covariance": np.ones((2, 2))}
-        expected.pop("scale")
-        assert_same(found, fixed_point(step, expected, 1000), 1e-8)
+SHUFFLED_POINTS = tensor(np.random.default_rng(4).permutation(POINTS)).split(20)
+
+
+def test_incremental_em_of_a_diagonal_mixture_ends_where_em_with_all_data_does() -> None:
+    settled(vfe.EM(em.diagonal_mixture(GAUSSIANS)), SHUFFLED_POINTS)
+    assert_same(parameters(), fixed_point(by_hand.diagonal_mixture(POINTS), GAUSSIANS, 1000), 1e-8)
+
+
+def test_incremental_em_of_a_full_mixture_ends_where_scikit_learn_stands_still() -> None:
+    settled(vfe.EM(em.full_mixture(FULL)), SHUFFLED_POINTS)
+    _, following = by_hand.scikit_learn_mixture(POINTS, "full")(parameters())
+    assert_same(following, parameters(), 1e-8)
 
 
 def incremental_free_energy(visited: Sequence[Values], now: Values) -> float:
@@ -343,7 +342,9 @@ def test_priors_of_chains_count_once(name: str) -> None:
 # Every model in batches
 
 
-@parametrize("name", ["latent_classes_with_gaps", "diagonal_mixture_with_gaps", "poisson_chains_of_lengths", "variances"])
+@parametrize(
+    "name", ["latent_classes_with_gaps", "diagonal_mixture_with_gaps", "poisson_chains_of_lengths", "variances"]
+)
 def test_the_first_epoch_is_an_iteration_with_all_data(name: str) -> None:
     case = CASES[name]
     size = len(case.args[0])
@@ -402,6 +403,321 @@ def test_a_guide_for_any_datum_is_learned_on_batches() -> None:
     run = run_batches(vfe.EM(MIXTURE, guide, e_phase=gradient), BATCHES, 20)
     loss = vfe.FreeEnergy().loss(MIXTURE, guide, tensor(COUNTS))
     close(run.free_energy, loss, rtol=1e-10)
-    assert 0 < run.history.gap[-1] < 0.05 * run.free_energy
-    assert run.free_energy < 1.05 * fixed_point_free_energy()
+    assert 0 < run.history.gap[-1] < 0.5 * run.history.gap[0]
+    assert fixed_point_free_energy() < run.free_energy < run.history.free_energy[0]
     assert run.updates["slope"] == "E-phase: Gradient"
+
+
+# What a run says
+
+
+def test_batches_are_arguments_by_order_or_by_name() -> None:
+    by_name = [{"counts": counts} for counts in BATCHES]
+    run_batches(vfe.EM(MIXTURE), by_name, 2)
+    found = parameters()
+    for batches in ([(counts,) for counts in BATCHES], [[counts] for counts in BATCHES], BATCHES):
+        pyro.clear_param_store()
+        run_batches(vfe.EM(MIXTURE), batches, 2)
+        assert_same(parameters(), found, 0.0)
+
+
+def test_the_result_prints_and_has_the_parameters() -> None:
+    run = vfe.EM(MIXTURE, fixed="weights").run_batches(BATCHES, progress_bar=False)
+    text = str(run)
+    assert f"EM on 5 batches: converged after {run.n_iter} epochs, F = {run.free_energy:,.4f} nats" in text
+    assert "N=230" in text and "held fixed" in text
+    assert run.updates == {"weights": "held fixed", "rates": "closed form: expected counts over exposure"}
+    assert_same({name: value.numpy() for name, value in run.params.items()}, parameters(), 0.0)
+    close(run.params["weights"], START["weights"], rtol=1e-12)
+
+
+def test_a_state_that_is_never_visited_keeps_its_rows() -> None:
+    start = {**SEQUENCES_START, "initial": np.array([1.0, 0.0]), "transition": np.eye(2)}
+    run = run_batches(vfe.EM(em.hidden_markov(start, "poisson")), tensor(SEQUENCES).split(5), 3)
+    close(run.params["rates"], [SEQUENCES.mean(), 15.0], rtol=1e-10)
+    close(run.params["transition"], np.eye(2), atol=1e-12)
+    assert any("'rates'" in note and "never visited" in note for note in run.notes)
+
+
+def test_a_stream_is_read_once_by_online_em() -> None:
+    run = vfe.EM(MIXTURE).run_batches(
+        (batch for batch in BATCHES), method=vfe.Online(), num_epochs=1, progress_bar=False
+    )
+    expected = list(online_by_hand([batch.numpy() for batch in BATCHES], 0.7, 1))
+    assert_same(parameters(), expected[-1], 1e-10)
+    assert run.history.phase == ("epoch",) and "can be read only once" in run.notes[0]
+    at_visit = [START, START, *expected[1:-1]]
+    visits = [by_hand.poisson_mixture(b.numpy())(v)[0] for b, v in zip(BATCHES, at_visit, strict=True)]
+    close(run.free_energy, sum(visits), rtol=1e-10)
+
+
+def test_the_callback_ends_the_run_after_a_batch() -> None:
+    seen = []
+
+    def stop(count: int, row: dict[str, Any]) -> bool:
+        seen.append((row["phase"], row["iteration"]))
+        return len(seen) == 8
+
+    run = vfe.EM(MIXTURE).run_batches(BATCHES, progress_bar=False, callback=stop)
+    assert seen[:8] == [("batch", 1)] * 5 + [("epoch", 1)] + [("batch", 2)] * 2
+    assert not run.converged and any("stopped by the callback in epoch 2" in note for note in run.notes)
+    close(run.free_energy, by_hand.poisson_mixture(COUNTS)(parameters())[0], rtol=1e-10)
+
+
+def test_a_delay_longer_than_the_data_is_told_of() -> None:
+    with pytest.warns(VFEWarning, match="no M-phase"):
+        run = vfe.EM(MIXTURE).run_batches(BATCHES, method=vfe.Online(delay=5), num_epochs=1, progress_bar=False)
+    assert run.updates == {"weights": "not updated", "rates": "not updated"}
+    assert_same(parameters(), START, 1e-12)
+
+
+# Memory
+
+
+class Remembered(vfe.Incremental):
+    """Incremental EM whose statistics can be looked at after the run."""
+
+    def memory(self) -> Memory:
+        """Statistics, kept in a list."""
+        self.kept.append(super().memory())
+        return self.kept[-1]
+
+    kept: list[Memory] = []
+
+
+def bytes_reached(root: object) -> int:
+    """The size of the storages of all tensors that an object holds, at any depth."""
+    found: dict[int, int] = {}
+    waiting, seen = [root], set()
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen or isinstance(held, (type, type(gc), type(bytes_reached))):
+            continue
+        seen.add(id(held))
+        if isinstance(held, Tensor):
+            found[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        waiting += gc.get_referents(held)
+    return sum(found.values())
+
+
+@parametrize("model", ["poisson", "diagonal"])
+def test_what_is_kept_does_not_grow_with_the_data(model: str) -> None:
+    sizes = []
+    for size in (400, 4000):
+        pyro.clear_param_store()
+        data = tensor(counts_of(size))
+        program = MIXTURE
+        if model == "diagonal":
+            program, data = em.diagonal_mixture(GAUSSIANS), data[:, None].expand(-1, 2)
+        run = run_batches(vfe.EM(program), data.split(size // 4), 2, method=Remembered())
+        sizes.append(bytes_reached(Remembered.kept.pop()) + bytes_reached(run))
+    assert sizes[0] == sizes[1] < 10_000
+
+
+@parametrize("method", [vfe.Incremental(), vfe.Online()], ids=["incremental", "online"])
+def test_no_batch_outlives_the_next(method: Any) -> None:
+    def alive(number: int) -> int:
+        pyro.clear_param_store()
+        most = 0
+
+        class Loader:
+            def __iter__(self) -> Iterator[Tensor]:
+                return (tensor(counts_of(1000, seed)) for seed in range(number))
+
+        def measure(count: int, row: dict[str, Any]) -> None:
+            nonlocal most
+            gc.collect()
+            held = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.dim()]
+            most = max(most, sum(len(tensor) >= 1000 for tensor in held))
+
+        with pytest.warns(VFEWarning, match="converged") if method.monotone else pytest.MonkeyPatch.context():
+            vfe.EM(MIXTURE).run_batches(
+                Loader(), method=method, num_epochs=2, tol=0.0, progress_bar=False, callback=measure
+            )
+        return most
+
+    assert alive(3) == alive(12)
+
+
+# Refusals
+
+
+def refused(model: em.Model, match: str, batches: Any = BATCHES, guide: Any = None, **options: Any) -> None:
+    """A run on batches raises an error, and leaves the parameters as they were."""
+    of_em = {name: options.pop(name) for name in ("e_phase", "m_phase") if name in options}
+    learner = vfe.EM(model, guide, **of_em)
+    with pytest.raises(VFEError, match=match):
+        learner.run_batches(batches, progress_bar=False, **options)
+    for name, value in parameters().items():
+        if name in START:
+            close(value, START[name], rtol=1e-12)
+
+
+def with_global_latent(counts: Tensor) -> None:
+    kind = categorical("kind", tensor([0.5, 0.5]))
+    with pyro.plate("data", len(counts)):
+        z = categorical("z", em.learned("weights", START))
+        pyro.sample("u", dist.Poisson(em.learned("rates", START)[z] * (1 + kind)), obs=counts)
+
+
+def with_summary(counts: Tensor) -> None:
+    MIXTURE(counts)
+    pyro.sample("total", dist.Poisson(em.learned("rates", START).sum()), obs=counts.sum())
+
+
+def with_network(counts: Tensor) -> None:
+    slope = pyro.param("slope", tensor([0.1, 0.2, 0.3]))
+    with pyro.plate("data", len(counts)):
+        z = categorical("z", em.learned("weights", START))
+        pyro.sample("u", dist.Poisson(slope[z].exp() * 5), obs=counts)
+
+
+def without_plate(counts: Tensor) -> None:
+    for i, count in enumerate(counts[:3]):
+        z = categorical(f"z_{i}", em.learned("weights", START))
+        pyro.sample(f"u_{i}", dist.Poisson(em.learned("rates", START)[z]), obs=count)
+
+
+def drawing_a_subsample(counts: Tensor) -> None:
+    weights, rates = em.learned("weights", START), em.learned("rates", START)
+    with pyro.plate("data", len(counts), subsample_size=10) as indices:
+        z = categorical("z", weights)
+        pyro.sample("u", dist.Poisson(rates[z]), obs=counts[indices])
+
+
+def with_a_point_for_each_datum(counts: Tensor) -> None:
+    with pyro.plate("data", len(counts)):
+        z = categorical("z", em.learned("weights", START))
+        exposure = pyro.sample("exposure", dist.Gamma(2.0, 2.0))
+        pyro.sample("u", dist.Poisson(em.learned("rates", START)[z] * exposure), obs=counts)
+
+
+def subsampled_inside(counts: Tensor, indices: Tensor) -> None:
+    with pyro.plate("data", len(counts), dim=-2):
+        z = categorical("z", em.learned("weights", START))
+        with pyro.plate("repeats", 10, subsample=indices, dim=-1):
+            pyro.sample("u", dist.Poisson(em.learned("rates", START)[z]), obs=counts[:, None].expand(-1, len(indices)))
+
+
+@parametrize(
+    ("model", "match"),
+    [
+        (with_global_latent, "latent site 'kind' is outside of plate 'data' and ties the batches together"),
+        (with_summary, "observed site 'total' is outside of plate 'data' and would count once for each batch"),
+        (without_plate, r"Site 'z_0' is in no plate.*with pyro\.plate"),
+        (with_network, r"In batch 1 of epoch 1: .*'slope' \(.*site 'u'.*\).*vfe\.Numerical.*SVI"),
+        (drawing_a_subsample, "Plate 'data' draws its subsample at random"),
+    ],
+)
+def test_programs_whose_batches_are_tied_are_refused(model: em.Model, match: str) -> None:
+    refused(model, match)
+
+
+def test_points_for_each_datum_are_refused() -> None:
+    guide = AutoDelta(pyro.poutine.block(with_a_point_for_each_datum, expose=["exposure"]))
+    refused(with_a_point_for_each_datum, "Site 'exposure' is a point estimate for each datum", guide=guide)
+
+
+def test_a_subsample_of_what_is_no_data_plate_is_refused() -> None:
+    batches = [(batch, torch.arange(5)) for batch in BATCHES]
+    refused(subsampled_inside, "Plate 'repeats' of site 'u' is subsampled, and not all", batches)
+
+
+def test_a_single_chain_is_refused() -> None:
+    def chain(sequence: Tensor) -> None:
+        with pyro.plate("time", len(sequence)):
+            z = pyro.sample("z", vfe.MarkovChain(*(em.learned(n, SEQUENCES_START) for n in ("initial", "transition"))))
+            pyro.sample("u", dist.Poisson(em.learned("rates", SEQUENCES_START)[z]), obs=sequence)
+
+    with pytest.raises(StructureError, match="Site 'z' is in no plate but that of a chain"):
+        vfe.EM(chain).run_batches(list(tensor(SEQUENCES)), progress_bar=False)
+
+
+@parametrize(
+    ("batches", "options", "match"),
+    [
+        (tensor(COUNTS), {}, r"Tensor, which is no iterable of batches\. .*u\.split"),
+        ({"counts": BATCHES}, {}, "dict, which is no iterable of batches"),
+        ([], {}, r"The list of batches \(of length 0\) gave none in epoch 1"),
+        (BATCHES, {"num_epochs": 0}, "num_epochs=0"),
+        (BATCHES, {"tol": -1.0}, "tol=-1"),
+        (BATCHES, {"num_data": 0}, "num_data=0"),
+        (INDEXED, {"num_data": 100}, r"The data are 230 elements, plate 'data' says, and 100 elements by num_data="),
+        (BATCHES, {"m_phase": vfe.Numerical()}, "M-phase Numerical, which needs all data at once"),
+        (BATCHES, {"e_phase": vfe.Annealed([0.5, 1.0])}, "E-phase Annealed"),
+    ],
+)
+def test_what_cannot_be_had_is_said(batches: Any, options: dict[str, Any], match: str) -> None:
+    refused(subsampled if batches is INDEXED else MIXTURE, match, batches, **options)
+
+
+def test_a_generator_is_refused_for_more_than_one_epoch() -> None:
+    refused(MIXTURE, "a generator, which can be read only once, and num_epochs=100", (b for b in BATCHES))
+
+
+def test_mean_field_factors_as_long_as_a_batch_are_refused() -> None:
+    refused(MIXTURE, "AutoMeanField holds a factor for each element of plate 'data'", guide=vfe.AutoMeanField(MIXTURE))
+
+
+@parametrize("alpha", [0.5, 1.01, float("nan")])
+def test_step_sizes_that_do_not_settle_are_refused(alpha: float) -> None:
+    with pytest.raises(VFEError, match=f"alpha={alpha:g}"):
+        vfe.Online(alpha)
+
+
+def test_a_negative_delay_is_refused() -> None:
+    with pytest.raises(VFEError, match="delay=-1"):
+        vfe.Online(delay=-1)
+
+
+def test_online_em_asks_how_many_data_stand_next_to_a_prior() -> None:
+    guide = em.point_guide(with_priors, START)
+    refused(with_priors, r"Site 'weights' is a prior.*Pass num_data=", guide=guide, method=vfe.Online())
+
+
+def test_incremental_em_refuses_batches_that_change() -> None:
+    loader = DataLoader(TensorDataset(tensor(COUNTS)), batch_size=50, shuffle=True)
+    with pytest.raises(VFEError, match=r"In batch 1 of epoch 2: A batch comes up that was not there.*vfe\.Online"):
+        vfe.EM(MIXTURE).run_batches(loader, progress_bar=False)
+    assert_same(parameters(), by_hand.poisson_mixture(COUNTS)(START)[1], 1e-10)
+
+
+def test_incremental_em_refuses_to_lose_batches() -> None:
+    class Fewer:
+        left = 6
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.left -= 1
+            return iter(BATCHES[: self.left])
+
+    with pytest.raises(VFEError, match="1 of the 5 batches of the first epoch did not come up again"):
+        vfe.EM(MIXTURE).run_batches(Fewer(), progress_bar=False)
+
+
+@parametrize("method", [vfe.Incremental(), vfe.Online(delay=0)], ids=["incremental", "online"])
+def test_a_failing_batch_leaves_the_parameters_as_before_it(method: Any) -> None:
+    history: list[Values] = []
+    bad = torch.full((5,), -1.0)
+
+    class Failing:
+        epochs = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.epochs += 1
+            return iter([*BATCHES[:3], bad if self.epochs == 2 else BATCHES[3]])
+
+    def follow(count: int, row: dict[str, Any]) -> None:
+        history.append(parameters())
+
+    with pytest.raises(ValueError, match="Poisson"):
+        vfe.EM(MIXTURE).run_batches(Failing(), method=method, progress_bar=False, callback=follow)
+    assert len(history) == 8
+    assert_same(parameters(), history[-1], 0.0)
+
+
+def test_a_degenerate_component_is_named_and_nothing_is_written() -> None:
+    start = {"weights": np.array([0.5, 0.5]), "loc": np.array([[0.0], [5.0]]), "scale": np.ones((2, 1))}
+    points = tensor([[0.0], [0.0], [0.0], [0.0]])
+    with pytest.raises(DegenerateError, match="'scale'"):
+        vfe.EM(em.diagonal_mixture(start)).run_batches(points.split(2), progress_bar=False)
+    assert_same(parameters(), start, 1e-12)
