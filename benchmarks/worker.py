@@ -35,6 +35,9 @@ class Prepared:
     before: Callable[[], Any] | None = None
     """What must be made anew for each call and is not timed."""
 
+    seconds: Callable[[Any], float] | None = None
+    """From what a call returns, the seconds of it that count; all by default."""
+
     facts: Mapping[str, float] = field(default_factory=dict)
     """Seconds of the preparation, by name, to be reported beside the times."""
 
@@ -61,7 +64,8 @@ def timed_calls(prepared: Prepared, repeats: int) -> tuple[float, Mapping[str, f
         arguments = () if prepared.before is None else (prepared.before(),)
         start = time.perf_counter()
         result = prepared.call(*arguments)
-        seconds += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        seconds += elapsed if prepared.seconds is None else prepared.seconds(result)
     return seconds / repeats, prepared.numbers(result)
 
 

@@ -12,39 +12,54 @@ from worker import Prepared
 from workloads import evidence_number, mixture, norms
 
 import pyro_vfe as vfe
+from contestants.laps import Laps
 from contestants.programs import Model, diagonal_gaussians, gaussian_mixture
 from contestants.vfe_chains import markov_chain
+from pyro_vfe.learning.em_loop import e_step, m_step
 
 PROGRAMS: Mapping[str, Callable[..., Model]] = {"mixture": gaussian_mixture, "chain": markov_chain}
 
 BATCH = 1_000
 
-
-def phases(program: str, sizes: list[int], iterations: int = 1) -> Prepared:
-    """Single phases, as in a loop that a user writes."""
-    em = vfe.EM(PROGRAMS[program](*sizes, dtype=torch.float64))
-
-    def call(_: None) -> float:
-        log_evidence = 0.0
-        for _ in range(iterations):
-            log_evidence = -float(em.e_phase().surprise)
-            em.m_phase()
-        return log_evidence
-
-    return Prepared(call, learned, _restarted)
+Found = tuple[float, Laps]
+"""The log evidence before the last M-phase, and when each iteration ended."""
 
 
 def run(program: str, sizes: list[int], iterations: int) -> Prepared:
-    """A run with its history."""
+    """A run with its history; timed is the mean of all iterations but the first."""
     em = vfe.EM(PROGRAMS[program](*sizes, dtype=torch.float64))
 
-    def call(_: None) -> float:
+    def call(_: None) -> Found:
+        laps = Laps()
+
+        def after_phase(_: int, row: Mapping[str, Any]) -> None:
+            if row["phase"] == "E" and row["iteration"] > 0:
+                laps.end()
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It is stopped before it converges.
-            found = em.run(max_iter=iterations, tol=0.0, progress_bar=False)
-        return -float(found.history.of("E").surprise[iterations - 1])
+            found = em.run(max_iter=iterations, tol=0.0, progress_bar=False, callback=after_phase)
+        return -float(found.history.of("E").surprise[iterations - 1]), laps
 
-    return Prepared(call, learned, _restarted)
+    return _prepared(call)
+
+
+def phases(program: str, sizes: list[int], iterations: int) -> Prepared:
+    """The phases of a run without its history: F, surprise and gap are not written down, and F does not matter."""
+    em = vfe.EM(PROGRAMS[program](*sizes, dtype=torch.float64))
+
+    def call(_: None) -> Found:
+        laps, log_evidence = Laps(), 0.0
+        pair, first = em._looked_at((), {})
+        state = e_step(pair, em._e_phase_for(first), 0)
+        for iteration in range(1, iterations + 1):
+            log_evidence = -float(state.belief.surprise)
+            m_step(pair, em._m_phase, state)
+            state = e_step(pair, em._e_phase_for(first), iteration)
+            laps.end()
+        return log_evidence, laps
+
+    return _prepared(call)
 
 
 def batches(size: int, components: int, dims: int) -> Prepared:
@@ -65,9 +80,14 @@ def batches(size: int, components: int, dims: int) -> Prepared:
     return Prepared(call, lambda _: {}, _restarted)
 
 
-def learned(log_evidence: float) -> Mapping[str, float]:
+def _prepared(call: Callable[[None], Found]) -> Prepared:
+    return Prepared(call, _numbers, _restarted, lambda found: found[1].mean)
+
+
+def _numbers(found: Found) -> Mapping[str, float]:
     """The log evidence before the last M-phase, and the parameters after it."""
-    return {**evidence_number(log_evidence), **norms({n: v.detach() for n, v in pyro.get_param_store().items()})}
+    learned = {name: value.detach() for name, value in pyro.get_param_store().items()}
+    return {**evidence_number(found[0]), **norms(learned)}
 
 
 def _restarted() -> None:

@@ -97,9 +97,11 @@ class Decomposition:
             plate: The name of a plate, vectorised or sequential.
 
         Raises:
-            PlateKeptError: There is no such plate, or a latent outside of it ties its elements together.
+            PlateKeptError: There is no such plate, or a latent outside of it ties its elements together, or no guide
+                gave Q.
         """
-        known = self.runs[0].all_plates if self.runs else ()
+        self._check_guided("plate")
+        known = self.runs[0].all_plates
         if plate not in known:
             names = ", ".join(f"'{name}'" for name in known)
             hint = (
@@ -126,7 +128,9 @@ class Decomposition:
                 or has latents of its own, or draws something that depends on a latent.
             CostError: The elimination that this order forces would not fit.
             NotFiniteError: The gap is infinite.
+            PlateKeptError: No guide gave Q.
         """
+        self._check_guided("site")
         if bool(self.gap.isinf().any()):
             raise NotFiniteError(
                 f"The gap is infinite and has no shares: {'; '.join(self.impossible)}.",
@@ -134,6 +138,14 @@ class Decomposition:
             )
         shares = [gap_shares(run, self.max_bytes) for run in self.runs]
         return {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
+
+    def _check_guided(self, part: str) -> None:
+        if not self.runs:
+            raise PlateKeptError(
+                f"These terms are of a Q that was computed from the model; no guide says what each {part} has of it.",
+                hint="For the surprise of each element of a plate, which is its F under the exact posterior, ask "
+                "vfe.FreeEnergy().decompose(model, guide, ...).by(plate) with a guide that has no sites.",
+            )
 
     def to_xarray(self) -> "xarray.Dataset":
         """Returns the terms as an `xarray.Dataset`, in nats, with the plate as dimension where there is one."""

@@ -95,7 +95,7 @@ class EM:
         self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
         self._floor = floor
         self._max_bytes = max_bytes
-        self._programs = Programs(check=check, max_bytes=max_bytes)
+        self._programs = Programs(check=check, max_bytes=max_bytes, pin_masked=True)
         self._parameters = Parameters()
         self._watched_model = self._parameters.watched(model, "model")
         self._watched_guide = self._parameters.watched(guide or _no_guide, "guide")
@@ -127,7 +127,8 @@ class EM:
             callback: Called after each phase with its number and a dict of F, surprise, gap (total, in nats), phase,
                 iteration and start; where it returns true the start ends with the E-phase.
             seed: Of the random starts. The global random state is not touched.
-            acceleration: "squarem" for jumps along the path, which are taken where F falls.
+            acceleration: "squarem" for jumps along the path, which are taken where F falls. The history has one row for
+                a jump and its E-phase, and none for the M-phase before.
             **kwargs: The programs' keyword arguments.
 
         Raises:

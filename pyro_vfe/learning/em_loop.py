@@ -74,19 +74,16 @@ def e_step(pair: Pair, e_phase: EPhase, iteration: int) -> State:
     return State(iteration, enumeration, belief, snapshot(pair.parameters.readers))
 
 
-def m_step(
-    pair: Pair, m_phase: MPhase, state: State, belief: Belief | None = None, notes: list[str] | None = None
-) -> Mapping[str, str]:
+def m_step(pair: Pair, m_phase: MPhase, state: State, notes: list[str] | None = None) -> Mapping[str, str]:
     """Does an M-phase and returns how parameters were updated; where an error is raised they are as they were.
 
     Args:
         pair: The programs.
         m_phase: The phase.
         state: The factors at the present parameters, and Q.
-        belief: Another Q to learn from.
         notes: Gets what a user should know of the solution.
     """
-    problem = Problem(pair, state.enumeration, belief or state.belief, pair.learned, [] if notes is None else notes)
+    problem = Problem(pair, state.enumeration, state.belief, pair.learned, [] if notes is None else notes)
     try:
         return m_phase.update(problem)
     except BaseException:

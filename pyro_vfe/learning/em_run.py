@@ -81,10 +81,11 @@ class EMRun:
         """Returns the four readings of F at the end.
 
         Without latents in the guide, Q is the E-phase's: the exact posterior by default, so that the gap is 0 and the
-        entropy is the posterior's. The terms of such a Q are not split by plate.
+        entropy is the posterior's. The terms of such a Q are not split by plate or site.
         """
         if self.enumeration.guided:
-            return decomposition((self.enumeration,), self.max_bytes)
+            with torch.no_grad():
+                return decomposition((self.enumeration,), self.max_bytes)
         return decomposition_of_belief(self.belief, self.enumeration)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 r"""Random starts: weights that an M-phase turns into parameters, of components that differ.
 
     latents      uniform over what the model's zeros allow, times exp(noise) for each entry of a conditional table
-    data         half of a component's weight is on all data alike, the other half on a few elements drawn for it
+    data         a part of a component's weight is on all data alike, the larger one on an element drawn for it
 
 Random responsibilities of all data would average out, and leave components that are nearly equal. Elements that feed
 the same parameters (steps of a loop, data of a plate) are drawn from together.
@@ -31,7 +31,10 @@ from pyro_vfe.program.selection import Origins
 _EXEMPLARS = 1
 """How many elements each component is drawn."""
 
-_SHARE = 0.5
+_SPREAD = 0.5
+"""Standard deviation of the log noise on conditional tables."""
+
+_SHARE = 0.8
 """The share of a component's weight that is on its own elements."""
 
 
@@ -81,7 +84,7 @@ def _noisy(
     own = (*states, name) if name in table.axes else tuple(states)
     shape = tuple(table.sizes[axis] for axis in own)
     if shape not in noises:
-        noises[shape] = torch.randn(shape, generator=generator, dtype=torch.float64).exp()
+        noises[shape] = torch.randn(shape, generator=generator, dtype=torch.float64).mul(_SPREAD).exp()
     noise = Table(noises[shape].to(table.values), own)
     axes = tuple(axis for axis in table.axes if axis not in own) + own
     return _reordered(Table(table.aligned(axes) * noise.aligned(axes), axes), table.axes)

@@ -5,7 +5,7 @@ value at no cost. A masked latent that only the model has keeps its prior, which
 adds nothing to F.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,14 +14,19 @@ from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import ScaleError
 from pyro_vfe.program.chain_sites import time_plate
+from pyro_vfe.program.escapes import Sites
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.tables import Labeller
 
 
-def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]:
+def absences(sites: Mapping[tuple[Role, str], Site], *, alone: bool = False) -> dict[str, Tensor | bool]:
     """Returns where each latent of both programs is masked out.
+
+    Args:
+        sites: The sites of both programs.
+        alone: Whether to say it of the latents that only the model has, too.
 
     Raises:
         ScaleError: The guide masks the latent and the model does not, or they mask it differently.
@@ -29,9 +34,9 @@ def absences(sites: Mapping[tuple[Role, str], Site]) -> dict[str, Tensor | bool]
     result: dict[str, Tensor | bool] = {}
     for (role, name), site in sites.items():
         guide_site = sites.get(("guide", name))
-        if role != "model" or site.kind != "enumerated" or guide_site is None:
+        if role != "model" or site.kind != "enumerated" or (guide_site is None and not alone):
             continue
-        mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
+        mask, guide_mask = unmasked(site)[1], None if guide_site is None else unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
             raise _masked_differently(name)
         if mask is None:
@@ -81,37 +86,73 @@ def check_absences(
         ScaleError: A site that is present reads a latent that is masked out.
     """
     absent = {name: where for name, where in absences(sites).items() if name in guided}
-    if not absent:
-        return
-    for factor in factors:
+    for name, reader in _read_where_absent(absent, sites, factors, layout):
+        if name == reader:
+            raise ScaleError(
+                f"Latent site '{name}' is a chain that is masked out at a step of plate "
+                f"'{time_plate(sites['model', name])}' and goes on after it.",
+                hint="Mask the tail of a sequence only; for a missing observation mask the observation alone.",
+            )
+        raise ScaleError(
+            f"Latent site '{name}' is masked out where site '{reader}' still reads it.",
+            hint=f"Mask '{reader}' there as well, or unmask '{name}'; to skip a missing observation mask "
+            "the observation alone.",
+        )
+
+
+def read_where_masked(
+    absent: Mapping[str, Tensor | bool],
+    sites: Mapping[tuple[Role, str], Site],
+    factors: Mapping[tuple[Role, str], Factor],
+    layout: Layout,
+) -> set[str]:
+    """Returns the latents of the model alone that something present reads where they are masked out.
+
+    Args:
+        absent: Where latents are masked out.
+        sites: The sites of both programs.
+        factors: Their factors, with absent latents pinned.
+        layout: Where each latent went.
+    """
+    alone = {name: where for name, where in absent.items() if ("guide", name) not in sites}
+    return {name for name, _ in _read_where_absent(alone, sites, factors.values(), layout)}
+
+
+def _read_where_absent(
+    absent: Mapping[str, Tensor | bool],
+    sites: Mapping[tuple[Role, str], Site],
+    factors: Iterable[Factor],
+    layout: Layout,
+) -> Iterator[tuple[str, str]]:
+    """Yields latents that are read where they are masked out, each with its reader: itself, if it is a chain."""
+    homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
+    labeller = Labeller(layout, None, homes, {})
+    for factor in factors if absent else ():
         if factor.first is not None and factor.name in absent:
-            _check_neighbours(factor, sites["model", factor.name], absent[factor.name], layout)
+            site = sites["model", factor.name]
+            if _goes_on(factor, site, absent[factor.name], labeller, _scope(layout, factor.name)):
+                yield factor.name, factor.name
         for name in absent.keys() & set(factor.axes) - {factor.name}:
-            site = sites["model", name]
-            labeller = Labeller(layout, None, {}, {})
             where = torch.as_tensor(absent[name], device=factor.table.values.device)
-            gone = labeller.labelled(where, site, None)
+            gone = labeller.labelled(where, sites["model", name], _scope(layout, name))
             if any(_varies(table, name, gone) for table in factor.tables if name in table.axes):
-                raise ScaleError(
-                    f"Latent site '{name}' is masked out where site '{factor.name}' still reads it.",
-                    hint=f"Mask '{factor.name}' there as well, or unmask '{name}'; to skip a missing observation mask "
-                    "the observation alone.",
-                )
+                yield name, factor.name
 
 
-def _check_neighbours(factor: Factor, site: Site, absent: Tensor | bool, layout: Layout) -> None:
-    """A chain may end where it is masked, and not go on after that."""
+def _scope(layout: Layout, name: str) -> Sites | None:
+    """The latents that a latent of the model reads, its mask included."""
+    known = layout.sites.get(("model", name))
+    return None if known is None else known.scope
+
+
+def _goes_on(factor: Factor, site: Site, absent: Tensor | bool, labeller: Labeller, scope: Sites | None) -> bool:
+    """Whether a chain goes on after a step at which it is masked."""
     time = time_plate(site)
     assert time is not None
     where = torch.as_tensor(absent, device=factor.table.values.device)
-    gone = Labeller(layout, None, {}, {}).labelled(where, site, None)
+    gone = labeller.labelled(where, site, scope)
     before = gone.narrowed(time, 0, gone.sizes.get(time, 1) - 1)
-    if previous(factor.name) in factor.table.axes and _varies(factor.table, previous(factor.name), before):
-        raise ScaleError(
-            f"Latent site '{factor.name}' is a chain that is masked out at a step of plate '{time}' and goes on after"
-            " it.",
-            hint="Mask the tail of a sequence only; for a missing observation mask the observation alone.",
-        )
+    return previous(factor.name) in factor.table.axes and _varies(factor.table, previous(factor.name), before)
 
 
 def _varies(table: Table, axis: str, where: Table) -> bool:

@@ -44,16 +44,25 @@ class _Pair:
 class Programs:
     """Enumerates pairs of programs, remembering how each pair is laid out."""
 
-    def __init__(self, *, check: Check = "first", max_bytes: float | None = None, min_nesting: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        check: Check = "first",
+        max_bytes: float | None = None,
+        min_nesting: int = 0,
+        pin_masked: bool = False,
+    ) -> None:
         """Args:
         check: When enumerated tables are compared with ordinary runs: at the first call for a pair, at every call,
             or never.
         max_bytes: The most that one table may take; half of the free memory by default.
         min_nesting: Batch dims to reserve for plates even where the programs use fewer.
+        pin_masked: Whether a latent that only the model has does not exist where it is masked (`enumerate_programs`).
         """
         self.check = check
         self.max_bytes = max_bytes
         self.min_nesting = min_nesting
+        self.pin_masked = pin_masked
         self._pairs: OrderedDict[object, _Pair] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,7 +116,9 @@ class Programs:
             StructureError: The programs' structure changes from run to run.
             SpotCheckError: The enumerated tables differ from an ordinary run.
         """
-        call = _Call(model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable)
+        call = _Call(
+            model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable, self.pin_masked
+        )
         known = self._pairs.get(call.key)
         if known is not None:
             try:
@@ -175,6 +186,7 @@ class _Call:
     subsamples: Mapping[str, Tensor]
     particles: int
     differentiable: bool
+    pin_masked: bool
 
     @property
     def key(self) -> object:
@@ -195,6 +207,7 @@ class _Call:
                 subsamples=self.subsamples,
                 share=share,
                 differentiable=self.differentiable,
+                pin_masked=self.pin_masked,
             )
         except Unshareable:
             return self.enumeration(layout, False)

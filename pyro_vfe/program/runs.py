@@ -16,7 +16,7 @@ from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.masks import absences, mask_draws
+from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -35,6 +35,7 @@ def enumerate_programs(
     subsamples: Mapping[str, Tensor] | None = None,
     share: bool = False,
     differentiable: bool = True,
+    pin_masked: bool = False,
 ) -> Enumeration:
     """Returns the factors of guide and model from one enumerated run (one per value where the programs branch).
 
@@ -48,6 +49,8 @@ def enumerate_programs(
         subsamples: Subsample indices to use instead of new ones.
         share: Do equal computations of a run once.
         differentiable: Whether the tables carry the graph that the programs made.
+        pin_masked: Whether a latent that only the model has does not exist where it is masked, unless something reads
+            it there; otherwise it has its prior there. The sums are the same, and its expected counts are not.
 
     Raises:
         StructureChanged: The programs no longer fit the layout.
@@ -61,7 +64,7 @@ def enumerate_programs(
             # Runs must agree in what they draw before they branch.
             set_random_state(state)
         try:
-            runner = _Runner(layout, paths, given or {}, subsamples or {}, share, differentiable)
+            runner = _Runner(layout, paths, given or {}, subsamples or {}, share, differentiable, pin_masked)
             run = runner.run(model, guide, args, kwargs)
         except Escaped as escape:
             raise StructureChanged(str(escape)) from escape
@@ -80,7 +83,9 @@ class _Runner:
         subsamples: Mapping[str, Tensor],
         share: bool,
         differentiable: bool,
+        pin_masked: bool,
     ) -> None:
+        self.pin_masked = pin_masked
         self.differentiable = differentiable
         self.layout = layout
         self.paths = paths
@@ -113,12 +118,15 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
-        absent = absences(sites)
+        absent = absences(sites, alone=self.pin_masked)
         mask_draws(sites)
         self._check_unread(sites)
         labeller = self._labeller(sites)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             factors = labeller.factors(sites, absent)
+            while read := read_where_masked(absent, sites, factors, self.layout):
+                absent = {name: where for name, where in absent.items() if name not in read}
+                factors |= labeller.factors({key: site for key, site in sites.items() if key[1] in read}, absent)
         self.provenance.finish()
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:

@@ -114,12 +114,13 @@ def coins(start: Start) -> Model:
 
 
 def poisson_mixture(start: Start) -> Model:
-    """A mixture of Poissons."""
+    """A mixture of Poissons; `there` masks components, and not what they emit."""
 
-    def model(counts: Tensor) -> None:
+    def model(counts: Tensor, there: Tensor | bool = True) -> None:
         weights, rates = learned("weights", start), learned("rates", start)
         with pyro.plate("data", len(counts)):
-            z = categorical("z", weights)
+            with pyro.poutine.mask(mask=there):
+                z = categorical("z", weights)
             pyro.sample("u", dist.Poisson(rates[z]), obs=counts)
 
     return model

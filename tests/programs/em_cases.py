@@ -105,8 +105,10 @@ def classes(number: int, seed: int = 0) -> Values:
 
 
 def survey(number: int) -> Case:
+    """Latent classes of the survey; a single one is found in one iteration."""
     start, args = classes(number), (tensor(PATTERNS), tensor(SURVEY))
-    return Case(em.latent_classes(start), args, by_hand.latent_classes(PATTERNS, SURVEY), start)
+    step, iterations = by_hand.latent_classes(PATTERNS, SURVEY), 1 if number == 1 else 6
+    return Case(em.latent_classes(start), args, step, start, iterations=iterations)
 
 
 def squared(found: Values) -> Values:
@@ -142,6 +144,12 @@ MIXTURES = {
     "coins": Case(em.coins(TWO_COINS), (tensor(HEADS),), by_hand.coins(HEADS, 10), TWO_COINS, iterations=10),
     "poisson_mixture": Case(
         em.poisson_mixture(TWO_RATES), (tensor(EARTHQUAKES),), by_hand.poisson_mixture(EARTHQUAKES), TWO_RATES
+    ),
+    "masked_components_that_are_read": Case(
+        em.poisson_mixture(TWO_RATES),
+        (tensor(EARTHQUAKES), torch.arange(len(EARTHQUAKES)) % 3 > 0),
+        by_hand.poisson_mixture(EARTHQUAKES),
+        TWO_RATES,
     ),
     "one_latent_class": survey(1),
     "two_latent_classes": survey(2),
@@ -238,6 +246,12 @@ CHAINS = {
     "poisson_chain_with_gaps": incomplete("poisson", CHAIN_RATES, COUNT_TABLE, by_hand.poisson_emission),
     "diagonal_chain_with_gaps": incomplete("diag", CHAIN_DIAGONAL, TRAJECTORIES, by_hand.gaussian_emission),
     "poisson_chains_of_lengths": of_lengths("poisson", CHAIN_RATES, COUNT_TABLE),
+    "poisson_chain_masked_within": Case(
+        em.hidden_markov(CHAIN_RATES, "poisson"),
+        (tensor(COUNT_TABLE), torch.tensor(True), torch.tensor(SEEN)),
+        by_hand.baum_welch(by_hand.poisson_emission(COUNT_TABLE, SEEN)),
+        CHAIN_RATES,
+    ),
 }
 
 # Priors
