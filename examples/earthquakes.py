@@ -169,8 +169,8 @@ def in_words(two: vfe.EMRun, three: vfe.EMRun, mean_field: Tensor, chain: Tensor
         f"EM took {two.n_iter} iterations to {two.free_energy:.4f} nats. Its E-phase is exact, so all of this is "
         "surprise, the model's share; both guides invert the same model, and it is the same in both tables.",
         f"Mean field treats the years' states as independent. This costs {mean_field:.2f} nats that the "
-        f"chain-structured guide does not cost: the chain's gap is {chain:.1g}. It is lost where the state is in doubt, "
-        f"{gap[worst].sum() / gap.sum():.0%} of it in the years {years}.",
+        f"chain-structured guide does not cost: the chain's gap is {chain:.1g}. It is lost where the state is in "
+        f"doubt, {gap[worst].sum() / gap.sum():.0%} of it in the years {years}.",
         f"A better guide can win no more than these {mean_field:.2f} nats. A better model can: with a third state the "
         f"surprise is {three.free_energy:.4f} nats, {two.free_energy - three.free_energy:.2f} less. F alone would "
         "not have told which of the two to work on.",

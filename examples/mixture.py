@@ -236,8 +236,8 @@ def in_words(two: Fit, three: Fit, message: str, floored: vfe.EMRun, priors: vfe
     mended = (
         f"With a floor of {FLOOR} square minutes it goes on, and ends {floored.free_energy - two.run.free_energy:.2f} "
         "nats above the best end: the floor holds the component open, but does not free it. With a prior it does: from "
-        f"there and from the data's variances alike EM comes to {priors.free_energy:.4f} nats (of another model: without "
-        "correlations, and with the prior's density in it)."
+        f"there and from the data's variances alike EM comes to {priors.free_energy:.4f} nats (of another model: "
+        "without correlations, and with the prior's density in it)."
     )
     paragraphs = ((found, 2), (message, 4), (mended, 2))
     lines = [fill(text, 116, initial_indent=" " * n, subsequent_indent=" " * n) for text, n in paragraphs]
