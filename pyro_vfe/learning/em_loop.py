@@ -8,7 +8,7 @@ F after an M-phase is a dot product of the last weights with the tables that the
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 
 from torch import Tensor
@@ -168,8 +168,6 @@ class Loop:
     def _iterated(self, state: State) -> State:
         """One M-phase and the E-phase after it."""
         iteration = state.iteration + 1
-        if not self.pair.parameters.values:  # Rounding was probed since, at parameters near by.
-            state = replace(state, enumeration=self.pair.enumerate())
         with _in_phase("M", iteration):
             self.remarks = []
             self.updates.update(m_step(self.pair, self.m_phase, state, notes=self.remarks))
