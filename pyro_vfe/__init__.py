@@ -4,6 +4,7 @@ from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.explain import Explanation, explain
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.energy.posterior import Posterior, posterior
+from pyro_vfe.learning.batch_run import BatchRun
 from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
@@ -12,6 +13,7 @@ from pyro_vfe.learning.em_run import EMRun
 from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.history import History
 from pyro_vfe.learning.mean_field import AutoMeanField
+from pyro_vfe.learning.minibatch import Incremental, Online
 from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.program.markov_chain import MarkovChain
 
@@ -21,6 +23,7 @@ __all__ = [
     "EM",
     "Annealed",
     "AutoMeanField",
+    "BatchRun",
     "ClosedForm",
     "Coordinate",
     "Decomposition",
@@ -31,9 +34,11 @@ __all__ = [
     "Gradient",
     "Hard",
     "History",
+    "Incremental",
     "MarkovChain",
     "MonteCarlo",
     "Numerical",
+    "Online",
     "Posterior",
     "explain",
     "posterior",

@@ -568,3 +568,23 @@ def test_a_guide_without_sites_is_no_guide() -> None:
     found = quiet(vfe.EM(mixture, empty), COUNTS)
     pyro.clear_param_store()
     assert found.free_energy == quiet(vfe.EM(mixture), COUNTS).free_energy
+
+
+def test_single_precision_comes_to_the_optimum_by_a_search_too() -> None:
+    """A first step that single precision does not resolve would end the search short of the optimum."""
+
+    def model(counts: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2).to(counts) / 2, constraint=constraints.simplex)
+        rates = pyro.param("rates", torch.tensor([2.0, 8.0]).to(counts), constraint=constraints.positive)
+        with pyro.plate("data", len(counts)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Poisson(rates[z]), obs=counts)
+
+    counts = torch.tensor([2.0, 1.0, 3.0, 11.0, 9.0, 14.0, 0.0, 10.0, 2.0, 5.0, 12.0, 1.0])
+    ends = {}
+    for dtype in (torch.float64, torch.float32):
+        for phase in (vfe.ClosedForm(), vfe.Numerical()):
+            pyro.clear_param_store()
+            run = vfe.EM(model, m_phase=phase).run(counts.to(dtype), progress_bar=False)
+            ends[dtype, type(phase)] = run.free_energy
+    assert max(ends.values()) - min(ends.values()) < 1e-4

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_vfe.learning.closed_forms import Proposal, solve
 from pyro_vfe.learning.entries import floor_of
 from pyro_vfe.learning.numerical import Numerical
+from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import MPhase, Problem
 from pyro_vfe.learning.pools import Pools
 from pyro_vfe.learning.prior_pools import prior_pools
@@ -66,13 +67,12 @@ class ClosedForm(MPhase):
         if is_first:
             self._programs, self._uncertified = problem.pair.programs, {}
         data, priors = self.pooled(problem)
-        before = snapshot(problem.names)
         proposal = self._proposed(problem, data, priors)
         if is_first and proposal.values:
-            self._certify(problem, list(proposal.values), before)
+            self._uncertified = uncertified(problem, proposal)
             if self._uncertified:
-                restore(before)
                 proposal = self._proposed(problem, data, priors)
+        write(proposal.values)
         problem.notes.extend(proposal.notes)
         words = dict(proposal.words)
         rest = tuple(name for name in problem.names if name not in proposal.values)
@@ -91,36 +91,63 @@ class ClosedForm(MPhase):
         """
         weights = problem.belief.sampled or problem.belief.weights
         statistics = statistics_of(problem.enumeration, weights, problem.pair.parameters)
-        values = _values(problem)
+        values = present_values(problem.pair)
         data = data_pools(statistics, values)
         return data, prior_pools(statistics, values, data)
 
     def _proposed(self, problem: Problem, data: Pools, priors: Pools) -> Proposal:
-        """New values, written."""
         names = [name for name in problem.names if name not in self._uncertified]
-        constraints = {name: constraint_of(name) for name in names}
-        proposal = solve(data, priors, _values(problem), names, problem.pair.floor, constraints)
+        return proposed(problem.pair, data, priors, names)
+
+
+def proposed(pair: Pair, data: Pools, priors: Pools, names: Sequence[str]) -> Proposal:
+    """The best values of parameters given pooled statistics.
+
+    Args:
+        pair: The programs, which have run before.
+        data: The data's part.
+        priors: The priors' part.
+        names: The parameters to change.
+
+    Raises:
+        DegenerateError: The likelihood is unbounded.
+    """
+    constraints = {name: constraint_of(name) for name in names}
+    return solve(data, priors, present_values(pair), names, pair.floor, constraints)
+
+
+def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
+    """The parameters at whose proposed values the programs' own gradient does not vanish, with the reason in words.
+
+    Args:
+        problem: What was solved; its enumeration can be differentiated no more. The parameters stay as they are.
+        proposal: The solution of its statistics and priors.
+    """
+    names = list(proposal.values)
+    before = snapshot(names)
+    old_slopes, size = _slopes(problem, names)
+    try:
         write(proposal.values)
-        return proposal
-
-    def _certify(self, problem: Problem, names: Sequence[str], before: Mapping[str, Tensor]) -> None:
-        """Notes the parameters at whose new values the programs' own gradient does not vanish."""
-        proposed = snapshot(names)
         slopes, _ = _slopes(problem, names)
+    finally:
         restore(before)
-        old_slopes, size = _slopes(problem, names)
-        restore(proposed)
-        for name in names:
-            eps = torch.finfo(unconstrained(name).dtype).eps
-            noise = eps**0.5 * size / max(1, problem.enumeration.num_data)
-            largest = max(_FRACTION, 1e3 * eps) * float(old_slopes[name].abs().max()) + noise
-            if not float(slopes[name].abs().max()) <= largest and floor_of(problem.pair.floor, name) is None:
-                self._uncertified[name] = "the programs' own gradient does not vanish there"
+    failed = {}
+    for name in names:
+        eps = torch.finfo(unconstrained(name).dtype).eps
+        noise = eps**0.5 * size / max(1, problem.enumeration.num_data)
+        largest = max(_FRACTION, 1e3 * eps) * float(old_slopes[name].abs().max()) + noise
+        if not float(slopes[name].abs().max()) <= largest and floor_of(problem.pair.floor, name) is None:
+            failed[name] = "the programs' own gradient does not vanish there"
+    return failed
 
 
-def _values(problem: Problem) -> dict[str, Tensor]:
-    """The present constrained values of the parameters."""
-    return {name: pyro.get_param_store()[name].detach() for name in problem.pair.parameters.readers}
+def present_values(pair: Pair) -> dict[str, Tensor]:
+    """The present constrained values of the parameters, detached.
+
+    Args:
+        pair: The programs, which have run before.
+    """
+    return {name: pyro.get_param_store()[name].detach() for name in pair.parameters.readers}
 
 
 def _slopes(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:

@@ -65,7 +65,7 @@ def solve(
         ProbabilityError: No probabilities respect the floor.
     """
     total = pools + priors
-    refused = _refused(total, names, {})
+    refused = without_closed_form(total, names, {})
     while True:
         accepted = [name for name in names if name not in refused]
         found, sweeps = _solutions(total, values, accepted, floor)
@@ -75,7 +75,7 @@ def solve(
         failed |= {name: "its gradient does not vanish at the closed form" for name in accepted if not held[name]}
         if not failed:
             break
-        refused = _refused(total, names, {**refused, **failed})
+        refused = without_closed_form(total, names, {**refused, **failed})
     words = {name: _words(name, total, sweeps) for name in accepted}
     return Proposal(proposed, words, tuple(_notes(total, proposed, floor)), refused)
 
@@ -128,8 +128,14 @@ def _pooled(total: Pools) -> list[str]:
     return [name for name, form in total.forms.items() if form.kind != "several"]
 
 
-def _refused(total: Pools, names: Collection[str], known: Mapping[str, str]) -> dict[str, str]:
-    """The parameters without a closed form, and those read beside them, whose best value goes with theirs."""
+def without_closed_form(total: Pools, names: Collection[str], known: Mapping[str, str]) -> dict[str, str]:
+    """The parameters without a closed form, and those read beside them, whose best value goes with theirs.
+
+    Args:
+        total: Data and priors.
+        names: The parameters to change.
+        known: Those that are known to have none, with the reason in words.
+    """
     refused = dict(known)
     for name in names:
         if name in total.refusals:

@@ -82,7 +82,7 @@ class Coordinate(EPhase):
 
 def _owners(guide: Program, enumeration: Enumeration) -> dict[str, AutoMeanField]:
     """The mean-field guide of each latent that the guide has, in order of sampling."""
-    owner_of = {name: owner for owner in _mean_fields(inspect.unwrap(guide)) for name in owner.latents}
+    owner_of = {name: owner for owner in mean_fields(inspect.unwrap(guide)) for name in owner.latents}
     is_sampled = enumeration.is_sampled
     owners: dict[str, AutoMeanField] = {}
     for factor in enumeration.guide_latents:
@@ -108,8 +108,12 @@ def _owners(guide: Program, enumeration: Enumeration) -> dict[str, AutoMeanField
     return owners
 
 
-def _mean_fields(guide: Program) -> Iterator[AutoMeanField]:
-    """The mean-field guides that a guide is or holds."""
+def mean_fields(guide: Program) -> Iterator[AutoMeanField]:
+    """The mean-field guides that a guide is or holds.
+
+    Args:
+        guide: A guide, not watched.
+    """
     modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
     return (module for module in modules if isinstance(module, AutoMeanField))
 

@@ -12,17 +12,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyro
 import torch
 from pyro.infer.autoguide import AutoGuideList
 from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.learning.batch_checks import check_options
+from pyro_vfe.learning.batch_loop import BatchLoop
+from pyro_vfe.learning.batch_run import BatchRun, batch_run
+from pyro_vfe.learning.batches import check_batches
 from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.em_checks import check_programs, first_enumeration
-from pyro_vfe.learning.em_loop import Loop, State, e_step, m_step, row_after_m_step, row_of, updates_guide
+from pyro_vfe.learning.em_loop import (
+    Loop,
+    State,
+    e_step,
+    m_step,
+    params_and_updates,
+    row_after_m_step,
+    row_of,
+    updates_guide,
+    words_of,
+)
 from pyro_vfe.learning.em_report import Callback, Report
 from pyro_vfe.learning.em_run import EMRun, PhaseResult
 from pyro_vfe.learning.em_starts import End, Starts
@@ -30,6 +43,7 @@ from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.history import History, Row
 from pyro_vfe.learning.mean_field import AutoMeanField
+from pyro_vfe.learning.minibatch import BatchMethod, Incremental
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.learning.rounding import Rounding, resolution
@@ -161,6 +175,61 @@ class EM:
             warnings.warn(_not_converged(end, max_iter, tol), VFEWarning, stacklevel=2)
         return _run_of(end, starts, pair, e_phase)
 
+    def run_batches(
+        self,
+        batches: Iterable[Any],
+        *,
+        method: BatchMethod | None = None,
+        num_epochs: int = 100,
+        tol: float = 1e-8,
+        num_data: int | None = None,
+        progress_bar: bool = True,
+        callback: Callback | None = None,
+    ) -> BatchRun:
+        """Returns the end of EM that sees one batch of data at a time; the parameters in Pyro's store are those of it.
+
+        The model's data plate is either as long as the batch, `pyro.plate("data", len(u))`, or a subsample of all data,
+        `pyro.plate("data", num_data, subsample=indices)`. Both lead to the same parameters. Memory does not grow with
+        the data.
+
+        Args:
+            batches: What is iterated over once per epoch, and once more at the end: a list, a torch DataLoader. Each
+                item is a tensor (the only argument), a tuple or list of arguments, or a mapping of keyword arguments.
+            method: By default `Incremental()`: it needs no step size, never raises F, and ends where EM with all data
+                does; its batches are the same in every epoch. `Online()` for shuffled batches and streams.
+            num_epochs: The most passes over the batches. An iterator can be passed over once only.
+            tol: Converged is a run whose last two epochs each changed F, summed over the batches as they were visited,
+                by no more than this, in nats per datum, or by no more than rounding explains.
+            num_data: The number of elements of the data plate in all batches. `Online` needs it where the model has
+                priors and the plate is as long as the batch.
+            progress_bar: Whether to show one.
+            callback: Called after each batch and each epoch, as in `run`; phase is 'batch' or 'epoch', iteration the
+                number of the epoch. Where it returns true the run ends.
+
+        Raises:
+            VFEError: The programs are not for EM on batches, or a phase failed; the parameters are those before the
+                failing batch.
+
+        References:
+            Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+            Cappe and Moulines (2009), On-line expectation-maximization algorithm for latent data models.
+        """
+
+        def look(pair: Pair) -> tuple[Enumeration, EPhase]:
+            first = first_enumeration(pair)
+            check_programs(pair, first, whole=False)
+            return first, self._e_phase_for(first)
+
+        check_options(self._m_phase, num_epochs, tol, num_data)
+        again = check_batches(batches, num_epochs)
+        chosen = method or Incremental()
+        with Report(num_epochs, 1, progress_bar, callback) as report:
+            loop = BatchLoop(self._pair, look, chosen, tol, num_data, report.of(0))
+            loop.run(batches, num_epochs)
+            if again:
+                loop.look_once_more(batches)
+        return batch_run(loop, again)
+
     def e_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single E-phase and returns where it led.
 
@@ -171,7 +240,7 @@ class EM:
         last = self._at(args, kwargs)
         last.state = e_step(last.pair, last.e_phase, self._m_phases)
         row = row_of(last.state.belief, self._m_phases, "E")
-        return _result(row, dict.fromkeys(last.pair.recognition, _words_of(last.e_phase)))
+        return _result(row, dict.fromkeys(last.pair.recognition, words_of(last.e_phase)))
 
     def m_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single M-phase and returns where it led.
@@ -273,10 +342,6 @@ def _check_options(max_iter: int, tol: float, n_init: int, acceleration: str | N
         raise VFEError(f"EM knows no acceleration '{acceleration}'.", hint="Pass 'squarem' or None.")
 
 
-def _words_of(phase: EPhase) -> str:
-    return f"E-phase: {type(phase).__name__}"
-
-
 def _result(row: Row, updates: Mapping[str, str]) -> PhaseResult:
     return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates)
 
@@ -292,13 +357,7 @@ def _not_converged(end: End, max_iter: int, tol: float) -> str:
 
 def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
     """The result of the best start; the parameters in the store are its own."""
-    store = pyro.get_param_store()
-    params = {name: store[name].detach().clone() for name in pair.parameters.readers}
-    updates = dict.fromkeys(params, "held fixed")
-    if updates_guide(e_phase):
-        updates.update(dict.fromkeys(pair.recognition, _words_of(e_phase)))
-    updates.update(dict.fromkeys(pair.learned, "not updated"))
-    updates.update(end.loop.updates)
+    params, updates = params_and_updates(pair, e_phase, end.loop.updates)
     notes = (*end.loop.notes, *end.loop.remarks, *(("stopped by the callback",) if end.loop.stopped else ()))
     return EMRun(
         converged=end.loop.converged,

@@ -30,12 +30,13 @@ def first_enumeration(pair: Pair) -> Enumeration:
         raise MissingGuideSiteError(error.problem, hint=hint) from error
 
 
-def check_programs(pair: Pair, enumeration: Enumeration) -> None:
+def check_programs(pair: Pair, enumeration: Enumeration, *, whole: bool = True) -> None:
     """Checks that EM can learn these programs from these data.
 
     Args:
         pair: The programs.
         enumeration: Their factors.
+        whole: Whether these must be all data.
 
     Raises:
         UnenumerableError: The guide draws something at random.
@@ -43,7 +44,8 @@ def check_programs(pair: Pair, enumeration: Enumeration) -> None:
         VFEError: There is nothing to learn, or an option names what is not there.
     """
     _check_draws(enumeration)
-    _check_subsamples(enumeration)
+    if whole:
+        _check_subsamples(enumeration)
     _check_names(pair)
     if not pair.learned:
         _nothing_to_learn(pair)
@@ -66,8 +68,7 @@ def _check_subsamples(enumeration: Enumeration) -> None:
             raise StructureError(
                 f"Plate '{name}' shows {size} of its {enumeration.full_plates[name]} elements, and EM needs all data "
                 "in every iteration.",
-                hint="Let the plate have all elements, or use one of the mini-batch methods (incremental or online "
-                "EM).",
+                hint="Let the plate have all elements, or call run_batches: incremental or online EM.",
             )
 
 

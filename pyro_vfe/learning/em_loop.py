@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 
+import pyro
 from torch import Tensor
 
 from pyro_vfe.errors import NotFiniteError, VFEError, VFEWarning
@@ -52,6 +53,31 @@ class State:
 def updates_guide(e_phase: EPhase) -> bool:
     """Whether a phase changes the guide's parameters."""
     return type(e_phase).update is not EPhase.update
+
+
+def words_of(e_phase: EPhase) -> str:
+    """What is said of the parameters that an E-phase changes."""
+    return f"E-phase: {type(e_phase).__name__}"
+
+
+def params_and_updates(
+    pair: Pair, e_phase: EPhase, updates: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copies of all parameters that the programs read, constrained, and how each was updated, in words.
+
+    Args:
+        pair: The programs, which have run before.
+        e_phase: Theirs.
+        updates: What M-phases said.
+    """
+    store = pyro.get_param_store()
+    params = {name: store[name].detach().clone() for name in pair.parameters.readers}
+    words = dict.fromkeys(params, "held fixed")
+    if updates_guide(e_phase):
+        words.update(dict.fromkeys(pair.recognition, words_of(e_phase)))
+    words.update(dict.fromkeys(pair.learned, "not updated"))
+    words.update(updates)
+    return params, words
 
 
 def e_step(pair: Pair, e_phase: EPhase, iteration: int) -> State:

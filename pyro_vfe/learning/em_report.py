@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from pyro_vfe.learning.history import Row
+from pyro_vfe.learning.history import EPOCH, Row
 
 Callback = Callable[[int, dict[str, Any]], Any]
 """Called with the number of phases before this one and with where it led; true stops EM."""
@@ -51,7 +51,7 @@ class Report:
         return tell
 
     def _show(self, row: Row) -> None:
-        if row.phase != "E":
+        if row.phase not in ("E", EPOCH):
             return
         shown = {"F": f"{row.free_energy:,.4f}", "surprise": f"{row.surprise:,.4f}", "gap": f"{row.gap:.3g}"}
         self.bar.set_postfix(OrderedDict(shown))  # tqdm sorts other dicts

@@ -92,22 +92,16 @@ class EMRun:
         verdict = "converged" if self.converged else "not converged"
         per_datum = self.free_energy / self.history.num_data
         lines = [
-            f"EM: {verdict} after {_counted(self.n_iter, 'iteration')}, F = {self.free_energy:,.4f} nats "
+            f"EM: {verdict} after {counted(self.n_iter, 'iteration')}, F = {self.free_energy:,.4f} nats "
             f"({per_datum:,.4f} per datum, N={self.history.num_data})",
             "",
             str(self.history),
             "",
-            *_table(("parameter", "shape", "updated"), self._parameter_rows()),
+            *parameter_table(self.params, self.updates),
         ]
         if len(self.restarts) > 1:
             lines += ["", *_table(("start", "F", "iterations", ""), map(_restart_row, self.restarts))]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def _parameter_rows(self) -> list[tuple[str, ...]]:
-        return [
-            (name, "x".join(map(str, value.shape)) or "scalar", self.updates.get(name, ""))
-            for name, value in self.params.items()
-        ]
 
 
 def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decomposition:
@@ -117,8 +111,8 @@ def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decompo
         belief: Q.
         enumeration: The factors that it is of.
     """
-    accuracy = _expected(belief, enumeration, "observed")
-    prior = _expected(belief, enumeration, "enumerated", "sampled")
+    accuracy = expected_log_probs(belief, enumeration, "observed")
+    prior = expected_log_probs(belief, enumeration, "enumerated", "sampled")
     gap = belief.free_energy - belief.surprise
     return Decomposition(
         energy=-(prior + accuracy),
@@ -134,8 +128,14 @@ def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decompo
     )
 
 
-def _expected(belief: Belief, enumeration: Enumeration, *kinds: str) -> Tensor:
-    """E_Q of the model's sites of some kinds, in nats."""
+def expected_log_probs(belief: Belief, enumeration: Enumeration, *kinds: str) -> Tensor:
+    """E_Q of the log-probabilities of the model's sites of some kinds, a scalar in nats.
+
+    Args:
+        belief: Q.
+        enumeration: The factors that it is of.
+        *kinds: Of sites.
+    """
     weights: dict[SiteKey, tuple[Tensor, ...]] = {
         key: own for key, own in belief.weights.items() if enumeration.sites[key].kind in kinds
     }
@@ -149,11 +149,30 @@ def _restart_row(restart: Restart) -> tuple[str, ...]:
     return str(restart.start), f"{restart.free_energy:,.4f}", str(restart.n_iter), verdict
 
 
+def parameter_table(params: Mapping[str, Tensor], updates: Mapping[str, str]) -> list[str]:
+    """The lines of a table of parameters.
+
+    Args:
+        params: Their values.
+        updates: How each was updated.
+    """
+    rows = [
+        (name, "x".join(map(str, value.shape)) or "scalar", updates.get(name, "")) for name, value in params.items()
+    ]
+    return _table(("parameter", "shape", "updated"), rows)
+
+
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """A number of things, in words.
+
+    Args:
+        number: How many.
+        what: One of them.
+    """
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 START = "start"
 """The phase of a row before any phase."""
 
+EPOCH = "epoch"
+"""The phase of a row that sums over the batches of an epoch, each at the parameters of its visit."""
+
+FINAL = "final"
+"""The phase of a row that sums over all batches at the last parameters."""
+
+BATCH = "batch"
+"""The phase of a row of one batch."""
+
 _SHOWN = 8
 """How many rows a printed history has at its beginning and at its end."""
 
@@ -37,7 +46,7 @@ class Row:
     iteration: int
     """The number of M-phases (or steps) so far, this one included."""
     phase: str
-    """'start', 'E', 'M', or what else changes Q and G."""
+    """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'."""
     free_energy: float
     """F(Q, G) in nats, summed over the data."""
     surprise: float
@@ -63,7 +72,7 @@ class History:
         """Returns the rows of one phase: `history.of("E").free_energy` is F after each iteration.
 
         Args:
-            phase: 'start', 'E' or 'M'.
+            phase: 'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'.
         """
         return History(tuple(row for row in self.rows if row.phase == phase), self.num_data)
 

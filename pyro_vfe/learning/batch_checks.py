@@ -1,0 +1,99 @@
+"""What EM on batches cannot serve: the site or parameter, the fact, the way out."""
+
+import inspect
+from collections.abc import Mapping
+
+from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.learning.closed_form import ClosedForm
+from pyro_vfe.learning.coordinate import Coordinate, mean_fields
+from pyro_vfe.learning.data_plate import Share
+from pyro_vfe.learning.e_phases import Annealed
+from pyro_vfe.learning.pair import Pair
+from pyro_vfe.learning.phases import EPhase, MPhase
+from pyro_vfe.program.enumeration import Enumeration
+
+
+def check_options(m_phase: MPhase, num_epochs: int, tol: float, num_data: int | None) -> None:
+    """Checks what a user asks for.
+
+    Args:
+        m_phase: The M-phase that EM was given.
+        num_epochs: The most epochs.
+        tol: The tolerance.
+        num_data: The number of elements of the data plate.
+
+    Raises:
+        VFEError: It cannot be had.
+    """
+    for name, value, least in (("num_epochs", num_epochs, 1), ("tol", tol, 0), ("num_data", num_data, 1)):
+        if value is not None and not value >= least:
+            raise VFEError(f"EM was given {name}={value}.", hint=f"Pass a number of at least {least}.")
+    if not isinstance(m_phase, ClosedForm):
+        raise VFEError(
+            f"EM was given the M-phase {type(m_phase).__name__}, which needs all data at once.",
+            hint="On batches leave m_phase out: parameters are learned in closed form, from pooled statistics. With "
+            "all data call run; for networks on batches use SVI with loss=vfe.FreeEnergy().",
+        )
+
+
+def check_e_phase(e_phase: EPhase, pair: Pair, share: Share) -> None:
+    """Checks that a phase can see one batch at a time.
+
+    Args:
+        e_phase: The phase.
+        pair: The programs.
+        share: The part of all data that the first batch is.
+
+    Raises:
+        VFEError: It cannot.
+    """
+    if isinstance(e_phase, Annealed):
+        raise VFEError(
+            "The E-phase Annealed lowers the temperature from iteration to iteration, and an epoch is no iteration.",
+            hint="Call run with all data, or leave e_phase out.",
+        )
+    by_datum = isinstance(e_phase, Coordinate) or any(mean_fields(inspect.unwrap(pair.guide)))
+    if by_datum and share.full_size is None:
+        raise VFEError(
+            f"AutoMeanField holds a factor for each element of {share.words}, which is as long as the batch: the "
+            "batches would overwrite each other's factors.",
+            hint="Let the plate be a subsample of all data in model and guide, pyro.plate(name, num_data, "
+            "subsample=indices) (create_plates= of AutoMeanField), or leave the guide out: Q is then the exact "
+            "posterior.",
+        )
+
+
+def check_subsamples(first: Enumeration, pair: Pair) -> None:
+    """Checks that the arguments say which data a batch has.
+
+    Args:
+        first: The programs at the first batch.
+        pair: The same.
+
+    Raises:
+        StructureError: A plate draws other elements each time.
+    """
+    if not first.subsamples:
+        return
+    again = pair.enumerate().subsamples
+    for plate, elements in first.subsamples.items():
+        if not elements.equal(again[plate]):
+            raise StructureError(
+                f"Plate '{plate}' draws its subsample at random, each time anew: which data a batch has is not known.",
+                hint="Let the batches hold the indices: pyro.plate(name, num_data, subsample=indices).",
+            )
+
+
+def no_closed_form(refused: Mapping[str, str]) -> VFEError:
+    """The error for parameters that cannot be learned from pooled statistics.
+
+    Args:
+        refused: The reasons, by parameter.
+    """
+    reasons = "; ".join(f"'{name}' ({reason})" for name, reason in refused.items())
+    return VFEError(
+        f"EM on batches keeps nothing but pooled statistics, and learns in closed form, which there is not for: "
+        f"{reasons}.",
+        hint="Call run with all data, which searches where there is no closed form (vfe.Numerical), use SVI with "
+        "loss=vfe.FreeEnergy(), or hold them by fixed=.",
+    )

@@ -1,0 +1,102 @@
+"""Batches of data as a user hands them over: as arguments of the programs, and told apart without being kept."""
+
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.errors import VFEError
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword arguments of the programs."""
+
+_DIGEST_BYTES = 16
+
+
+def arguments_of(batch: object) -> Arguments:
+    """The arguments that a batch is: a mapping by keyword, a tuple or list in order, anything else as the only one.
+
+    Args:
+        batch: One item of what a user iterates over.
+    """
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def check_batches(batches: object, num_epochs: int) -> bool:
+    """Whether the batches can be read again and again.
+
+    Args:
+        batches: What a user iterates over.
+        num_epochs: How often it is to be read.
+
+    Raises:
+        VFEError: It is no iterable of batches, or can be read only once and more is asked for.
+    """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise VFEError(
+            f"The batches are a {type(batches).__name__}, which is no iterable of batches.",
+            hint="Pass a list of batches, such as u.split(100), or a torch DataLoader.",
+        )
+    once = isinstance(batches, Iterator)
+    if once and num_epochs > 1:
+        raise VFEError(
+            f"The batches are a {type(batches).__name__}, which can be read only once, and num_epochs={num_epochs}.",
+            hint="Pass a list, a DataLoader, or an object whose __iter__ starts anew; for one pass over a stream "
+            "num_epochs=1 with method=vfe.Online().",
+        )
+    return not once
+
+
+def numbered(batches: Iterable[object], epoch: int) -> Iterator[tuple[int, Arguments]]:
+    """Yields the batches of an epoch as arguments, counted from 1.
+
+    Args:
+        batches: What a user iterates over.
+        epoch: The number of the epoch, for the error.
+
+    Raises:
+        VFEError: There are none.
+    """
+    number = 0
+    for number, batch in enumerate(batches, 1):
+        yield number, arguments_of(batch)
+    if not number:
+        size = f" (of length {len(batches)})" if isinstance(batches, Sized) else ""
+        raise VFEError(
+            f"The {type(batches).__name__} of batches{size} gave none in epoch {epoch}.",
+            hint="Pass an iterable that gives the batches each time it is iterated over.",
+        )
+
+
+def fingerprint(*contents: object) -> bytes:
+    """A digest that equal data share: of a fixed size, whatever the size of the data.
+
+    Args:
+        *contents: Tensors, and what holds them.
+    """
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    for piece in _pieces(contents):
+        digest.update(piece)
+    return digest.digest()
+
+
+def _pieces(content: object) -> Iterator[bytes]:
+    if isinstance(content, Tensor) and content.layout is torch.strided:
+        yield f"{content.dtype}{tuple(content.shape)}".encode()
+        flat = content.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield repr(key).encode()
+            yield from _pieces(value)
+    elif isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        yield f"{type(content).__name__}{len(content)}".encode()
+        for value in content:
+            yield from _pieces(value)
+    else:
+        yield pickle.dumps(content)
