@@ -15,6 +15,7 @@ References:
 
 import argparse
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pyro
@@ -109,12 +110,15 @@ def in_words(history: vfe.History, above: np.ndarray) -> str:
     first = history.of("M").rows[0]
     start = history.of("E").rows[0].free_energy
     share = above[-1] / above[-2]
-    return f"""\
-In words
-  The first M-phase lowers F by {start - first.free_energy:.4f} nats with Q held. The posterior moves away from Q as the biases change, which
-  opens a gap of {first.gap:.4f} nats; so the surprise, F less the gap, falls by {start - first.surprise:.4f}. The next E-phase removes the gap.
-  In the end each iteration leaves {share:.2f} of what F had still to fall, and {share**0.5:.2f} of what the biases had still to move: the
-  share of what the coins' names, had they been written down, would have told about the biases."""
+    fell, moved = start - first.free_energy, start - first.surprise
+    told = (
+        f"The first M-phase lowers F by {fell:.4f} nats with Q held. The posterior moves away from Q as the biases "
+        f"change, which opens a gap of {first.gap:.4f} nats; so the surprise, F less the gap, falls by {moved:.4f}. The "
+        f"next E-phase removes the gap. In the end each iteration leaves {share:.2f} of what F had still to fall, and "
+        f"{share**0.5:.2f} of what the biases had still to move: the share of what the coins' names, had they been written "
+        "down, would have told about the biases."
+    )
+    return f"In words\n{fill(told, 116, initial_indent='  ', subsequent_indent='  ')}"
 
 
 def main() -> None:

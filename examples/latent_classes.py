@@ -2,9 +2,9 @@ r"""Latent classes in a survey: how many kinds of people answered, and how sure 
 
     P(v, u)  =  prod_n  weight[v_n]  prod_i  Bernoulli(u_ni | profile[v_n, i])       u_ni person n's answer to item i
 
-216 people said in four situations of conflict between friendship and duty what they would do. Given a person's class the
-answers are independent; so all that ties the items together is the class. Models of 1, 2 and 3 classes are fitted by EM
-from several random starts each, since F has local minima and flat directions, and compared by AIC and BIC:
+216 people said what they would do in four situations of conflict between friendship and duty. Given a person's class
+the answers are independent; so all that ties the items together is the class. Models of 1, 2 and 3 classes are fitted
+by EM from several starts each, since F has local minima and flat directions, and compared by AIC and BIC:
 
     AIC  =  2 surprise + 2 k          BIC  =  2 surprise + k log N          k free parameters, N people
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import log
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pyro
@@ -37,7 +38,7 @@ COUNTS = (20, 2, 9, 2, 6, 1, 4, 1, 38, 7, 24, 6, 25, 6, 23, 42)
 """How many people gave the answers 1111, 1112, 1121, ..., 2222; 1 is for the friend, 2 for what holds for everyone."""
 ITEMS = ("A", "B", "C", "D")
 KNOWN_LOG_LIKELIHOOD = {1: -543.6498, 2: -504.4677, 3: -503.3011}
-NUM_STARTS, MAX_ITER = 5, 2000
+NUM_STARTS, MAX_ITER = 4, 2000
 SAME = 0.01
 """Ends that differ by fewer nats are the same."""
 DARK, LIGHT = "#0b3c5d", "#e69f00"
@@ -162,13 +163,16 @@ def in_words(fits: list[Fit], runs: list[vfe.EMRun]) -> str:
     few, many = two.profiles
     same = [sum(end < fit.surprise + SAME for end in fit.ends) for fit in fits]
     iterations = [np.median([restart.n_iter for restart in run.restarts]) for run in runs]
-    return f"""\
-In words
-  A second class lowers the surprise by {one.surprise - two.surprise:.2f} nats, a third by {two.surprise - three.surprise:.2f} more, for {three.num_free - two.num_free} parameters each: two classes.
-  {two.weights[0]:.0%} of the people are for the rule whatever the situation ({few.min():.0%} and more of their answers); the others let the
-  situation decide ({many.min():.0%} to {many.max():.0%}).
-  {same[1]} of {len(two.ends)} starts with two classes and {same[2]} of {len(three.ends)} with three come to the best end. With three F is nearly flat there:
-  it takes {iterations[2]:.0f} iterations in place of {iterations[1]:.0f}, although SQUAREM makes them long."""
+    told = (
+        f"A second class lowers the surprise by {one.surprise - two.surprise:.2f} nats, a third by "
+        f"{two.surprise - three.surprise:.2f} more, for {three.num_free - two.num_free} parameters each: two classes. "
+        f"{two.weights[0]:.0%} of the people are for the rule whatever the situation ({few.min():.0%} and more of "
+        f"their answers); the others let the situation decide ({many.min():.0%} to {many.max():.0%}). "
+        f"{same[1]} of {len(two.ends)} starts with two classes and {same[2]} of {len(three.ends)} with three come to "
+        f"the best end. With three F is nearly flat there: it takes {iterations[2]:.0f} iterations in place of "
+        f"{iterations[1]:.0f}, although SQUAREM makes them long."
+    )
+    return f"In words\n{fill(told, 116, initial_indent='  ', subsequent_indent='  ')}"
 
 
 def fit(num_classes: int, u: Tensor) -> tuple[Fit, vfe.EMRun]:

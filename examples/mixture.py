@@ -7,7 +7,7 @@ component that sits on one eruption alone can become as narrow as it likes. The 
 floor under the variances, or a prior.
 
 References:
-    Azzalini and Bowman (1990), A look at some data on the Old Faithful geyser: the data, in the version of R's `faithful`.
+    Azzalini and Bowman (1990), A look at some data on the Old Faithful geyser: the data, as in R's `faithful`.
     Scrucca, Fop, Murphy and Raftery (2016), mclust 5: clustering, classification and density estimation using Gaussian
     finite mixture models: the log-likelihood of two components (model VVV).
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_vfe as vfe
+from pyro_vfe.errors import DegenerateError
 
 # fmt: off
 DURATIONS = (
@@ -161,7 +162,9 @@ def draw_history(axes: Axes, history: vfe.History) -> None:
         axes.semilogy(rows.iteration[above > VISIBLE], above[above > VISIBLE], marker, color=color, ms=4, label=label)
     opened = history.of("M")
     visible = opened.gap > VISIBLE
-    axes.semilogy(opened.iteration[visible], opened.gap[visible], ":", color="0.35", label="gap that the M-phase opened")
+    axes.semilogy(
+        opened.iteration[visible], opened.gap[visible], ":", color="0.35", label="gap that the M-phase opened"
+    )
     axes.set(title="Two components: the fall of F", xlabel="iteration", ylabel="nats")
     axes.legend(fontsize="small")
 
@@ -189,7 +192,7 @@ def collapse(u: Tensor) -> str:
     start_on_one_eruption(u)
     try:
         run = vfe.EM(gaussian_mixture(2)).run(u, progress_bar=False)
-    except vfe.DegenerateError as error:
+    except DegenerateError as error:
         return str(error)
     return f"EM ended at {run.free_energy:.4f} nats, and no component collapsed."
 
@@ -211,7 +214,7 @@ def mixture_with_priors(u: Tensor) -> None:
 
 
 def with_priors(u: Tensor, narrow: float) -> vfe.EMRun:
-    """Returns the run to the most probable parameters, the first component starting this much narrower than the data."""
+    """Returns the run to the most probable parameters; the first component starts so much narrower than the data."""
     pyro.clear_param_store()
     variances = u.var(0) * torch.tensor([[narrow], [1.0]])
     start = init_to_value(values={"weights": torch.ones(2) / 2, "variances": variances})
@@ -224,15 +227,21 @@ def in_words(two: Fit, three: Fit, message: str, floored: vfe.EMRun, priors: vfe
     """Returns what was found, in sentences."""
     ends = np.array([restart.free_energy for restart in three.run.restarts])
     num_best = int(np.sum(ends < three.run.free_energy + SAME))
-    return f"""\
-In words
-  Short and long eruptions: {two.run.free_energy:.2f} nats, whatever the start. A third component takes off {two.run.free_energy - three.run.free_energy:.2f} nats more,
-  but {num_best} of {len(ends)} starts find that end; the others stay up to {np.nanmax(ends) - three.run.free_energy:.2f} nats above it.
-  Started on one eruption alone, EM stops:
-{fill(message, 116, initial_indent="    ", subsequent_indent="    ")}
-  With a floor of {FLOOR} square minutes it goes on, and ends {floored.free_energy - two.run.free_energy:.2f} nats above the best end: the floor holds the
-  component open, but does not free it. With a prior it does: from there and from the data's variances
-  alike EM comes to {priors.free_energy:.4f} nats (of another model: no correlations, and the prior's density is in it)."""
+    best = three.run.free_energy
+    found = (
+        f"Short and long eruptions: {two.run.free_energy:.2f} nats. A third component takes off "
+        f"{two.run.free_energy - best:.2f} nats more, but {num_best} of {len(ends)} starts find that end; the others "
+        f"stay up to {np.nanmax(ends) - best:.2f} nats above it. Started on one eruption alone, EM stops:"
+    )
+    mended = (
+        f"With a floor of {FLOOR} square minutes it goes on, and ends {floored.free_energy - two.run.free_energy:.2f} "
+        "nats above the best end: the floor holds the component open, but does not free it. With a prior it does: from "
+        f"there and from the data's variances alike EM comes to {priors.free_energy:.4f} nats (of another model: "
+        "without correlations, and with the prior's density in it)."
+    )
+    paragraphs = ((found, 2), (message, 4), (mended, 2))
+    lines = [fill(text, 116, initial_indent=" " * n, subsequent_indent=" " * n) for text, n in paragraphs]
+    return "\n".join(["In words", *lines])
 
 
 def main() -> None:

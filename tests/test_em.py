@@ -223,6 +223,23 @@ def test_without_a_tolerance_it_stops_where_only_rounding_is_left() -> None:
     assert not run.notes
 
 
+def test_in_single_precision_parameters_keep_their_closed_forms_to_the_end() -> None:
+    counts = torch.tensor([2.0, 1.0, 3.0, 11.0, 9.0, 14.0, 0.0, 10.0, 2.0, 5.0, 12.0, 1.0])
+
+    def model(counts: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2, dtype=counts.dtype) / 2, constraint=constraints.simplex)
+        rates = pyro.param("rates", torch.tensor([2.0, 8.0], dtype=counts.dtype), constraint=constraints.positive)
+        with pyro.plate("data", len(counts)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Poisson(rates[z]), obs=counts)
+
+    precise = vfe.EM(model).run(counts, progress_bar=False)
+    pyro.clear_param_store()
+    run = vfe.EM(model).run(counts.float(), progress_bar=False)
+    assert all("closed form:" in words and "no closed form" not in words for words in run.updates.values())
+    assert run.free_energy == pytest.approx(precise.free_energy, abs=1e-4)
+
+
 def test_in_single_precision_rounding_neither_goes_on_for_ever_nor_is_reported() -> None:
     torch.set_default_dtype(torch.float32)
 
@@ -551,3 +568,23 @@ def test_a_guide_without_sites_is_no_guide() -> None:
     found = quiet(vfe.EM(mixture, empty), COUNTS)
     pyro.clear_param_store()
     assert found.free_energy == quiet(vfe.EM(mixture), COUNTS).free_energy
+
+
+def test_single_precision_comes_to_the_optimum_by_a_search_too() -> None:
+    """A first step that single precision does not resolve would end the search short of the optimum."""
+
+    def model(counts: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2).to(counts) / 2, constraint=constraints.simplex)
+        rates = pyro.param("rates", torch.tensor([2.0, 8.0]).to(counts), constraint=constraints.positive)
+        with pyro.plate("data", len(counts)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Poisson(rates[z]), obs=counts)
+
+    counts = torch.tensor([2.0, 1.0, 3.0, 11.0, 9.0, 14.0, 0.0, 10.0, 2.0, 5.0, 12.0, 1.0])
+    ends = {}
+    for dtype in (torch.float64, torch.float32):
+        for phase in (vfe.ClosedForm(), vfe.Numerical()):
+            pyro.clear_param_store()
+            run = vfe.EM(model, m_phase=phase).run(counts.to(dtype), progress_bar=False)
+            ends[dtype, type(phase)] = run.free_energy
+    assert max(ends.values()) - min(ends.values()) < 1e-4

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 from worker import Prepared
-from workloads import evidence_number, mixture, norms
+from workloads import Array, evidence_number, mixture, norms
 
 import pyro_vfe as vfe
 from contestants.laps import Laps
@@ -62,20 +63,33 @@ def phases(program: str, sizes: list[int], iterations: int) -> Prepared:
     return _prepared(call)
 
 
-def batches(size: int, components: int, dims: int) -> Prepared:
-    """One pass over data of which one batch is in memory at a time."""
-    means = mixture(components, components, dims).means
+@dataclass(frozen=True)
+class Stream:
+    """Batches of noise around means, made as they are read, the same in every pass."""
 
-    def stream() -> Iterator[tuple[Any, ...]]:
+    size: int
+    means: Array
+
+    def __iter__(self) -> Iterator[tuple[Tensor]]:
         rng = np.random.default_rng(0)
-        for _ in range(size // BATCH):
-            yield (torch.as_tensor(means[rng.integers(components, size=BATCH)] + rng.standard_normal((BATCH, dims))),)
+        for _ in range(self.size // BATCH):
+            own = self.means[rng.integers(len(self.means), size=BATCH)]
+            yield (torch.as_tensor(own + rng.standard_normal(own.shape)),)
+
+
+def batches(size: int, components: int, dims: int) -> Prepared:
+    """One pass of online EM over data of which one batch is in memory at a time."""
+    stream = Stream(size, mixture(components, components, dims).means)
 
     def model(points: Tensor) -> None:
-        diagonal_gaussians(points, torch.tensor(means))
+        diagonal_gaussians(points, torch.tensor(stream.means))
 
     def call(_: None) -> None:
-        vfe.EM(model).run_batches(stream(), method=vfe.Online(alpha=0.7), progress_bar=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # One pass is not to converge.
+            vfe.EM(model).run_batches(
+                stream, method=vfe.Online(alpha=0.7), num_epochs=1, num_data=size, tol=0.0, progress_bar=False
+            )
 
     return Prepared(call, lambda _: {}, _restarted)
 

@@ -134,8 +134,8 @@ class EM:
         Args:
             *args: The programs' arguments: the data.
             max_iter: The most iterations: M-phases, each with an E-phase after it.
-            tol: Converged is a run whose last iteration lowered F by no more than this, in nats per datum, or by no
-                more than rounding explains.
+            tol: Converged is a run whose last iteration changed F by no more than this, in nats per datum, or did not
+                lower it any more, within what rounding explains.
             n_init: The number of starts: the parameters as they are, then random ones. The best end is kept.
             progress_bar: Whether to show one.
             callback: Called after each phase with its number and a dict of F, surprise, gap (total, in nats), phase,

@@ -244,16 +244,18 @@ class Loop:
         self.stopped = self.on_row(row) or self.stopped
 
     def _settled(self, state: State) -> bool:
-        """Whether the last decrease is within the tolerance, or no more than rounding."""
+        """Whether the last decrease is within the tolerance, or F stands still but for rounding."""
         if self._is_cooling(state.iteration):
             return False
-        size = abs(self.last_decrease)
-        if size <= self.tol * self.num_data:
+        if abs(self.last_decrease) <= self.tol * self.num_data:
             return True
+        if self.last_decrease > 0 or not (self.e_phase.monotone and self.m_phase.monotone):
+            return False
+        rise = -self.last_decrease
         coarse = self.rounding.eps > _FINE
-        if coarse and not self.rounding.probed and size <= self.rounding.eps**0.5 * abs(state.free_energy):
+        if coarse and not self.rounding.probed and rise <= self.rounding.eps**0.5 * abs(state.free_energy):
             self.rounding.probe(state.belief)
-        return self.rounding.includes(size, state.belief, state.enumeration)
+        return self.rounding.includes(rise, state.belief, state.enumeration)
 
     def _is_cooling(self, iteration: int) -> bool:
         if not isinstance(self.e_phase, Annealed):

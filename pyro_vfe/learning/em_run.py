@@ -52,7 +52,7 @@ class EMRun:
     """The end of EM and the way there."""
 
     converged: bool
-    """Whether F fell by no more than the tolerance, or than rounding, over the last iteration."""
+    """Whether the last iteration changed F by no more than the tolerance, or did not lower it, but for rounding."""
     n_iter: int
     """The number of iterations: M-phases, each followed by an E-phase."""
     history: History

@@ -242,6 +242,12 @@ class _Search:
     def steps_by_value(self, max_iter: int) -> tuple[_Point, int]:
         """Takes steps by line search and returns where they led, and how many they were."""
         before = self.iterations
+        if before == 0:
+            # Torch begins with a step of length one, which single precision may not resolve. Curvatures are about one.
+            (options,) = self.optimizer.param_groups
+            options.update(lr=max(1.0, float(self.objective(self.place.detach()).gradient.abs().sum())))
+            self.step(1, by_value=True)
+            options.update(lr=1.0)
         return self.step(max_iter, by_value=True), self.iterations - before
 
     def step(self, max_iter: int, *, by_value: bool) -> _Point:
@@ -249,7 +255,8 @@ class _Search:
         (options,) = self.optimizer.param_groups
         options.update(max_iter=max_iter, max_eval=max_iter * 25)
         options.update(line_search_fn="strong_wolfe" if by_value else None)
-        options.update(tolerance_change=self.rounding if by_value else 0.0)
+        # torch holds both the change of f and the step against it, and f changes by the square of a step.
+        options.update(tolerance_change=min(self.rounding, math.sqrt(self.rounding)) if by_value else 0.0)
         self.optimizer.step(self._closure)
         return self.objective(self.place.detach())
 

@@ -1,7 +1,7 @@
 """A model and a guide at their arguments, as EM sees them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Pair:
         self.parameters.forget()
         with torch.enable_grad():
             run = self.programs.enumerate(self.model, self.guide, self.args, self.kwargs, differentiable=differentiable)
+        run = replace(run, parameters=dict(self.parameters.values))
         learned, recognition = parameter_roles(run, self.parameters)
         self.learned = tuple(name for name in learned if name not in self.fixed)
         self.recognition = tuple(name for name in recognition if name not in self.fixed)

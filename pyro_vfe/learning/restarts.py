@@ -24,7 +24,6 @@ from pyro_vfe.learning.e_phases import model_keys
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.families import unwrapped
 from pyro_vfe.program.masking import unmasked
-from pyro_vfe.program.parameters import Parameters
 from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.selection import Origins
 
@@ -38,12 +37,11 @@ _SHARE = 0.8
 """The share of a component's weight that is on its own elements."""
 
 
-def random_belief(enumeration: Enumeration, parameters: Parameters, generator: torch.Generator) -> Belief:
+def random_belief(enumeration: Enumeration, generator: torch.Generator) -> Belief:
     """Returns random weights for an M-phase; there is no Q behind them, and so no F.
 
     Args:
         enumeration: The factors, with the graph from the parameters to the distributions.
-        parameters: What the programs read in the run.
         generator: The source of randomness.
 
     Raises:
@@ -52,7 +50,7 @@ def random_belief(enumeration: Enumeration, parameters: Parameters, generator: t
     keys = model_keys(enumeration)
     factors = [enumeration.factors[key].mapped(_zeros) for key in keys]
     found = iter(expected_tables(enumeration.graph(*factors)))
-    exemplars = _exemplars(enumeration, parameters, generator)
+    exemplars = _exemplars(enumeration, generator)
     noises: dict[tuple[int, ...], Tensor] = {}
     weights: dict[SiteKey, tuple[Tensor, ...]] = {}
     for key in keys:
@@ -108,10 +106,10 @@ def _reordered(table: Table, axes: tuple[str, ...]) -> Table:
     return Table(table.aligned(axes), axes)
 
 
-def _exemplars(enumeration: Enumeration, parameters: Parameters, generator: torch.Generator) -> dict[str, Table]:
+def _exemplars(enumeration: Enumeration, generator: torch.Generator) -> dict[str, Table]:
     """For each latent that data depend on, the extra weight of each of its elements and states."""
     found: dict[str, Table] = {}
-    for names in _alike(enumeration, parameters):
+    for names in _alike(enumeration):
         variables = [enumeration.variables[name] for name in names]
         plates = [tuple(sorted(variable.plates)) for variable in variables]
         shapes = [tuple(enumeration.plates[plate] for plate in own) for own in plates]
@@ -133,9 +131,9 @@ def _drawn(count: int, size: int, generator: torch.Generator) -> Tensor:
     return order.repeat(-(-needed // count))[:needed].reshape(size, _EXEMPLARS)
 
 
-def _alike(enumeration: Enumeration, parameters: Parameters) -> Sequence[list[str]]:
+def _alike(enumeration: Enumeration) -> Sequence[list[str]]:
     """The latents that data depend on, those together whose data read the same parameters."""
-    origins = Origins(parameters)
+    origins = Origins(enumeration.parameters)
     read: dict[str, frozenset[str]] = defaultdict(frozenset)
     for key, site in enumeration.sites.items():
         if site.role != "model" or site.kind != "observed":

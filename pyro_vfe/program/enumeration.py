@@ -8,7 +8,7 @@ Every latent stands along its own axis with its whole support, so one run of eac
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,8 @@ class Enumeration:
     """The sites of each path of choices, where the programs branch on a latent; otherwise of the one run."""
     rescored: Rescored
     """Makes the factors of some sites again, of what a scorer says in place of log-probabilities."""
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:

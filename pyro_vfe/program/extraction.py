@@ -40,9 +40,9 @@ def statistics_of(
     Args:
         enumeration: A run with the graph from the parameters to the distributions.
         weights: Q's expected entries of each site's tables, in the shape of the tables.
-        parameters: What the programs read in the run.
+        parameters: What the programs read, and what was found of it in earlier runs.
     """
-    origins = Origins(parameters)
+    origins = Origins(enumeration.parameters, parameters.known)
     indirect: dict[str, str] = {}
     priors: list[PriorStatistics] = []
     probed: dict[SiteKey, bool] = {}
@@ -71,13 +71,13 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
 
     Args:
         enumeration: A run with the graph from the parameters to the distributions.
-        parameters: What the programs read in the run.
+        parameters: Which programs read which parameter.
 
     Raises:
         StructureError: A parameter is of both kinds.
     """
-    origins = Origins(parameters)
-    free = [name for name, value in parameters.values.items() if value.requires_grad]
+    origins = Origins(enumeration.parameters)
+    free = [name for name, value in enumeration.parameters.items() if value.requires_grad]
     points: set[str] = set()
     recognition = {name for name in free if parameters.readers[name] == {"guide"}}
     for site in (site for path in enumeration.paths for site in path.values()):

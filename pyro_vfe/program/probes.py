@@ -1,4 +1,4 @@
-r"""Sufficient statistics as gradients: tables that hold T(x) . s - c in place of log-probabilities.
+r"""Sufficient statistics as gradients: tables that hold T(x) . s + c in place of log-probabilities.
 
     d <weights, table> / d s  =  sum_n weight_n T(x_n)        d <weights, table> / d c  =  sum_n weight_n
 

@@ -7,13 +7,14 @@ result is one of those numbers, at whose place in theta the value of p stands. S
 a program selects: indexing by a latent or by data, expanding, reshaping, stacking.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from pyro_vfe.program.parameters import Parameters, unconstrained
+from pyro_vfe.program.parameters import unconstrained
 from pyro_vfe.program.statistics import Selection, Slot
 
 _RESHAPING = ("Expand", "View", "UnsafeView", "ReshapeAlias", "Alias", "Slice", "Squeeze", "Unsqueeze")
@@ -25,12 +26,13 @@ _GOLDEN = 0.6180339887498949
 class Origins:
     """Where the tensors of a run come from: the parameters that it read."""
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, values: Mapping[str, Tensor], known: dict[object, Tensor] | None = None) -> None:
         """Args:
-        parameters: What the programs read in the run.
+        values: The constrained parameters as the run read them.
+        known: For slots that were selections in earlier runs, the index of their entries; new ones are added.
         """
-        self._known = parameters.known
-        self._values = {name: value for name, value in parameters.values.items() if value.requires_grad}
+        self._known = {} if known is None else known
+        self._values = {name: value for name, value in values.items() if value.requires_grad}
         self._names: dict[Any, str] = {}
         for name, value in self._values.items():
             self._names[get_gradient_edge(unconstrained(name)).node] = name
