@@ -1,7 +1,7 @@
 """EM on batches against EM by hand with all data, and against incremental and online EM by hand."""
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -698,6 +698,15 @@ def test_incremental_em_refuses_batches_that_change() -> None:
     with pytest.raises(VFEError, match=r"In batch 1 of epoch 2: A batch comes up that was not there.*vfe\.Online"):
         vfe.EM(MIXTURE).run_batches(loader, progress_bar=False)
     assert_same(parameters(), by_hand.poisson_mixture(COUNTS)(START)[1], 1e-10)
+
+
+def test_batches_that_cannot_be_recognised_are_refused_by_incremental_em_alone() -> None:
+    def model(counts: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        MIXTURE(transform(counts))
+
+    batches = [(counts, lambda counts: 2 * counts) for counts in BATCHES]
+    refused(model, "an argument of type function cannot be read", batches)
+    vfe.EM(model).run_batches(batches, method=vfe.Online(), num_epochs=1, progress_bar=False)
 
 
 def test_incremental_em_refuses_to_lose_batches() -> None:
