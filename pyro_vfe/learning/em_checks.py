@@ -68,7 +68,7 @@ def _check_subsamples(enumeration: Enumeration) -> None:
             raise StructureError(
                 f"Plate '{name}' shows {size} of its {enumeration.full_plates[name]} elements, and EM needs all data "
                 "in every iteration.",
-                hint="Let the plate have all elements, or call run_batches: incremental or online EM.",
+                hint="Let the plate have all elements, or learn from mini-batches by run_batches.",
             )
 
 
