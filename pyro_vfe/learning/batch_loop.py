@@ -8,6 +8,7 @@ Between batches nothing is kept but pooled statistics. The priors, which every b
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import nan
 from typing import Any
 
@@ -142,7 +143,7 @@ class BatchLoop:
     learned: dict[str, None] = field(default_factory=dict)
     """The parameters that the M-phase changes, of all batches so far."""
     _eps: float = nan
-    _certified: bool = False
+    _certified: frozenset[str] = frozenset()
     _priors: Statistics | None = None
 
     def run(self, batches: Iterable[object], num_epochs: int) -> None:
@@ -217,9 +218,10 @@ class BatchLoop:
         statistics = statistics_of(state.enumeration, weights, pair.parameters)
         pools = data_pools(statistics, present_values(pair))
         self._check_closed_forms(statistics, pools, share)
-        if not self._certified:
-            problem = Problem(pair, state.enumeration, state.belief, pair.learned)
-            self._certified = _is_certified(problem, statistics, pools)
+        uncertain = tuple(name for name in pair.learned if name not in self._certified)
+        if uncertain:
+            problem = Problem(pair, state.enumeration, state.belief, uncertain)
+            self._certified |= _certified(problem, statistics, pools)
         digest = b""
         if self.method.needs_digests:
             digest = fingerprint(pair.args, pair.kwargs, state.enumeration.subsamples)
@@ -269,7 +271,7 @@ class BatchLoop:
         """Whether the last two changes are within the tolerance; one alone may be a turn, as visits have many G."""
         floor = _SAFETY * self._eps * max(before.magnitude, self.last.magnitude)
         free_energies = [row.free_energy for row in self.rows[-3:]]
-        changes = [abs(last - following) for last, following in zip(free_energies, free_energies[1:], strict=False)]
+        changes = [abs(last - following) for last, following in pairwise(free_energies)]
         return len(changes) > 1 and max(changes) <= max(self.tol * self.last.num_data, floor)
 
     @contextmanager
@@ -283,21 +285,21 @@ class BatchLoop:
             raise
 
 
-def _is_certified(problem: Problem, statistics: Statistics, pools: Pools) -> bool:
-    """Whether the programs' own gradient vanishes at the solution of one batch by itself; False where it has none.
+def _certified(problem: Problem, statistics: Statistics, pools: Pools) -> frozenset[str]:
+    """The parameters of a problem, if one batch by itself has a solution, at which the programs' gradient vanishes.
 
     Raises:
         VFEError: It does not vanish.
     """
     priors = prior_pools(statistics, present_values(problem.pair), pools)
     try:
-        proposal = proposed(problem.pair, pools, priors, list(problem.names))
-    except DegenerateError:
-        return False
+        proposal = proposed(problem.pair, pools, priors, problem.names)
+    except DegenerateError:  # A few data can be; another batch will tell.
+        return frozenset()
     refused = {**proposal.refused, **uncertified(problem, proposal)}
     if refused:
         raise no_closed_form(refused)
-    return True
+    return frozenset(problem.names)
 
 
 @contextmanager

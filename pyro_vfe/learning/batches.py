@@ -77,7 +77,10 @@ def fingerprint(*contents: object) -> bytes:
     """A digest that equal data share: of a fixed size, whatever the size of the data.
 
     Args:
-        *contents: Tensors, and what holds them.
+        *contents: Tensors, what holds them, and what can be pickled.
+
+    Raises:
+        VFEError: Something cannot.
     """
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for piece in _pieces(contents):
@@ -99,4 +102,16 @@ def _pieces(content: object) -> Iterator[bytes]:
         for value in content:
             yield from _pieces(value)
     else:
-        yield pickle.dumps(content)
+        yield _pickled(content)
+
+
+def _pickled(content: object) -> bytes:
+    try:
+        return pickle.dumps(content)
+    except Exception as error:
+        raise VFEError(
+            f"Incremental recognises batches by their contents, and an argument of type {type(content).__name__} "
+            f"cannot be read: {error}.",
+            hint="Let batches hold tensors, numbers and text, and let the model know the rest; or pass "
+            "method=vfe.Online().",
+        ) from error

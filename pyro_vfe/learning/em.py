@@ -203,8 +203,8 @@ class EM:
             num_data: The number of elements of the data plate in all batches. `Online` needs it where the model has
                 priors and the plate is as long as the batch.
             progress_bar: Whether to show one.
-            callback: Called after each batch and each epoch, as in `run`; phase is 'batch' or 'epoch', iteration the
-                number of the epoch. Where it returns true the run ends.
+            callback: Called after each batch and each epoch, as in `run`; phase is 'batch' (F of its data alone, each
+                counted once) or 'epoch', iteration the number of the epoch. Where it returns true the run ends.
 
         Raises:
             VFEError: The programs are not for EM on batches, or a phase failed; the parameters are those before the
