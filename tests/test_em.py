@@ -484,7 +484,8 @@ class Creeps(MPhase):
 def test_a_phase_that_raises_F_is_reported_once() -> None:
     with pytest.warns(VFEWarning, match=r"The M-phase of iteration 1 raised F by") as caught:
         quiet(vfe.EM(mixture, m_phase=Creeps()), COUNTS, max_iter=5)
-    assert sum("raised F" in str(warning.message) for warning in caught) == 1
+    (warning,) = (warning for warning in caught if "raised F" in str(warning.message))
+    assert warning.filename == __file__
     pyro.clear_param_store()
     with pytest.warns(VFEWarning):
         assert any("raised F" in note for note in quiet(vfe.EM(mixture, m_phase=Creeps()), COUNTS, max_iter=5).notes)
@@ -529,6 +530,18 @@ REFUSED: dict[str, tuple[Callable[[], "vfe.EM"], type[VFEError], str]] = {
     "all fixed": (lambda: vfe.EM(mixture, fixed=["weights", "rates"]), VFEError, r"are fixed"),
     "unknown fixed": (lambda: vfe.EM(mixture, fixed=["rate"]), VFEError, r"fixed= names 'rate'.*'weights', 'rates'"),
     "unknown floor": (lambda: vfe.EM(mixture, floor={"rate": 1.0}), VFEError, r"floor= names 'rate'"),
+    "negative floor": (lambda: vfe.EM(mixture, floor=-1.0), VFEError, r"floor -1\..*positive"),
+    "floor of NaN": (lambda: vfe.EM(mixture, floor={"rates": float("nan")}), VFEError, r"floor nan for 'rates'"),
+    "floor in a search": (
+        lambda: vfe.EM(mixture, m_phase=vfe.Numerical(), floor=0.1),
+        VFEError,
+        r"Numerical, which holds no floor.*greater_than",
+    ),
+    "guide beside an exact posterior": (
+        lambda: vfe.EM(mixture, vfe.AutoMeanField(mixture), e_phase=vfe.Hard()),
+        StructureError,
+        r"Hard makes Q of the model alone.*'z'.*Coordinate",
+    ),
     "subsample": (lambda: vfe.EM(subsampled), StructureError, r"'data' shows 3 of its 8.*mini-batch"),
 }
 
@@ -544,6 +557,29 @@ def test_what_EM_cannot_serve_is_refused_with_the_way_out(name: str) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(VFEError, match=next(iter(options))):
         vfe.EM(mixture).run(COUNTS, **options)
+
+
+def test_a_start_below_the_floor_is_raised_to_it_without_a_report() -> None:
+    run = quiet(vfe.EM(mixture, floor={"rates": 8.0}), COUNTS)
+    assert run.history.d_free_energy[2] > 0
+    assert not any("raised F" in note for note in run.notes)
+    torch.testing.assert_close(run.params["rates"].min(), tensor(8.0))
+
+
+def test_a_floor_that_a_search_does_not_hold_is_told_of() -> None:
+    def model(counts: Tensor) -> None:
+        slope = pyro.param("slope", tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(counts)):
+            pyro.sample("u", dist.Poisson((1 + slope).log1p()), obs=counts)
+
+    run = quiet(vfe.EM(model, floor=1e-6), COUNTS)
+    assert any("floor is not held by the search: 'slope'" in note for note in run.notes)
+
+
+def test_a_single_m_phase_says_what_it_kept() -> None:
+    pyro.param("weights", tensor([1.0, 0.0]), constraint=constraints.simplex)
+    result = vfe.EM(mixture).m_phase(COUNTS)
+    assert result.notes == ("Never visited, and left as before: 'rates'[1].",)
 
 
 def test_a_model_without_latents_is_maximum_likelihood_in_one_M_phase() -> None:

@@ -65,13 +65,14 @@ class ClosedForm(MPhase):
         """
         is_first = self._programs is not problem.pair.programs
         if is_first:
-            self._programs, self._uncertified = problem.pair.programs, {}
+            self._programs, self._uncertified = None, {}
         data, priors = self.pooled(problem)
         proposal = self._proposed(problem, data, priors)
         if is_first and proposal.values:
             self._uncertified = uncertified(problem, proposal)
             if self._uncertified:
                 proposal = self._proposed(problem, data, priors)
+        self._programs = problem.pair.programs
         write(proposal.values)
         problem.notes.extend(proposal.notes)
         words = dict(proposal.words)
@@ -81,6 +82,7 @@ class ClosedForm(MPhase):
             found = self.fallback.update(replace(problem, names=rest))
             reasons = {**proposal.refused, **self._uncertified}
             words |= {name: f"{how} (no closed form: {reasons.get(name, '')})" for name, how in found.items()}
+            problem.notes.extend(_floors_not_held(problem.pair, rest))
         return words
 
     def pooled(self, problem: Problem) -> tuple[Pools, Pools]:
@@ -148,6 +150,14 @@ def present_values(pair: Pair) -> dict[str, Tensor]:
         pair: The programs, which have run before.
     """
     return {name: pyro.get_param_store()[name].detach() for name in pair.parameters.readers}
+
+
+def _floors_not_held(pair: Pair, searched: Sequence[str]) -> list[str]:
+    """What to say of parameters that have a floor and no closed form, which alone holds it."""
+    names = ", ".join(f"'{name}'" for name in searched if floor_of(pair.floor, name) is not None)
+    if not names:
+        return []
+    return [f"The floor is not held by the search: {names}. A constraint with a lower bound holds one."]
 
 
 def _slopes(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:

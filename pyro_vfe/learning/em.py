@@ -24,7 +24,7 @@ from pyro_vfe.learning.batches import check_batches
 from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.e_phases import Exact
-from pyro_vfe.learning.em_checks import check_programs, first_enumeration
+from pyro_vfe.learning.em_checks import check_e_phase, check_floor, check_programs, first_enumeration
 from pyro_vfe.learning.em_loop import (
     Loop,
     State,
@@ -101,11 +101,15 @@ class EM:
         floor: The least value of a scale, variance, rate or probability, for all parameters or by name.
         check: When enumerated tables are compared with ordinary runs: at the first call, always, or never.
         max_bytes: The most memory that tables may take; half of what is free by default.
+
+        Raises:
+            VFEError: A floor is no positive number, or the M-phase holds none.
         """
         self.model = model
         self.guide = guide
         self._chosen_e_phase = e_phase
         self._m_phase = m_phase or ClosedForm()
+        check_floor(floor, self._m_phase)
         self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
         self._floor = floor
         self._max_bytes = max_bytes
@@ -258,7 +262,8 @@ class EM:
         if belief is None:
             belief = last.e_phase.belief(before, self._m_phases, self._max_bytes)
         state = State(self._m_phases, before, belief, snapshot(pair.parameters.readers))
-        updates = m_step(pair, self._m_phase, state)
+        notes: list[str] = []
+        updates = m_step(pair, self._m_phase, state, notes)
         try:
             after = pair.enumerate()
             row = row_after_m_step(belief, after, surprise_of(after, self._max_bytes), self._m_phases + 1)
@@ -267,7 +272,7 @@ class EM:
             raise
         self._m_phases += 1
         last.state = replace(state, iteration=self._m_phases, enumeration=after)
-        return _result(row, updates)
+        return _result(row, updates, tuple(notes))
 
     def _pair(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pair:
         return Pair(
@@ -298,6 +303,7 @@ class EM:
 
     def _e_phase_for(self, enumeration: Enumeration) -> EPhase:
         if self._chosen_e_phase is not None:
+            check_e_phase(self._chosen_e_phase, enumeration)
             return self._chosen_e_phase
         if not enumeration.guide_latents:
             return Exact()
@@ -342,8 +348,8 @@ def _check_options(max_iter: int, tol: float, n_init: int, acceleration: str | N
         raise VFEError(f"EM knows no acceleration '{acceleration}'.", hint="Pass 'squarem' or None.")
 
 
-def _result(row: Row, updates: Mapping[str, str]) -> PhaseResult:
-    return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates)
+def _result(row: Row, updates: Mapping[str, str], notes: tuple[str, ...] = ()) -> PhaseResult:
+    return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates, notes)
 
 
 def _not_converged(end: End, max_iter: int, tol: float) -> str:

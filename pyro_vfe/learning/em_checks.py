@@ -1,9 +1,15 @@
 """What EM cannot serve, said before anything changes: the site or parameter, the fact, the way out."""
 
 from collections.abc import Iterable, Mapping
+from math import inf
 
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableError, VFEError
+from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
+from pyro_vfe.learning.entries import Floor
+from pyro_vfe.learning.gradient import Gradient
+from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
+from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.supports import unwrapped
 
@@ -28,6 +34,48 @@ def first_enumeration(pair: Pair) -> Enumeration:
     except MissingGuideSiteError as error:
         hint = _POINT_OR_POSTERIOR.replace("'{name}'", "its name")
         raise MissingGuideSiteError(error.problem, hint=hint) from error
+
+
+def check_floor(floor: Floor, m_phase: MPhase) -> None:
+    """Checks that floors are floors, and that an M-phase can hold them.
+
+    Args:
+        floor: What EM was given.
+        m_phase: Its M-phase.
+
+    Raises:
+        VFEError: A floor is no positive number, or the M-phase knows of none.
+    """
+    floors = floor if isinstance(floor, Mapping) else {} if floor is None else {"": floor}
+    for name, value in floors.items():
+        if not 0 < value < inf:
+            of = f" for '{name}'" if name else ""
+            raise VFEError(f"EM was given the floor {value:g}{of}.", hint="Pass a positive number, such as 1e-3.")
+    if floors and isinstance(m_phase, (Numerical, Gradient)):
+        raise VFEError(
+            f"EM was given floor= and the M-phase {type(m_phase).__name__}, which holds no floor.",
+            hint="Leave m_phase out, as closed forms hold it, or give the parameters constraints with a lower bound, "
+            "constraints.greater_than(1e-3).",
+        )
+
+
+def check_e_phase(e_phase: EPhase, enumeration: Enumeration) -> None:
+    """Checks that an E-phase leaves nothing of the guide unread.
+
+    Args:
+        e_phase: The phase.
+        enumeration: The factors of both programs.
+
+    Raises:
+        StructureError: It makes Q of the model alone, and the guide has a latent.
+    """
+    if isinstance(e_phase, (Exact, Hard, MonteCarlo, Annealed)) and enumeration.guide_latents:
+        raise StructureError(
+            f"The E-phase {type(e_phase).__name__} makes Q of the model alone, and the guide gives latent site "
+            f"'{enumeration.guide_latents[0].name}'.",
+            hint="Leave the site out of the guide, or choose an E-phase that reads the guide: Coordinate() for "
+            "AutoMeanField, Gradient(optim, num_steps) for any.",
+        )
 
 
 def check_programs(pair: Pair, enumeration: Enumeration, *, whole: bool = True) -> None:

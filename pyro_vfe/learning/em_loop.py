@@ -201,7 +201,7 @@ class Loop:
         if after is None:
             after = self._e_step_after_m_step(state)
             moved = row_after_m_step(state.belief, after.enumeration, after.belief.surprise, iteration)
-            self._check_fall("M", self.m_phase.monotone and state.belief.sampled is None, moved.free_energy, after)
+            self._check_fall("M", self._m_phase_lowers(state), moved.free_energy, after)
             self._record(moved)
             self._check_fall("E", self.e_phase.monotone, after.free_energy, after)
         self._record(row_of(after.belief, iteration, "E"))
@@ -263,6 +263,11 @@ class Loop:
         before, now, later = (self.e_phase.inverse_temperature(i) for i in (iteration - 1, iteration, iteration + 1))
         return max(abs(now - before), abs(later - now)) > _STILL_COOLING
 
+    def _m_phase_lowers(self, state: State) -> bool:
+        """Whether the M-phase after a state may not raise F: it sees Q itself, and no start below a floor."""
+        above_floor = self.pair.floor is None or state.iteration > 0
+        return self.m_phase.monotone and state.belief.sampled is None and above_floor
+
     def _check_fall(self, phase: str, monotone: bool, free_energy: float, after: State) -> None:
         """Reports, once, a phase that should not raise F and did so beyond rounding."""
         rise = free_energy - self.rows[-1].free_energy
@@ -276,7 +281,7 @@ class Loop:
             return
         self.rounding.reported = True
         self.notes.append(_rise_in_words(phase, after.iteration, rise, self.rounding))
-        warnings.warn(self.notes[-1], VFEWarning, stacklevel=5)
+        warnings.warn(self.notes[-1], VFEWarning, stacklevel=7)  # where the user calls EM.run
 
 
 def start_row(pair: Pair, e_phase: EPhase) -> Row:

@@ -29,6 +29,8 @@ class PhaseResult:
     """KL(Q || posterior) after the phase."""
     updates: Mapping[str, str]
     """How each parameter that the phase may change was updated, in words."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know: states that were never visited, floors that were met."""
 
 
 @dataclass(frozen=True)
