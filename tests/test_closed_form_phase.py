@@ -1,5 +1,6 @@
 """The M-phase in closed form inside programs: no search finds better, and what it cannot do it hands on."""
 
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,7 +13,7 @@ from programs.case import empty, positive, simplex, tensor
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import DegenerateError, VFEError
 from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.guided import guided_belief
@@ -108,21 +109,31 @@ class Hidden(dist.Normal):
         return super().log_prob(value) - (self.secret() - 2.0) ** 2
 
 
-def test_a_parameter_used_out_of_sight_is_found_by_the_programs_own_gradient() -> None:
+def penalised(counts: Tensor) -> None:
     """`rate` feeds a Poisson directly, and a penalty inside a closure as well: the pooled form knows of one only."""
+    rate = pyro.param("rate", torch.tensor(3.0), constraint=constraints.positive)
+    pyro.sample("penalty", Hidden(torch.tensor(0.0), torch.tensor(1.0), lambda: rate), obs=torch.tensor(0.0))
+    with pyro.plate("data", len(counts)):
+        pyro.sample("u", dist.Poisson(rate), obs=counts)
 
-    def model(counts: Tensor) -> None:
-        rate = pyro.param("rate", torch.tensor(3.0), constraint=constraints.positive)
-        pyro.sample("penalty", Hidden(torch.tensor(0.0), torch.tensor(1.0), lambda: rate), obs=torch.tensor(0.0))
-        with pyro.plate("data", len(counts)):
-            pyro.sample("u", dist.Poisson(rate), obs=counts)
 
-    words = words_of(model, COUNTS)
+def test_a_parameter_used_out_of_sight_is_found_by_the_programs_own_gradient() -> None:
+    words = words_of(penalised, COUNTS)
     assert "no closed form: the programs' own gradient does not vanish there" in words["rate"]
     # sum u / r - n - 2 (r - 2) = 0
     n, total = len(COUNTS), float(COUNTS.sum())
     best = ((4 - n) + ((n - 4) ** 2 + 8 * total) ** 0.5) / 4
     assert float(pyro.param("rate").detach()) == pytest.approx(best, rel=1e-8)
+
+
+def test_programs_are_looked_at_after_a_first_m_phase_that_failed() -> None:
+    phase, first = ClosedForm(), problem_of(penalised, empty, torch.zeros(3))
+    with pytest.raises(DegenerateError):
+        phase.update(first)
+    pair = replace(first.pair, args=(COUNTS,))
+    enumeration = pair.enumerate()
+    words = phase.update(Problem(pair, enumeration, Exact().belief(enumeration, 0), pair.learned))
+    assert "the programs' own gradient does not vanish there" in words["rate"]
 
 
 def test_tied_parameters_pool_their_sites() -> None:

@@ -108,7 +108,7 @@ def _owners(guide: Program, enumeration: Enumeration) -> dict[str, AutoMeanField
     return owners
 
 
-def mean_fields(guide: Program) -> Iterator[AutoMeanField]:
+def mean_fields(guide: Program | None) -> Iterator[AutoMeanField]:
     """The mean-field guides that a guide is or holds.
 
     Args:

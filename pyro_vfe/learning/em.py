@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pyro.infer.autoguide import AutoGuideList
 from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEError, VFEWarning
@@ -22,7 +21,7 @@ from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.batch_run import BatchRun, batch_run
 from pyro_vfe.learning.batches import check_batches
 from pyro_vfe.learning.closed_form import ClosedForm
-from pyro_vfe.learning.coordinate import Coordinate
+from pyro_vfe.learning.coordinate import Coordinate, mean_fields
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.em_checks import check_e_phase, check_floor, check_programs, first_enumeration
 from pyro_vfe.learning.em_loop import (
@@ -42,7 +41,6 @@ from pyro_vfe.learning.em_starts import End, Starts
 from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.history import History, Row
-from pyro_vfe.learning.mean_field import AutoMeanField
 from pyro_vfe.learning.minibatch import BatchMethod, Incremental
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
@@ -54,6 +52,12 @@ from pyro_vfe.program.parameters import Parameters, restore, snapshot
 from pyro_vfe.program.programs import Check, Programs
 
 Acceleration = Literal["squarem"]
+
+_LEARNING_RATE = 0.05
+"""Of Adam, whose steps are about that long in each logit of a guide."""
+
+_NUM_STEPS = 20
+"""Together they can cross one unit of a logit in an E-phase."""
 
 
 class EM:
@@ -95,7 +99,7 @@ class EM:
         model: The generative model; what it makes by pyro.param, or as a PyroModule, is learned.
         guide: Q; without one it is the exact posterior. A guide's point estimates (AutoDelta) are learned too: MAP.
         e_phase: How Q is chosen. By default `Exact()` where the guide has no discrete latents, `Coordinate()` for
-            `AutoMeanField`, `Gradient` for other guides.
+            `AutoMeanField`, for other guides `Gradient` with 20 steps of Adam at a learning rate of 0.05.
         m_phase: How parameters are chosen; by default `ClosedForm()`, which searches where there is no closed form.
         fixed: Names of parameters that no phase may change.
         floor: The least value of a scale, variance, rate or probability, for all parameters or by name.
@@ -308,10 +312,7 @@ class EM:
         if not enumeration.guide_latents:
             return Exact()
         if self._default_e_phase is None:
-            is_mean_field = _is_mean_field(self.guide)
-            self._default_e_phase = (
-                Coordinate() if is_mean_field else Gradient(PyroOptim(torch.optim.Adam, {"lr": 0.05}), 20)
-            )
+            self._default_e_phase = Coordinate() if any(mean_fields(self.guide)) else _steps_of_adam()
         return self._default_e_phase
 
 
@@ -335,9 +336,8 @@ def _no_guide(*args: Any, **kwargs: Any) -> None:
     """A guide without sites: every latent is summed inside the model."""
 
 
-def _is_mean_field(guide: Program | None) -> bool:
-    parts = [guide, *(guide if isinstance(guide, AutoGuideList) else ())]
-    return any(isinstance(part, AutoMeanField) for part in parts)
+def _steps_of_adam() -> Gradient:
+    return Gradient(PyroOptim(torch.optim.Adam, {"lr": _LEARNING_RATE}), _NUM_STEPS)
 
 
 def _check_options(max_iter: int, tol: float, n_init: int, acceleration: str | None) -> None:
