@@ -113,10 +113,10 @@ def in_words(history: vfe.History, above: np.ndarray) -> str:
     fell, moved = start - first.free_energy, start - first.surprise
     told = (
         f"The first M-phase lowers F by {fell:.4f} nats with Q held. The posterior moves away from Q as the biases "
-        f"change, which opens a gap of {first.gap:.4f} nats; so the surprise, F less the gap, falls by {moved:.4f}. The "
-        f"next E-phase removes the gap. In the end each iteration leaves {share:.2f} of what F had still to fall, and "
-        f"{share**0.5:.2f} of what the biases had still to move: the share of what the coins' names, had they been written "
-        "down, would have told about the biases."
+        f"change, which opens a gap of {first.gap:.4f} nats; so the surprise, F less the gap, falls by {moved:.4f}. "
+        f"The next E-phase removes the gap. In the end each iteration leaves {share:.2f} of what F had still to fall, "
+        f"and {share**0.5:.2f} of what the biases had still to move: the share of what the coins' names, had they "
+        "been written down, would have told about the biases."
     )
     return f"In words\n{fill(told, 116, initial_indent='  ', subsequent_indent='  ')}"
 

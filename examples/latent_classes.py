@@ -38,7 +38,7 @@ COUNTS = (20, 2, 9, 2, 6, 1, 4, 1, 38, 7, 24, 6, 25, 6, 23, 42)
 """How many people gave the answers 1111, 1112, 1121, ..., 2222; 1 is for the friend, 2 for what holds for everyone."""
 ITEMS = ("A", "B", "C", "D")
 KNOWN_LOG_LIKELIHOOD = {1: -543.6498, 2: -504.4677, 3: -503.3011}
-NUM_STARTS, MAX_ITER = 4, 2000
+NUM_STARTS, MAX_ITER = 4, 1000
 SAME = 0.01
 """Ends that differ by fewer nats are the same."""
 DARK, LIGHT = "#0b3c5d", "#e69f00"
@@ -153,6 +153,7 @@ def draw_ends(axes: Axes, fits: list[Fit]) -> None:
         above = np.sort(fit.ends) - fit.surprise
         axes.plot(above, marker, color=color, mec="0.2", mew=0.6, label=f"{len(fit.weights)}")
     axes.set_yscale("symlog", linthresh=1e-4)
+    axes.set_xticks(range(NUM_STARTS))
     axes.set(title="Where every run ended", xlabel="run, best first", ylabel="F above the best, nats")
     axes.legend(title="classes")
 

@@ -173,6 +173,7 @@ def draw_ends(axes: Axes, run: vfe.EMRun) -> None:
     """Draws how far above the best run each run ended."""
     ends = np.sort([restart.free_energy for restart in run.restarts if restart.error is None])
     axes.plot(ends - run.free_energy, "o", color=DARK)
+    axes.set_xticks(range(len(ends)))
     axes.set(title="Three components: where every run ended", xlabel="run, best first", ylabel="F above the best, nats")
 
 

@@ -124,6 +124,8 @@ class Origins:
         index = _places(pushed, numbers)
         if index is not None and torch.equal(flat[index], values.detach()):
             return Selection(name, index)
+        if not _is_root(values):
+            return None
         index = _places(2 * values.detach() * pushed, numbers)
         if index is not None and torch.equal(flat[index].sqrt(), values.detach()):
             return Selection(name, index, "sqrt")
@@ -138,14 +140,14 @@ def _normalised_like(given: Tensor, values: Tensor) -> Tensor:
 
 
 def _irregular(parameter: Tensor) -> Tensor:
-    """Numbers near 0, 1, 2, ... of which no average is another."""
-    count = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
+    """Numbers between 1 and 2, 2 and 3, ... of which no average and no sum of a few is another."""
+    count = torch.arange(1, parameter.numel() + 1, dtype=torch.float64, device=parameter.device)
     return (count + 0.4 * (count * _GOLDEN).frac()).to(parameter.dtype).reshape(parameter.shape)
 
 
 def _places(pushed: Tensor, numbers: Tensor) -> Tensor | None:
     """For each entry, which of the numbers it is; None where one is none of them."""
-    index = pushed.detach().floor()
+    index = pushed.detach().floor() - 1
     if not bool(((index >= 0) & (index < len(numbers))).all()):
         return None
     places = index.long()
@@ -166,11 +168,22 @@ def _pushed_forward(values: Tensor, parameter: Tensor, tangent: Tensor) -> Tenso
     return pushed.detach()
 
 
-def _before_normalisation(values: Tensor) -> Tensor | None:
-    """What was divided by its sum, or had the log of its summed exponentials taken away; None where nothing was."""
+def _maker(values: Tensor) -> Any:
+    """The node of the graph that made the numbers of a tensor, before they were put into shape."""
     node: Any = values.grad_fn
     while node is not None and node.name().startswith(_RESHAPING):
         node = node.next_functions[0][0]
+    return node
+
+
+def _is_root(values: Tensor) -> bool:
+    node = _maker(values)
+    return node is not None and node.name().startswith(("Sqrt", "Pow"))
+
+
+def _before_normalisation(values: Tensor) -> Tensor | None:
+    """What was divided by its sum, or had the log of its summed exponentials taken away; None where nothing was."""
+    node = _maker(values)
     if node is None or len(node.next_functions) != 2:
         return None
     (given, _), (total, _) = node.next_functions
