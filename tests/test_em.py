@@ -624,3 +624,57 @@ def test_single_precision_comes_to_the_optimum_by_a_search_too() -> None:
             run = vfe.EM(model, m_phase=phase).run(counts.to(dtype), progress_bar=False)
             ends[dtype, type(phase)] = run.free_energy
     assert max(ends.values()) - min(ends.values()) < 1e-4
+
+
+def test_a_start_of_equal_components_is_noted_and_random_starts_leave_it() -> None:
+    def model(counts: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
+        rates = pyro.param("rates", torch.tensor([5.0, 5.0]), constraint=constraints.positive)
+        with pyro.plate("data", len(counts)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Poisson(rates[z]), obs=counts)
+
+    stuck = vfe.EM(model).run(COUNTS, progress_bar=False)
+    assert any("under every value of 'z'" in note for note in stuck.notes)
+    pyro.clear_param_store()
+    free = vfe.EM(model).run(COUNTS, n_init=3, progress_bar=False)
+    assert free.free_energy < stuck.free_energy - 1 and not free.notes
+    ends = [restart.free_energy for restart in free.restarts[1:]]
+    assert max(ends) - min(ends) < 1e-6
+
+
+def test_random_starts_on_equal_data_differ() -> None:
+    """Two components may be drawn the same element's data: the random part of their weights still sets them apart."""
+    patterns = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).repeat(1, 2)
+    data = patterns.repeat_interleave(torch.tensor([40, 3, 4, 30]), 0)
+
+    def model(u: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2) / 2, constraint=constraints.simplex)
+        probs = pyro.param("probs", torch.full((2, 4), 0.5), constraint=constraints.unit_interval)
+        with pyro.plate("data", len(u)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Bernoulli(probs[z]).to_event(1), obs=u)
+
+    run = vfe.EM(model).run(data, n_init=8, progress_bar=False)
+    ends = [restart.free_energy for restart in run.restarts[1:]]
+    assert max(ends) - min(ends) < 1e-4
+    assert run.restarts[0].free_energy > min(ends) + 10  # the first start is the saddle
+
+
+def test_of_ends_that_tie_the_first_is_kept() -> None:
+    run = vfe.EM(mixture).run(COUNTS, n_init=4, progress_bar=False)
+    best = min(restart.free_energy for restart in run.restarts)
+    first = next(restart for restart in run.restarts if restart.free_energy <= best + 1e-8 * len(COUNTS))
+    assert run.n_iter == first.n_iter
+
+
+def test_a_single_E_phase_needs_nothing_to_learn() -> None:
+    em = vfe.EM(mixture, fixed=["weights", "rates"])
+    assert em.e_phase(COUNTS).gap == pytest.approx(0.0)
+    with pytest.raises(VFEError, match="are fixed"):
+        em.m_phase(COUNTS)
+
+
+def test_data_that_are_no_tensor_are_refused_by_name() -> None:
+    with pytest.raises(StructureError, match=r"site 'u' is a ndarray.*torch\.as_tensor"):
+        vfe.EM(mixture).run(COUNTS.numpy(), progress_bar=False)

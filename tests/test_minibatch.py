@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import em_oracles as by_hand
@@ -21,7 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vfe as vfe
 from pyro_vfe.errors import DegenerateError, StructureError, VFEError, VFEWarning
+from pyro_vfe.learning import batch_loop
 from pyro_vfe.learning.minibatch import Memory
+from pyro_vfe.learning.pools import Pools
+from pyro_vfe.learning.site_pools import data_pools
 
 close = np.testing.assert_allclose
 parametrize = pytest.mark.parametrize
@@ -197,6 +201,13 @@ def test_incremental_em_of_a_full_mixture_ends_where_scikit_learn_stands_still()
     settled(vfe.EM(em.full_mixture(FULL)), SHUFFLED_POINTS)
     _, following = by_hand.scikit_learn_mixture(POINTS, "full")(parameters())
     assert_same(following, parameters(), 1e-8)
+
+
+@parametrize("size", [1, 2, 4])
+def test_batches_too_small_for_a_covariance_do_for_all_of_them(size: int) -> None:
+    batches = tensor(POINTS).split(size)
+    run_batches(vfe.EM(em.full_mixture(FULL)), batches, 1)
+    assert_same(parameters(), by_hand.scikit_learn_mixture(POINTS, "full")(FULL)[1], 1e-8)
 
 
 def incremental_free_energy(visited: Sequence[Values], now: Values) -> float:
@@ -622,13 +633,23 @@ def subsampled_inside(counts: Tensor, indices: Tensor) -> None:
     [
         (with_global_latent, "latent site 'kind' is outside of plate 'data' and ties the batches together"),
         (with_summary, "observed site 'total' is outside of plate 'data' and would count once for each batch"),
-        (without_plate, r"Site 'z_0' is in no plate.*with pyro\.plate"),
+        (without_plate, r"Site 'z_0' is in no vectorised plate.*with pyro\.plate"),
         (with_network, r"In batch 1 of epoch 1: .*'slope' \(.*site 'u'.*\).*vfe\.Numerical.*SVI"),
         (drawing_a_subsample, "Plate 'data' draws its subsample at random"),
     ],
 )
 def test_programs_whose_batches_are_tied_are_refused(model: em.Model, match: str) -> None:
     refused(model, match)
+
+
+def test_statistics_that_are_not_the_programs_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_other_exposure(statistics: Any, values: Any) -> Pools:
+        pools = data_pools(statistics, values)
+        counts, exposure = pools.coefficients["rates"]
+        return replace(pools, coefficients={**pools.coefficients, "rates": torch.stack([counts, 2 * exposure])})
+
+    monkeypatch.setattr(batch_loop, "data_pools", with_other_exposure)
+    refused(MIXTURE, "'rates'.*the programs' own gradient does not vanish there")
 
 
 def test_points_for_each_datum_are_refused() -> None:
@@ -647,7 +668,7 @@ def test_a_single_chain_is_refused() -> None:
             z = pyro.sample("z", vfe.MarkovChain(*(em.learned(n, SEQUENCES_START) for n in ("initial", "transition"))))
             pyro.sample("u", dist.Poisson(em.learned("rates", SEQUENCES_START)[z]), obs=sequence)
 
-    with pytest.raises(StructureError, match="Site 'z' is in no plate but that of a chain"):
+    with pytest.raises(StructureError, match="Site 'z' is in no vectorised plate but that of a chain"):
         vfe.EM(chain).run_batches(list(tensor(SEQUENCES)), progress_bar=False)
 
 

@@ -143,7 +143,8 @@ class BatchLoop:
     learned: dict[str, None] = field(default_factory=dict)
     """The parameters that the M-phase changes, of all batches so far."""
     _eps: float = nan
-    _certified: frozenset[str] = frozenset()
+    _certified: set[str] = field(default_factory=set)
+    _doubts: dict[str, str] = field(default_factory=dict)
     _priors: Statistics | None = None
 
     def run(self, batches: Iterable[object], num_epochs: int) -> None:
@@ -220,8 +221,7 @@ class BatchLoop:
         self._check_closed_forms(statistics, pools, share)
         uncertain = tuple(name for name in pair.learned if name not in self._certified)
         if uncertain:
-            problem = Problem(pair, state.enumeration, state.belief, uncertain)
-            self._certified |= _certified(problem, statistics, pools)
+            self._certify(Problem(pair, state.enumeration, state.belief, uncertain), statistics, pools)
         digest = b""
         if self.method.needs_digests:
             digest = fingerprint(pair.args, pair.kwargs, state.enumeration.subsamples)
@@ -231,6 +231,8 @@ class BatchLoop:
 
     def _m_phase(self) -> None:
         assert self.pair is not None and self._priors is not None
+        if self._doubts:
+            raise no_closed_form(self._doubts)
         pools = self._memory.pools(self.full_size or self.num_data or self.last.num_elements)
         priors = prior_pools(self._priors, present_values(self.pair), pools)
         proposal = proposed(self.pair, pools, priors, list(self.learned))
@@ -267,6 +269,20 @@ class BatchLoop:
                 "plate be a subsample: pyro.plate(name, num_data, subsample=indices).",
             )
 
+    def _certify(self, problem: Problem, statistics: Statistics, pools: Pools) -> None:
+        """Looks whether the programs' own gradient vanishes at the solution of one batch by itself.
+
+        A few data can have no solution, or one at the edge of what numbers can tell; then other batches decide.
+        """
+        priors = prior_pools(statistics, present_values(problem.pair), pools)
+        try:
+            proposal = proposed(problem.pair, pools, priors, problem.names)
+        except DegenerateError:
+            return
+        failed = uncertified(problem, proposal)
+        self._certified |= proposal.values.keys() - failed.keys()
+        self._doubts = {name: why for name, why in {**self._doubts, **failed}.items() if name not in self._certified}
+
     def _settled(self, before: Tally) -> bool:
         """Whether the last two changes are within the tolerance; one alone may be a turn, as visits have many G."""
         floor = _SAFETY * self._eps * max(before.magnitude, self.last.magnitude)
@@ -283,23 +299,6 @@ class BatchLoop:
         except BaseException:
             restore(before)
             raise
-
-
-def _certified(problem: Problem, statistics: Statistics, pools: Pools) -> frozenset[str]:
-    """The parameters of a problem, if one batch by itself has a solution, at which the programs' gradient vanishes.
-
-    Raises:
-        VFEError: It does not vanish.
-    """
-    priors = prior_pools(statistics, present_values(problem.pair), pools)
-    try:
-        proposal = proposed(problem.pair, pools, priors, problem.names)
-    except DegenerateError:  # A few data can be; another batch will tell.
-        return frozenset()
-    refused = {**proposal.refused, **uncertified(problem, proposal)}
-    if refused:
-        raise no_closed_form(refused)
-    return frozenset(problem.names)
 
 
 @contextmanager

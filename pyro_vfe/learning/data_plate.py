@@ -75,7 +75,7 @@ def _outside(inside: list[Site], plates: dict[str, frozenset[str]]) -> Structure
         what = "The model has neither data nor latents"
         if inside:
             chain = " but that of a chain" if inside[0].plate_names else ""
-            what = f"Site '{inside[0].name}' is in no plate{chain}"
+            what = f"Site '{inside[0].name}' is in no vectorised plate{chain}"
         return StructureError(
             f"{what}, and {_EACH_BATCH}.",
             hint="Put all latents and observations of a datum inside `with pyro.plate('data', size):`, or call run "

@@ -23,7 +23,14 @@ from pyro_vfe.learning.batches import check_batches
 from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate, mean_fields
 from pyro_vfe.learning.e_phases import Exact
-from pyro_vfe.learning.em_checks import check_e_phase, check_floor, check_programs, first_enumeration
+from pyro_vfe.learning.em_checks import (
+    alike_components,
+    check_e_phase,
+    check_floor,
+    check_learned,
+    check_programs,
+    first_enumeration,
+)
 from pyro_vfe.learning.em_loop import (
     Loop,
     State,
@@ -262,6 +269,7 @@ class EM:
         """
         last = self._at(args, kwargs)
         pair, belief = last.pair, None if last.state is None else last.state.belief
+        check_learned(pair)
         before = pair.enumerate()
         if belief is None:
             belief = last.e_phase.belief(before, self._m_phases, self._max_bytes)
@@ -291,17 +299,19 @@ class EM:
             self._max_bytes,
         )
 
-    def _looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Pair, Enumeration]:
+    def _looked_at(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, learns: bool = True
+    ) -> tuple[Pair, Enumeration]:
         """The programs at these data, and what EM found when it first looked at them."""
         pair = self._pair(args, kwargs)
         first = first_enumeration(pair)
-        check_programs(pair, first)
+        check_programs(pair, first, learns=learns)
         return pair, first
 
     def _at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Last":
         """What is known of the programs at these data; looked at anew where the data are others than last."""
         if self._last is None or not self._last.is_for(args, kwargs):
-            pair, first = self._looked_at(args, kwargs)
+            pair, first = self._looked_at(args, kwargs, learns=False)
             self._last = _Last(pair, self._e_phase_for(first))
         return self._last
 
@@ -364,7 +374,8 @@ def _not_converged(end: End, max_iter: int, tol: float) -> str:
 def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
     """The result of the best start; the parameters in the store are its own."""
     params, updates = params_and_updates(pair, e_phase, end.loop.updates)
-    notes = (*end.loop.notes, *end.loop.remarks, *(("stopped by the callback",) if end.loop.stopped else ()))
+    alike = alike_components(end.state.enumeration)
+    notes = (*end.loop.notes, *end.loop.remarks, *alike, *(("stopped by the callback",) if end.loop.stopped else ()))
     return EMRun(
         converged=end.loop.converged,
         n_iter=end.state.iteration,

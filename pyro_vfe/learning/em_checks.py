@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from math import inf
 
+from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableError, VFEError
 from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
 from pyro_vfe.learning.entries import Floor
@@ -12,6 +13,9 @@ from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.supports import unwrapped
+
+_ALIKE = 1e-9
+"""The relative difference between log-probabilities up to which components count as alike."""
 
 _POINT_OR_POSTERIOR = (
     "For its most probable value (MAP) give EM a guide with a point estimate of it: "
@@ -78,13 +82,14 @@ def check_e_phase(e_phase: EPhase, enumeration: Enumeration) -> None:
         )
 
 
-def check_programs(pair: Pair, enumeration: Enumeration, *, whole: bool = True) -> None:
+def check_programs(pair: Pair, enumeration: Enumeration, *, whole: bool = True, learns: bool = True) -> None:
     """Checks that EM can learn these programs from these data.
 
     Args:
         pair: The programs.
         enumeration: Their factors.
         whole: Whether these must be all data.
+        learns: Whether there must be something to learn for an M-phase.
 
     Raises:
         UnenumerableError: The guide draws something at random.
@@ -95,8 +100,45 @@ def check_programs(pair: Pair, enumeration: Enumeration, *, whole: bool = True) 
     if whole:
         _check_subsamples(enumeration)
     _check_names(pair)
+    if learns:
+        check_learned(pair)
+
+
+def check_learned(pair: Pair) -> None:
+    """Checks that there is something for an M-phase to change.
+
+    Args:
+        pair: The programs.
+
+    Raises:
+        VFEError: There is not.
+    """
     if not pair.learned:
         _nothing_to_learn(pair)
+
+
+def alike_components(enumeration: Enumeration) -> list[str]:
+    """Notes on latents whose values the data do not tell apart although they read them: EM is at a saddle point there.
+
+    Args:
+        enumeration: The factors at the end of a run.
+    """
+    alike: dict[str, bool] = {}
+    for table in (factor.table for factor in enumeration.observed):
+        for name in table.axes:
+            if name in enumeration.variables and alike.get(name, True):
+                alike[name] = _is_constant(table, name)
+    return [
+        f"All data are equally probable under every value of '{name}': its components are alike, and EM cannot tell "
+        "them apart. Start them from different parameters, or use n_init."
+        for name, is_alike in alike.items()
+        if is_alike
+    ]
+
+
+def _is_constant(table: Table, name: str) -> bool:
+    low, high = table.values.detach().aminmax(dim=table.axes.index(name))
+    return bool((high - low <= _ALIKE * (1 + low.abs())).all())
 
 
 def _check_draws(enumeration: Enumeration) -> None:

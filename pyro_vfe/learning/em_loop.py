@@ -174,6 +174,8 @@ class Loop:
     stopped: bool = False
     last_decrease: float = float("nan")
     """How much F fell over the last iteration, in nats."""
+    _is_calm: bool = False
+    """Whether that was within the tolerance."""
 
     def run(self) -> State:
         """Iterates until F has stopped falling, and returns the end."""
@@ -247,7 +249,9 @@ class Loop:
         """Whether the last decrease is within the tolerance, or F stands still but for rounding."""
         if self._is_cooling(state.iteration):
             return False
-        if abs(self.last_decrease) <= self.tol * self.num_data:
+        was_calm, self._is_calm = self._is_calm, abs(self.last_decrease) <= self.tol * self.num_data
+        # After a jump of the acceleration one small change may be chance.
+        if self._is_calm and (was_calm or self.acceleration is None):
             return True
         if self.last_decrease > 0 or not (self.e_phase.monotone and self.m_phase.monotone):
             return False

@@ -68,7 +68,9 @@ class Starts:
         loop = self.new_loop(start)
         state = loop.run()
         self.restarts.append(Restart(start, state.free_energy, state.iteration, loop.converged))
-        if self.best is None or state.free_energy < self.best.state.free_energy:
+        # Of ends that the tolerance does not tell apart the first is kept, not the one that rounding favours.
+        margin = loop.tol * loop.num_data
+        if self.best is None or state.free_energy < self.best.state.free_energy - margin:
             self.best = End(loop, state)
 
     @contextmanager

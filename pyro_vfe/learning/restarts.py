@@ -1,10 +1,10 @@
 r"""Random starts: weights that an M-phase turns into parameters, of components that differ.
 
     latents      uniform over what the model's zeros allow, times exp(noise) for each entry of a conditional table
-    data         a part of a component's weight is on all data alike, the larger one on an element drawn for it
+    data         a part of a component's weight is at random on all data, the larger one on an element drawn for it
 
-Random responsibilities of all data would average out, and leave components that are nearly equal. Elements that feed
-the same parameters (steps of a loop, data of a plate) are drawn from together.
+Random responsibilities of all data alone would average out, and leave components that are nearly equal; elements alone
+may have equal data. Elements that feed the same parameters (steps of a loop, data of a plate) are drawn from together.
 
 References:
     McLachlan and Peel (2000), Finite mixture models, section 2.12 (starting values).
@@ -114,7 +114,7 @@ def _exemplars(enumeration: Enumeration, generator: torch.Generator) -> dict[str
         plates = [tuple(sorted(variable.plates)) for variable in variables]
         shapes = [tuple(enumeration.plates[plate] for plate in own) for own in plates]
         counts = [prod(shape) for shape in shapes]
-        extra = torch.zeros(sum(counts), variables[0].size, dtype=torch.float64)
+        extra = -torch.rand(sum(counts), variables[0].size, dtype=torch.float64, generator=generator).log() - 1
         chosen = _drawn(len(extra), extra.shape[1], generator)
         extra[chosen.flatten(), torch.arange(extra.shape[1]).repeat_interleave(chosen.shape[1])] += (
             _SHARE / (1 - _SHARE) * len(extra) / chosen.shape[1]

@@ -191,6 +191,11 @@ class Recorder(Messenger):
         plates, steps = self._around(msg)
         if isinstance(value, (bool, int, float)):
             value = torch.as_tensor(value)
+        if not isinstance(value, Tensor):
+            raise StructureError(
+                f"The value of site '{name}' is a {type(value).__name__}, and no tensor.",
+                hint="Pass torch.as_tensor(...) of it.",
+            )
         self.sites[name] = Site(
             name,
             self.role,

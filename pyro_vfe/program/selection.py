@@ -20,6 +20,9 @@ from pyro_vfe.program.statistics import Selection, Slot
 _RESHAPING = ("Expand", "View", "UnsafeView", "ReshapeAlias", "Alias", "Slice", "Squeeze", "Unsqueeze")
 """Operations that keep the order of a tensor's entries, by the beginning of their nodes' names in the graph."""
 
+_SELECTING = ("Index", "Gather", "Take")
+"""Operations that pick entries of a tensor, likewise."""
+
 _GOLDEN = 0.6180339887498949
 
 
@@ -177,7 +180,10 @@ def _maker(values: Tensor) -> Any:
 
 
 def _is_root(values: Tensor) -> bool:
+    """Whether numbers are roots, perhaps selected from a tensor of them."""
     node = _maker(values)
+    while node is not None and node.name().startswith((*_RESHAPING, *_SELECTING)):
+        node = node.next_functions[0][0]
     return node is not None and node.name().startswith(("Sqrt", "Pow"))
 
 
