@@ -8,6 +8,7 @@ from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate, mean_fields
 from pyro_vfe.learning.data_plate import Share
 from pyro_vfe.learning.e_phases import Annealed
+from pyro_vfe.learning.em_checks import check_ranges
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration
@@ -25,9 +26,7 @@ def check_options(m_phase: MPhase, num_epochs: int, tol: float, num_data: int | 
     Raises:
         VFEError: It cannot be had.
     """
-    for name, value, least in (("num_epochs", num_epochs, 1), ("tol", tol, 0), ("num_data", num_data, 1)):
-        if value is not None and not value >= least:
-            raise VFEError(f"EM was given {name}={value}.", hint=f"Pass a number of at least {least}.")
+    check_ranges(("num_epochs", num_epochs, 1), ("tol", tol, 0), ("num_data", num_data, 1))
     if not isinstance(m_phase, ClosedForm):
         raise VFEError(
             f"EM was given the M-phase {type(m_phase).__name__}, which needs all data at once.",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pyro.optim import PyroOptim
 
-from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.errors import VFEWarning
 from pyro_vfe.learning.batch_checks import check_options
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.batch_run import BatchRun, batch_run
@@ -25,10 +25,12 @@ from pyro_vfe.learning.coordinate import Coordinate, mean_fields
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.em_checks import (
     alike_components,
+    check_accelerable,
     check_e_phase,
     check_floor,
     check_learned,
     check_programs,
+    check_run_options,
     first_enumeration,
 )
 from pyro_vfe.learning.em_loop import (
@@ -39,7 +41,6 @@ from pyro_vfe.learning.em_loop import (
     params_and_updates,
     row_after_m_step,
     row_of,
-    updates_guide,
     words_of,
 )
 from pyro_vfe.learning.em_report import Callback, Report
@@ -167,15 +168,11 @@ class EM:
             Varadhan and Roland (2008), Simple and globally convergent methods for accelerating the convergence of any
             EM algorithm.
         """
-        _check_options(max_iter, tol, n_init, acceleration)
+        check_run_options(max_iter, tol, n_init, acceleration)
         pair, first = self._looked_at(args, kwargs)
         e_phase = self._e_phase_for(first)
-        if acceleration is not None and (updates_guide(e_phase) or not e_phase.monotone):
-            raise VFEError(
-                f"SQUAREM was asked for with the E-phase {type(e_phase).__name__}, whose Q is more than a function of "
-                "the model's parameters.",
-                hint="Use it with Exact() or Hard(), or leave acceleration out.",
-            )
+        if acceleration is not None:
+            check_accelerable(e_phase)
         rounding, num_data = Rounding(pair, resolution(first)), first.num_data
 
         def new_loop(start: int) -> Loop:
@@ -348,14 +345,6 @@ def _no_guide(*args: Any, **kwargs: Any) -> None:
 
 def _steps_of_adam() -> Gradient:
     return Gradient(PyroOptim(torch.optim.Adam, {"lr": _LEARNING_RATE}), _NUM_STEPS)
-
-
-def _check_options(max_iter: int, tol: float, n_init: int, acceleration: str | None) -> None:
-    for name, value, least in (("max_iter", max_iter, 0), ("tol", tol, 0), ("n_init", n_init, 1)):
-        if not value >= least:
-            raise VFEError(f"EM was given {name}={value}.", hint=f"Pass a number of at least {least}.")
-    if acceleration not in (None, "squarem"):
-        raise VFEError(f"EM knows no acceleration '{acceleration}'.", hint="Pass 'squarem' or None.")
 
 
 def _result(row: Row, updates: Mapping[str, str], notes: tuple[str, ...] = ()) -> PhaseResult:

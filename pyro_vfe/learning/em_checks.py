@@ -6,6 +6,7 @@ from math import inf
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableError, VFEError
 from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
+from pyro_vfe.learning.em_loop import updates_guide
 from pyro_vfe.learning.entries import Floor
 from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.numerical import Numerical
@@ -38,6 +39,54 @@ def first_enumeration(pair: Pair) -> Enumeration:
     except MissingGuideSiteError as error:
         hint = _POINT_OR_POSTERIOR.replace("'{name}'", "its name")
         raise MissingGuideSiteError(error.problem, hint=hint) from error
+
+
+def check_ranges(*ranges: tuple[str, float | None, float]) -> None:
+    """Checks that numbers are large enough.
+
+    Args:
+        *ranges: Name, value and least value of each option; None is no value.
+
+    Raises:
+        VFEError: One is too small, or NaN.
+    """
+    for name, value, least in ranges:
+        if value is not None and not value >= least:
+            raise VFEError(f"EM was given {name}={value}.", hint=f"Pass a number of at least {least}.")
+
+
+def check_run_options(max_iter: int, tol: float, n_init: int, acceleration: str | None) -> None:
+    """Checks what a user asks of a run.
+
+    Args:
+        max_iter: The most iterations.
+        tol: The tolerance.
+        n_init: The number of starts.
+        acceleration: The name of a way to take larger steps.
+
+    Raises:
+        VFEError: It cannot be had.
+    """
+    check_ranges(("max_iter", max_iter, 0), ("tol", tol, 0), ("n_init", n_init, 1))
+    if acceleration not in (None, "squarem"):
+        raise VFEError(f"EM knows no acceleration '{acceleration}'.", hint="Pass 'squarem' or None.")
+
+
+def check_accelerable(e_phase: EPhase) -> None:
+    """Checks that an iteration of EM is a function of the model's parameters, along whose path SQUAREM can jump.
+
+    Args:
+        e_phase: The E-phase.
+
+    Raises:
+        VFEError: It is not.
+    """
+    if updates_guide(e_phase) or not e_phase.monotone:
+        raise VFEError(
+            f"SQUAREM was asked for with the E-phase {type(e_phase).__name__}, whose Q is more than a function of "
+            "the model's parameters.",
+            hint="Use it with Exact() or Hard(), or leave acceleration out.",
+        )
 
 
 def check_floor(floor: Floor, m_phase: MPhase) -> None:
