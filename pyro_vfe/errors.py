@@ -1,5 +1,8 @@
 """What goes wrong, said so that the reader can mend it: the site, the fact, the fix."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class VFEError(ValueError):
     """A program or graph that cannot be served: the fact, then the way out."""
@@ -75,3 +78,17 @@ class DegenerateError(VFEError):
 
 class VFEWarning(UserWarning):
     """A result that is there and is not what was asked for: the fact, then the way out."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Says in the library's own errors where they were raised; others pass as they are.
+
+    Args:
+        where: In words, such as "the M-phase of iteration 3".
+    """
+    try:
+        yield
+    except VFEError as error:
+        error.args = (f"In {where}: {error}",)
+        raise

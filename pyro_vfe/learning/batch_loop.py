@@ -5,14 +5,13 @@ r"""E, M, E, M, ... over batches: the loop of EM that sees one batch at a time.
 Between batches nothing is kept but pooled statistics. The priors, which every batch shows, count once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import nan
 from typing import Any
 
-from pyro_vfe.errors import DegenerateError, VFEError
+from pyro_vfe.errors import DegenerateError, VFEError, located
 from pyro_vfe.learning.batch_checks import check_e_phase, check_subsamples, no_closed_form
 from pyro_vfe.learning.batches import Arguments, fingerprint, numbered
 from pyro_vfe.learning.belief import Belief
@@ -28,15 +27,12 @@ from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, Problem
 from pyro_vfe.learning.pools import Pools
 from pyro_vfe.learning.prior_pools import prior_pools
-from pyro_vfe.learning.rounding import resolution
+from pyro_vfe.learning.rounding import SAFETY, resolution
 from pyro_vfe.learning.site_pools import data_pools
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.extraction import statistics_of
-from pyro_vfe.program.parameters import restore, snapshot, write
+from pyro_vfe.program.parameters import restored_on_error, snapshot, write
 from pyro_vfe.program.statistics import Statistics
-
-_SAFETY = 8.0
-"""How many roundings in a row each F is taken to go through."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ class BatchLoop:
         total = Tally()
         assert self.e_phase is not None
         for number, arguments in numbered(batches, self.epoch + 1):
-            with _in_batch("the last look", number):
+            with located(f"batch {number} of the last look"):
                 pair = self.new_pair(*arguments)
                 enumeration = pair.enumerate()
                 belief = self.e_phase.belief(enumeration, self.epoch, pair.max_bytes)
@@ -183,11 +179,13 @@ class BatchLoop:
 
     def _run_epoch(self, batches: Iterable[object]) -> None:
         for number, arguments in numbered(batches, self.epoch):
-            with _in_batch(f"epoch {self.epoch}", number), self._restored(self._pair_at(arguments)) as pair:
-                visit = self._visited(pair)
-                self.last.add(visit)
-                if self._memory.ready:
-                    self._m_phase()
+            with located(f"batch {number} of epoch {self.epoch}"):
+                pair = self._pair_at(arguments)
+                with restored_on_error(snapshot(pair.parameters.readers)):
+                    visit = self._visited(pair)
+                    self.last.add(visit)
+                    if self._memory.ready:
+                        self._m_phase()
             self.stopped = self.on_row(Row(self.epoch, BATCH, visit.free_energy, visit.surprise, visit.gap))
             if self.stopped:
                 return
@@ -195,7 +193,8 @@ class BatchLoop:
         self._memory.end_epoch()
         if self._memory.ready and not was_ready:
             assert self.pair is not None
-            with _in_batch(f"epoch {self.epoch}", self.last.num_batches), self._restored(self.pair):
+            before = snapshot(self.pair.parameters.readers)
+            with located(f"batch {self.last.num_batches} of epoch {self.epoch}"), restored_on_error(before):
                 self._m_phase()
 
     def _pair_at(self, arguments: Arguments) -> Pair:
@@ -285,27 +284,7 @@ class BatchLoop:
 
     def _settled(self, before: Tally) -> bool:
         """Whether the last two changes are within the tolerance; one alone may be a turn, as visits have many G."""
-        floor = _SAFETY * self._eps * max(before.magnitude, self.last.magnitude)
+        floor = SAFETY * self._eps * max(before.magnitude, self.last.magnitude)
         free_energies = [row.free_energy for row in self.rows[-3:]]
         changes = [abs(last - following) for last, following in pairwise(free_energies)]
         return len(changes) > 1 and max(changes) <= max(self.tol * self.last.num_data, floor)
-
-    @contextmanager
-    def _restored(self, pair: Pair) -> Iterator[Pair]:
-        """Where an error is raised the parameters are as they were."""
-        before = snapshot(pair.parameters.readers)
-        try:
-            yield pair
-        except BaseException:
-            restore(before)
-            raise
-
-
-@contextmanager
-def _in_batch(epoch: str, number: int) -> Iterator[None]:
-    """Says in the library's own errors where they were raised."""
-    try:
-        yield
-    except VFEError as error:
-        error.args = (f"In batch {number} of {epoch}: {error}",)
-        raise

@@ -56,7 +56,7 @@ from pyro_vfe.learning.rounding import Rounding, resolution
 from pyro_vfe.learning.squarem import Squarem
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.parameters import Parameters, restore, snapshot
+from pyro_vfe.program.parameters import Parameters, restored_on_error, snapshot
 from pyro_vfe.program.programs import Check, Programs
 
 Acceleration = Literal["squarem"]
@@ -273,12 +273,9 @@ class EM:
         state = State(self._m_phases, before, belief, snapshot(pair.parameters.readers))
         notes: list[str] = []
         updates = m_step(pair, self._m_phase, state, notes)
-        try:
+        with restored_on_error(state.parameters):
             after = pair.enumerate()
             row = row_after_m_step(belief, after, surprise_of(after, self._max_bytes), self._m_phases + 1)
-        except BaseException:
-            restore(state.parameters)
-            raise
         self._m_phases += 1
         last.state = replace(state, iteration=self._m_phases, enumeration=after)
         return _result(row, updates, tuple(notes))

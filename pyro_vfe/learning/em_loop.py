@@ -6,15 +6,14 @@ F after an M-phase is a dot product of the last weights with the tables that the
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
 import pyro
 from torch import Tensor
 
-from pyro_vfe.errors import NotFiniteError, VFEError, VFEWarning
+from pyro_vfe.errors import NotFiniteError, VFEWarning, located
 from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.guided import surprise_of
@@ -24,7 +23,7 @@ from pyro_vfe.learning.phases import EPhase, MPhase, Problem
 from pyro_vfe.learning.rounding import Rounding
 from pyro_vfe.learning.squarem import Squarem
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.parameters import restore, snapshot
+from pyro_vfe.program.parameters import restore, restored_on_error, snapshot
 
 _FINE = 1e-10
 """Programs that round less than this tell all changes apart that a tolerance asks for."""
@@ -88,15 +87,11 @@ def e_step(pair: Pair, e_phase: EPhase, iteration: int) -> State:
         e_phase: The phase.
         iteration: The number of iterations before this one.
     """
-    before = snapshot(pair.parameters.readers)
-    try:
+    with restored_on_error(snapshot(pair.parameters.readers)):
         e_phase.update(pair, iteration)
         enumeration = pair.enumerate()
         belief = e_phase.belief(enumeration, iteration, pair.max_bytes)
         check_finite(belief)
-    except BaseException:
-        restore(before)
-        raise
     return State(iteration, enumeration, belief, snapshot(pair.parameters.readers))
 
 
@@ -110,11 +105,8 @@ def m_step(pair: Pair, m_phase: MPhase, state: State, notes: list[str] | None = 
         notes: Gets what a user should know of the solution.
     """
     problem = Problem(pair, state.enumeration, state.belief, pair.learned, [] if notes is None else notes)
-    try:
+    with restored_on_error(state.parameters):
         return m_phase.update(problem)
-    except BaseException:
-        restore(state.parameters)
-        raise
 
 
 def row_after_m_step(belief: Belief, enumeration: Enumeration, surprise: Tensor, iteration: int) -> Row:
@@ -181,7 +173,7 @@ class Loop:
         """Iterates until F has stopped falling, and returns the end."""
         if updates_guide(self.e_phase):
             self._record(start_row(self.pair, self.e_phase))
-        with _in_phase("E", 0):
+        with located("the E-phase of iteration 0"):
             state = e_step(self.pair, self.e_phase, 0)
         if not self.rows:
             self._record(row_of(state.belief, 0, START))
@@ -196,7 +188,7 @@ class Loop:
     def _iterated(self, state: State) -> State:
         """One M-phase and the E-phase after it."""
         iteration = state.iteration + 1
-        with _in_phase("M", iteration):
+        with located(f"the M-phase of iteration {iteration}"):
             self.remarks = []
             self.updates.update(m_step(self.pair, self.m_phase, state, notes=self.remarks))
         after = self._jumped(state, snapshot(self.pair.parameters.readers))
@@ -210,9 +202,9 @@ class Loop:
         return after
 
     def _e_step_after_m_step(self, state: State) -> State:
-        """The E-phase; parameters that it cannot serve are taken back."""
+        """The E-phase; parameters that it cannot serve are taken back, those of an interrupted one stay."""
         try:
-            with _in_phase("E", state.iteration + 1):
+            with located(f"the E-phase of iteration {state.iteration + 1}"):
                 return e_step(self.pair, self.e_phase, state.iteration + 1)
         except Exception:
             restore(state.parameters)
@@ -300,16 +292,6 @@ def start_row(pair: Pair, e_phase: EPhase) -> Row:
         return row_of(e_phase.belief(enumeration, 0, pair.max_bytes), 0, START)
     except NotFiniteError:
         return Row(0, START, inf, float(surprise_of(enumeration, pair.max_bytes)), inf)
-
-
-@contextmanager
-def _in_phase(phase: str, iteration: int) -> Iterator[None]:
-    """Says in the library's own errors where they were raised."""
-    try:
-        yield
-    except VFEError as error:
-        error.args = (f"In the {phase}-phase of iteration {iteration}: {error}",)
-        raise
 
 
 def _rise_in_words(phase: str, iteration: int, rise: float, rounding: Rounding) -> str:

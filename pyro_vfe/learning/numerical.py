@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_vfe.errors import DegenerateError, NotFiniteError, VFEError
 from pyro_vfe.learning.entries import named
 from pyro_vfe.learning.phases import MPhase, Problem
-from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained
+from pyro_vfe.program.parameters import constraint_of, restored_on_error, snapshot, unconstrained
 
 _UNIT = 1e-12
 """The unit of f in nats. Torch's L-BFGS learns no curvature from a step that changes f by less than about 1e-10."""
@@ -75,15 +75,12 @@ class Numerical(MPhase):
             NotFiniteError: The expected log joint is not finite at the present parameters.
             DegenerateError: A positive parameter runs off to zero: F has no lower bound; all stay as they were.
         """
-        before = snapshot(problem.names)
         objective = _Objective(problem)
         if not objective.size:
             return dict.fromkeys(problem.names, "held: no finite entry that has a gradient")
         try:
-            cut_short = self._searched(objective)
-        except Exception:
-            restore(before)
-            raise
+            with restored_on_error(snapshot(problem.names)):
+                cut_short = self._searched(objective)
         finally:
             problem.pair.parameters.forget()
         words = f"L-BFGS, {objective.evaluations} evaluations"

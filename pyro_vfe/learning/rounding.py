@@ -18,7 +18,7 @@ from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.parameters import restore, snapshot
 from pyro_vfe.program.supports import unwrapped
 
-_SAFETY = 8.0
+SAFETY = 8.0
 """How many roundings in a row each number is taken to go through."""
 
 _FAR = 1e3
@@ -90,7 +90,7 @@ class Rounding:
         """
         known_to_be_large = self.floor > 0 and abs(change) > _FAR * self.floor
         if abs(change) > self.floor and not known_to_be_large:
-            self.floor = max(self.floor, _SAFETY * self.eps * magnitude(belief, enumeration))
+            self.floor = max(self.floor, SAFETY * self.eps * magnitude(belief, enumeration))
         return abs(change) <= self.floor
 
     def probe(self, belief: Belief) -> None:
@@ -103,7 +103,7 @@ class Rounding:
         if not isfinite(known):
             return
         kept = snapshot(self.pair.parameters.readers)
-        self.repeats = abs(self._surprise() - known) <= max(self.floor, _SAFETY * self.eps * abs(known))
+        self.repeats = abs(self._surprise() - known) <= max(self.floor, SAFETY * self.eps * abs(known))
         changes = []
         try:
             for units in _NUDGES:
@@ -114,7 +114,7 @@ class Rounding:
             restore(kept)
             self.pair.parameters.forget()
         if self.repeats:
-            self.floor = max(self.floor, _SAFETY * max(changes))
+            self.floor = max(self.floor, SAFETY * max(changes))
 
     def _surprise(self) -> float:
         return float(surprise_of(self.pair.enumerate(), self.pair.max_bytes))

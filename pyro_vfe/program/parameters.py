@@ -4,7 +4,8 @@ A parameter is what `pyro.param`, a `PyroParam` or a module's `Parameter` gives 
 see its constrained value; gradients and optimisers see the unconstrained one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -104,7 +105,7 @@ def write(values: Mapping[str, Tensor]) -> None:
             target.copy_(transform_to(constraint_of(name)).inv(value.to(target)))
 
 
-def snapshot(names: Any) -> dict[str, Tensor]:
+def snapshot(names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the unconstrained values of parameters.
 
     Args:
@@ -122,6 +123,20 @@ def restore(copies: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in copies.items():
             unconstrained(name).copy_(value)
+
+
+@contextmanager
+def restored_on_error(copies: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts copies of unconstrained values back where an error is raised, an interrupt too.
+
+    Args:
+        copies: What `snapshot` gave.
+    """
+    try:
+        yield
+    except BaseException:
+        restore(copies)
+        raise
 
 
 def nan_parameters(*programs: Program) -> list[str]:
