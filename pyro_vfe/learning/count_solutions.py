@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vfe.errors import DegenerateError, ProbabilityError
 from pyro_vfe.learning.entries import named
-from pyro_vfe.learning.pools import Form
+from pyro_vfe.learning.pools import ObjectiveForm
 
 CANCELLED = 64
 """A coefficient this many roundings below zero is zero: weights that were added have been taken away again."""
@@ -19,7 +19,7 @@ FLOOR = "Give a floor, floor={{'{name}': 1e-6}}, or the parameter a prior."
 PRIOR = "Give '{name}' a prior: a floor is no ceiling."
 
 
-def best_counts(name: str, form: Form, coefficients: Tensor, value: Tensor, floor: float | None) -> Tensor:
+def best_counts(name: str, form: ObjectiveForm, coefficients: Tensor, value: Tensor, floor: float | None) -> Tensor:
     """The best value of a parameter, in its shape; entries that nothing is known of keep their old values.
 
     Args:
@@ -59,7 +59,7 @@ def rounded_off(coefficients: Tensor) -> Tensor:
     return torch.where((coefficients < 0) & (coefficients > -noise), 0.0, coefficients)
 
 
-def is_known(form: Form, coefficients: Tensor) -> Tensor:
+def is_known(form: ObjectiveForm, coefficients: Tensor) -> Tensor:
     """Whether there is anything to learn an entry from, of the parameter's shape; a row of a simplex goes together.
 
     Args:
@@ -137,7 +137,9 @@ def _refuse(name: str, chosen: Tensor, shape: torch.Size, fact: str, hint: str =
         raise DegenerateError(f"{fact}: {named(name, chosen, shape)}.", hint=hint.format(name=name))
 
 
-def slope_of_counts(form: Form, coefficients: Tensor, value: Tensor, floor: float | None) -> tuple[Tensor, Tensor]:
+def slope_of_counts(
+    form: ObjectiveForm, coefficients: Tensor, value: Tensor, floor: float | None
+) -> tuple[Tensor, Tensor]:
     """The gradient of the objective, and the size of what it is made of; both of the parameter's shape.
 
     The coordinate is one in which a maximum on the boundary has gradient zero too: a - theta sum a for a simplex,

@@ -16,7 +16,7 @@ from pyro_vfe.errors import DegenerateError
 from pyro_vfe.learning.count_solutions import CANCELLED, at_floor
 from pyro_vfe.learning.entries import Floor, floor_of, named
 from pyro_vfe.learning.moments import summed_by
-from pyro_vfe.learning.pools import Form, Pools
+from pyro_vfe.learning.pools import ObjectiveForm, Pools
 
 MAX_SWEEPS = 1000
 """How often locations and covariances take turns at most."""
@@ -207,7 +207,7 @@ def is_weighed(weight: Tensor) -> Tensor:
     return weight >= torch.finfo(weight.dtype).tiny / torch.finfo(weight.dtype).eps
 
 
-def batch_shape(form: Form, value: Tensor) -> tuple[int, ...]:
+def batch_shape(form: ObjectiveForm, value: Tensor) -> tuple[int, ...]:
     """The shape in which the covariances of a parameter are laid out.
 
     Args:
@@ -217,7 +217,7 @@ def batch_shape(form: Form, value: Tensor) -> tuple[int, ...]:
     return tuple(value.shape) if form.given in ("scale", "variance") else tuple(value.shape[:-2])
 
 
-def covariance_of(value: Tensor, form: Form) -> Tensor:
+def covariance_of(value: Tensor, form: ObjectiveForm) -> Tensor:
     """The covariances that a parameter gives, `(M, size, size)`.
 
     Args:
@@ -233,7 +233,7 @@ def covariance_of(value: Tensor, form: Form) -> Tensor:
     return matrices if form.given == "covariance_matrix" else _inverse(matrices)
 
 
-def _given(covariance: Tensor, form: Form) -> Tensor:
+def _given(covariance: Tensor, form: ObjectiveForm) -> Tensor:
     """Covariances as a parameter gives them."""
     if form.given == "scale":
         return covariance.sqrt()
@@ -243,7 +243,7 @@ def _given(covariance: Tensor, form: Form) -> Tensor:
     return _inverse(covariance) if form.given == "precision_matrix" else covariance
 
 
-def _least_variance(floor: float, form: Form) -> float:
+def _least_variance(floor: float, form: ObjectiveForm) -> float:
     return floor * floor if form.given in ("scale", "scale_tril") else floor
 
 

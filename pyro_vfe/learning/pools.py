@@ -17,14 +17,14 @@ from pyro_vfe.learning.moments import Evidence, Moments, joined
 
 Kind = Literal["simplex", "unit", "rate", "location", "spread", "several"]
 
-Pair = tuple[str | None, str]
+LocationAndCovariance = tuple[str | None, str]
 """The parameters that give a location (None: it is known) and a covariance."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Form:
+class ObjectiveForm:
     """The form of the objective in one parameter, and how the parameter is given."""
 
     kind: Kind
@@ -38,7 +38,7 @@ class Form:
         return f"the {self.given}{size} of a {self.kind}"
 
 
-SEVERAL = Form("several", "parameter")
+SEVERAL = ObjectiveForm("several", "parameter")
 """The form of a parameter that is used in several forms: nothing can be pooled."""
 
 
@@ -46,11 +46,11 @@ SEVERAL = Form("several", "parameter")
 class Pools:
     """The coefficients of the objective in each parameter; adds, and scales."""
 
-    forms: Mapping[str, Form] = field(default_factory=dict)
+    forms: Mapping[str, ObjectiveForm] = field(default_factory=dict)
     """The form that each parameter's objective has."""
     coefficients: Mapping[str, Tensor] = field(default_factory=dict)
     """a, or a and b, by parameter, `(1, entries)` or `(2, entries)`; float64."""
-    moments: Mapping[Pair, Moments] = field(default_factory=dict)
+    moments: Mapping[LocationAndCovariance, Moments] = field(default_factory=dict)
     """What data say about locations and covariances that are learned."""
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     """What data of known covariance say about locations."""
@@ -97,7 +97,7 @@ class Pools:
         )
 
 
-Key = TypeVar("Key", str, Pair)
+Key = TypeVar("Key", str, LocationAndCovariance)
 
 
 def _merged(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.learning.moments import Evidence, Moments, evidence, summed_by
-from pyro_vfe.learning.pools import Form, Kind, Pools
+from pyro_vfe.learning.pools import Kind, ObjectiveForm, Pools
 from pyro_vfe.learning.site_pools import blocks, parameters_of, precision_of, selects_rows
 from pyro_vfe.program import families_forms as families
 from pyro_vfe.program.statistics import PriorStatistics, Statistics
@@ -72,7 +72,9 @@ def _refused(names: frozenset[str] | set[str], reason: str) -> Pools:
     return Pools(refusals=dict.fromkeys(names, reason))
 
 
-def _conjugate(prior: PriorStatistics, family: str, name: str, form: Form | None, values: Numbers) -> Pools | None:
+def _conjugate(
+    prior: PriorStatistics, family: str, name: str, form: ObjectiveForm | None, values: Numbers
+) -> Pools | None:
     """The pools of a prior whose parameters are known; None where it is not conjugate to the form."""
     if family in ("Normal", "MultivariateNormal"):
         return _of_location(prior, name, form, values[name])
@@ -82,14 +84,14 @@ def _conjugate(prior: PriorStatistics, family: str, name: str, form: Form | None
     given = "rate" if kind == "rate" else "probs"
     if form is not None and (form.kind, form.given) != (kind, given):
         return None
-    return _of_counts(prior, name, Form(kind, given, _size(prior) if kind == "simplex" else 1), values[name])
+    return _of_counts(prior, name, ObjectiveForm(kind, given, _size(prior) if kind == "simplex" else 1), values[name])
 
 
 def _size(prior: PriorStatistics) -> int:
     return prior.value.values.shape[-1]
 
 
-def _of_counts(prior: PriorStatistics, name: str, form: Form, value: Tensor) -> Pools | None:
+def _of_counts(prior: PriorStatistics, name: str, form: ObjectiveForm, value: Tensor) -> Pools | None:
     assert prior.value.selection is not None
     index = prior.value.selection.index
     if form.kind == "simplex" and not selects_rows(index, form.size, value):
@@ -112,12 +114,12 @@ def _pseudo_counts(prior: PriorStatistics) -> tuple[Tensor, ...]:
     return slots["concentration"] - 1, slots["rate"]
 
 
-def _of_location(prior: PriorStatistics, name: str, form: Form | None, value: Tensor) -> Pools | None:
+def _of_location(prior: PriorStatistics, name: str, form: ObjectiveForm | None, value: Tensor) -> Pools | None:
     """The pools of a normal prior of known covariance."""
     assert prior.value.selection is not None
     event_dim = prior.family.event_dim
     size = _size(prior) if event_dim else 1
-    own = form or Form("location", "loc", size)
+    own = form or ObjectiveForm("location", "loc", size)
     index = prior.value.selection.index
     block = blocks(index, size, event_dim)
     if own.kind != "location" or block is None or (event_dim and own.size != size):
@@ -159,7 +161,7 @@ def _of_variance(prior: PriorStatistics, name: str, value: Tensor) -> Pools:
         centre=zero[:, None],
         magnitude=square[:, None],
     )
-    return Pools({name: Form("spread", "variance")}, moments={(None, name): own.pooled()})
+    return Pools({name: ObjectiveForm("spread", "variance")}, moments={(None, name): own.pooled()})
 
 
 def _following_the_variance(
@@ -171,7 +173,11 @@ def _following_the_variance(
     """
     form, spread_form = data.forms.get(name), data.forms.get(spread)
     scale = prior.slots["scale"]
-    if form != Form("location", "loc") or spread_form is None or spread_form.given not in ("scale", "variance"):
+    if (
+        form != ObjectiveForm("location", "loc")
+        or spread_form is None
+        or spread_form.given not in ("scale", "variance")
+    ):
         return None
     if spread not in parameters_of(scale) or parameters_of(prior.slots["loc"]):
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.learning.moments import Moments, evidence, summed_by
-from pyro_vfe.learning.pools import Form, Kind, Pools
+from pyro_vfe.learning.pools import Kind, ObjectiveForm, Pools
 from pyro_vfe.program import families_forms as families
 from pyro_vfe.program.statistics import Selection, SiteStatistics, Slot, Statistics
 
@@ -143,7 +143,7 @@ def _selected(site: SiteStatistics, rule: _Rule, slot_name: str, chosen: Selecti
     parts = torch.stack(torch.broadcast_tensors(*rule.coefficients(site, known)))
     index = chosen.index.expand(parts.shape[1:]).flatten()
     pooled = summed_by(index, parts.reshape(len(parts), -1).mT, values[chosen.parameter].numel()).mT
-    form = Form(rule.kind, slot_name, parts.shape[-1] if rule.kind == "simplex" else 1)
+    form = ObjectiveForm(rule.kind, slot_name, parts.shape[-1] if rule.kind == "simplex" else 1)
     return Pools({chosen.parameter: form}, {chosen.parameter: pooled})
 
 
@@ -185,7 +185,7 @@ def _normal_pools(site: SiteStatistics, values: Numbers) -> Pools:
     event_dim = site.family.event_dim
     size = site.slots["loc"].values.shape[-1] if event_dim else 1
     spread_name = next(name for name in site.slots if name != "loc")
-    forms: dict[str, Form] = {}
+    forms: dict[str, ObjectiveForm] = {}
     refusals: dict[str, str] = {}
     rows: dict[str, Tensor] = {}
     for name, slot in site.slots.items():
@@ -202,7 +202,7 @@ def _normal_pools(site: SiteStatistics, values: Numbers) -> Pools:
         elif chosen.parameter in forms:
             refusals[chosen.parameter] = f"{quoted(site)} takes it as loc and as {name}"
         else:
-            forms[chosen.parameter] = Form("location" if name == "loc" else "spread", given, size)
+            forms[chosen.parameter] = ObjectiveForm("location" if name == "loc" else "spread", given, size)
             rows[name] = block.expand(site.counts.shape).flatten()
     if refusals or not rows:
         return Pools(refusals=refusals)
@@ -210,7 +210,12 @@ def _normal_pools(site: SiteStatistics, values: Numbers) -> Pools:
 
 
 def _pooled_moments(
-    site: SiteStatistics, size: int, spread_name: str, forms: dict[str, Form], rows: dict[str, Tensor], values: Numbers
+    site: SiteStatistics,
+    size: int,
+    spread_name: str,
+    forms: dict[str, ObjectiveForm],
+    rows: dict[str, Tensor],
+    values: Numbers,
 ) -> Pools:
     """The moments of a site whose learned slots select the given rows."""
     own = _moments(site, size, rows.get("loc"), rows.get(spread_name))
