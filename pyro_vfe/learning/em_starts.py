@@ -63,7 +63,7 @@ class Starts:
         if start:
             restore(initial)
             enumeration = self.pair.enumerate()
-            belief = random_belief(enumeration, generator)
+            belief = random_belief(enumeration, generator, self.pair.max_bytes)
             m_step(self.pair, self.m_phase, State(0, enumeration, belief, initial))
         loop = self.new_loop(start)
         state = loop.run()

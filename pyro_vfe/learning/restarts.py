@@ -27,29 +27,28 @@ from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.selection import Origins
 
-_EXEMPLARS = 1
-"""How many elements each component is drawn."""
-
 _SPREAD = 0.5
 """Standard deviation of the log noise on conditional tables."""
 
 _SHARE = 0.8
-"""The share of a component's weight that is on its own elements."""
+"""The share of a component's weight that is on its own element."""
 
 
-def random_belief(enumeration: Enumeration, generator: torch.Generator) -> Belief:
+def random_belief(enumeration: Enumeration, generator: torch.Generator, max_bytes: float | None = None) -> Belief:
     """Returns random weights for an M-phase; there is no Q behind them, and so no F.
 
     Args:
         enumeration: The factors, with the graph from the parameters to the distributions.
         generator: The source of randomness.
+        max_bytes: The most memory that intermediate tables may take.
 
     Raises:
         ImpossibleDataError: The model's zeros leave nothing possible.
+        CostError: The elimination would not fit.
     """
     keys = model_keys(enumeration)
     factors = [enumeration.factors[key].mapped(_zeros) for key in keys]
-    found = iter(expected_tables(enumeration.graph(*factors)))
+    found = iter(expected_tables(enumeration.graph(*factors), max_bytes=max_bytes))
     exemplars = _exemplars(enumeration, generator)
     noises: dict[tuple[int, ...], Tensor] = {}
     weights: dict[SiteKey, tuple[Tensor, ...]] = {}
@@ -59,7 +58,7 @@ def random_belief(enumeration: Enumeration, generator: torch.Generator) -> Belie
         if kind == "enumerated":
             tables = [_noisy(table, factor.name, enumeration, noises, generator) for table in tables]
         if kind == "observed":
-            tables = [_focused(table, exemplars, enumeration) for table in tables]
+            tables = [_focused(table, exemplars) for table in tables]
         weights[key] = tuple(table.values for table in tables)
     nothing = torch.zeros((), dtype=torch.float64)
     return Belief(weights, expected_log_q=nothing, surprise=nothing * torch.nan, free_energy=nothing * torch.nan)
@@ -88,8 +87,8 @@ def _noisy(
     return _reordered(Table(table.aligned(axes) * noise.aligned(axes), axes), table.axes)
 
 
-def _focused(table: Table, exemplars: Mapping[str, Table], enumeration: Enumeration) -> Table:
-    """An observation's weights with more on the elements that were drawn for a state; the sum stays."""
+def _focused(table: Table, exemplars: Mapping[str, Table]) -> Table:
+    """An observation's weights with more on the element that was drawn for a state; the sum stays."""
     gain = torch.ones_like(table.values)
     for axis in table.axes:
         if axis not in exemplars:
@@ -114,21 +113,17 @@ def _exemplars(enumeration: Enumeration, generator: torch.Generator) -> dict[str
         plates = [tuple(sorted(variable.plates)) for variable in variables]
         shapes = [tuple(enumeration.plates[plate] for plate in own) for own in plates]
         counts = [prod(shape) for shape in shapes]
+        gain = _SHARE / (1 - _SHARE) * sum(counts)
         extra = -torch.rand(sum(counts), variables[0].size, dtype=torch.float64, generator=generator).log() - 1
-        chosen = _drawn(len(extra), extra.shape[1], generator)
-        extra[chosen.flatten(), torch.arange(extra.shape[1]).repeat_interleave(chosen.shape[1])] += (
-            _SHARE / (1 - _SHARE) * len(extra) / chosen.shape[1]
-        )
+        extra[_drawn(len(extra), extra.shape[1], generator), torch.arange(extra.shape[1])] += gain
         for name, own, shape, part in zip(names, plates, shapes, extra.split(counts), strict=True):
             found[name] = Table(part.reshape(*shape, part.shape[1]), (*own, name))
     return found
 
 
 def _drawn(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Elements for each state, `(size, exemplars)`: different ones as long as there are enough."""
-    order = torch.randperm(count, generator=generator)
-    needed = size * _EXEMPLARS
-    return order.repeat(-(-needed // count))[:needed].reshape(size, _EXEMPLARS)
+    """An element for each state, `(size,)`: different ones as long as there are enough."""
+    return torch.randperm(count, generator=generator).repeat(-(-size // count))[:size]
 
 
 def _alike(enumeration: Enumeration) -> Sequence[list[str]]:
