@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import VFEError, VFEWarning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -211,3 +211,17 @@ def test_errors_name_the_site_there_too() -> None:
 
     with pytest.raises(VFEError, match="'u'"):
         vfe.FreeEnergy().loss(model, empty, "cuda")
+
+
+@pytest.mark.parametrize("name", ["mixture", "chain"])
+def test_EM_goes_the_way_of_the_CPU(name: str) -> None:
+    def compute(device: str) -> tuple[Tensor, Any]:
+        with pytest.warns(VFEWarning, match="max_iter=3"):
+            run = vfe.EM(PROGRAMS[name][0], check="always").run(device, max_iter=3, progress_bar=False)
+        assert all(value.device.type == device for value in run.params.values())
+        return torch.tensor(run.history.free_energy), dict(run.params)
+
+    (path, params), (cuda_path, cuda_params) = on_both(compute)
+    same(cuda_path, path)
+    for key, value in params.items():
+        same(cuda_params[key], value)
