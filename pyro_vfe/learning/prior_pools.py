@@ -79,7 +79,7 @@ def _conjugate(
     if family in ("Normal", "MultivariateNormal"):
         return _of_location(prior, name, form, values[name])
     if family == "InverseGamma":
-        return _of_variance(prior, name, values[name]) if form and form.given == "variance" else None
+        return _of_variance(prior, name) if form and form.given == "variance" else None
     kind: Kind = {"Dirichlet": "simplex", "Beta": "unit"}.get(family, "rate")  # type: ignore[assignment]
     given = "rate" if kind == "rate" else "probs"
     if form is not None and (form.kind, form.given) != (kind, given):
@@ -142,7 +142,7 @@ def _in_rows(single: Evidence, size: int) -> Evidence:
     )
 
 
-def _of_variance(prior: PriorStatistics, name: str, value: Tensor) -> Pools:
+def _of_variance(prior: PriorStatistics, name: str) -> Pools:
     """The pools of an inverse gamma prior of a variance."""
     assert prior.value.selection is not None
     index = prior.value.selection.index
