@@ -1,5 +1,6 @@
 """The loop of EM: what it reports, when it stops, what it refuses, and what it leaves behind when something fails."""
 
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +149,19 @@ def test_the_parameters_are_copies_and_the_store_holds_the_end() -> None:
         pyro.get_param_store()._params["rates"].add_(1.0)
     assert not torch.equal(run.params["rates"], pyro.param("rates"))
     assert not run.params["rates"].requires_grad
+
+
+@pytest.mark.parametrize("read", [lambda run: run.free_energy, lambda run: float(run.decomposition().accuracy)])
+def test_a_run_can_be_pickled(read: Callable[[vfe.EMRun], float]) -> None:
+    run = quiet(vfe.EM(mixture), COUNTS)
+    assert read(pickle.loads(pickle.dumps(run))) == read(run)
+
+
+def test_terms_and_posteriors_can_be_pickled() -> None:
+    terms, posterior = vfe.FreeEnergy().decompose(mixture, empty, COUNTS), vfe.posterior(mixture, COUNTS)
+    same_terms, same_posterior = pickle.loads(pickle.dumps((terms, posterior)))
+    torch.testing.assert_close(same_terms.by("data").surprise, terms.by("data").surprise, rtol=0, atol=0)
+    torch.testing.assert_close(same_posterior.marginal("z"), posterior.marginal("z"), rtol=0, atol=0)
 
 
 # Monotone
@@ -311,6 +325,13 @@ def test_an_M_phase_without_an_E_phase_takes_Q_at_the_present_parameters() -> No
     assert result.free_energy == pytest.approx(expected.history.rows[2].free_energy, rel=1e-14)
     assert result.updates["rates"].startswith("closed form")
     assert em.m_phase(COUNTS).free_energy == pytest.approx(result.free_energy, rel=1e-12)
+
+
+def test_an_M_phase_after_a_run_does_not_take_Q_from_before_it() -> None:
+    em = vfe.EM(mixture)
+    em.e_phase(COUNTS)
+    run = quiet(em, COUNTS)
+    assert em.m_phase(COUNTS).free_energy <= run.free_energy + 1e-10
 
 
 # Starts

@@ -169,6 +169,7 @@ class EM:
             EM algorithm.
         """
         check_run_options(max_iter, tol, n_init, acceleration)
+        self._last = None
         pair, first = self._looked_at(args, kwargs)
         e_phase = self._e_phase_for(first)
         if acceleration is not None:
@@ -233,6 +234,7 @@ class EM:
             return first, self._e_phase_for(first)
 
         check_options(self._m_phase, num_epochs, tol, num_data)
+        self._last = None
         again = check_batches(batches, num_epochs)
         chosen = method or Incremental()
         with Report(num_epochs, 1, progress_bar, callback) as report:
@@ -257,8 +259,8 @@ class EM:
     def m_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single M-phase and returns where it led.
 
-        Q is that of the last `e_phase` on the same arguments (the same objects); without one it is what the E-phase
-        makes of the present parameters, the guide's parameters left as they are.
+        Q is that of the last `e_phase` on the same arguments (the same objects), if no run came after it; otherwise it
+        is what the E-phase makes of the present parameters, the guide's parameters left as they are.
 
         Args:
             *args: The programs' arguments: the data.

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Variable
-from pyro_vfe.errors import PlateError
+from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import unwrapped
 
@@ -25,6 +25,18 @@ Rescored = Callable[[Collection[SiteKey], Any], dict[SiteKey, Factor]]
 
 PARTICLES = "num_particles_vectorized"
 """The plate of particles."""
+
+
+def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
+    """What stands in for `rescored` in a copy.
+
+    Raises:
+        StructureError: Always.
+    """
+    raise StructureError(
+        f"The factors of {len(keys)} sites were to be made again from a copy, which holds numbers and no programs.",
+        hint="Run the programs where the statistics are wanted.",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +67,11 @@ class Enumeration:
     """Makes the factors of some sites again, of what a scorer says in place of log-probabilities."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
+        parameters = {name: value.detach() for name, value in self.parameters.items()}
+        return {**self.__dict__, "rescored": _not_here, "parameters": parameters}
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:
