@@ -193,7 +193,7 @@ the fastest peer stands in that peer's row. Peak memory, in MiB, is the
 most that the process held beyond its imports and data, the first call (our analysis and spot check, jax's
 compilation) included. The last column counts the measurements of both, and gives the seconds of the first calls, which
 are not among them: in those of networks our plan is searched for. Contestants must agree on the log evidence, and on
-counts and marginals where both give them. What was tried is in [NOTES.md](NOTES.md).
+counts, marginals and parameters where both give them. What was tried is in [NOTES.md](NOTES.md).
 
 | case | peer | ours | peer's | reading | target | | ours MiB | peer's MiB | |
 | --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |
