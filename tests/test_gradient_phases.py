@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
+from pyro_vfe.errors import NotFiniteError, StructureError, VFEError, VFEWarning
 from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.pair import Pair
-from pyro_vfe.program.parameters import Parameters, unconstrained
+from pyro_vfe.program.parameters import Parameters, restore, snapshot, unconstrained
 from pyro_vfe.program.programs import Programs
 
 
@@ -89,6 +89,19 @@ def test_the_gradient_of_other_code_on_parameters_of_the_other_side_stays() -> N
     unconstrained("rates").grad = torch.full((3,), 5.0)
     Gradient(pyro.optim.Adam({"lr": 0.05}), 2).update(pair, 0)
     assert torch.equal(unconstrained("rates").grad, torch.full((3,), 5.0))
+
+
+def test_a_random_start_knows_nothing_of_the_starts_before_it() -> None:
+    phase = Gradient(pyro.optim.Adam({"lr": 0.05}), 2)
+    em = vfe.EM(mixture, mixture_guide, e_phase=phase)
+    pair_of(mixture, mixture_guide, COUNTS).enumerate()
+    start, ends = snapshot(pyro.get_param_store().keys()), []
+    for _ in range(2):
+        restore(start)
+        with pytest.warns(VFEWarning, match="max_iter"):
+            ends.append(em.run(COUNTS, n_init=2, max_iter=3, progress_bar=False).restarts)
+    assert ends[0][0].free_energy != ends[1][0].free_energy  # The first start goes on with the optimiser's moments.
+    assert ends[0][1].free_energy == ends[1][1].free_energy
 
 
 def test_its_belief_is_the_guides() -> None:

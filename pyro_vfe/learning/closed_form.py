@@ -54,6 +54,10 @@ class ClosedForm(MPhase):
         """Whether F never rises, but for rounding: where the fallback does not raise it."""
         return self.fallback.monotone
 
+    def forget(self) -> None:
+        """Lets the fallback forget."""
+        self.fallback.forget()
+
     def update(self, problem: Problem) -> Mapping[str, str]:
         """Writes new parameters and returns, for each name, how it was updated.
 

@@ -182,7 +182,7 @@ class EM:
             return Loop(pair, e_phase, self._m_phase, tol, max_iter, rounding, num_data, watch, jumps)
 
         with Report(max_iter, n_init, progress_bar, callback) as report:
-            starts = Starts(pair, self._m_phase, new_loop)
+            starts = Starts(pair, new_loop)
             end = starts.run(n_init, seed)
         if not end.loop.converged and not end.loop.stopped:
             warnings.warn(_not_converged(end, max_iter, tol), VFEWarning, stacklevel=2)

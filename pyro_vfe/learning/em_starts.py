@@ -12,7 +12,6 @@ from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.em_loop import Loop, State, m_step
 from pyro_vfe.learning.em_run import Restart
 from pyro_vfe.learning.pair import Pair
-from pyro_vfe.learning.phases import MPhase
 from pyro_vfe.learning.restarts import random_belief
 from pyro_vfe.program.parameters import restore, snapshot
 
@@ -30,7 +29,6 @@ class Starts:
     """Runs a loop from the parameters as they are, and from random ones."""
 
     pair: Pair
-    m_phase: MPhase
     new_loop: Callable[[int], Loop]
     """Makes the loop of a start, by its number."""
     restarts: list[Restart] = field(default_factory=list)
@@ -60,12 +58,14 @@ class Starts:
         return self.best
 
     def _run_one(self, start: int, generator: torch.Generator, initial: dict[str, Tensor]) -> None:
+        loop = self.new_loop(start)
         if start:
             restore(initial)
+            loop.e_phase.forget()
+            loop.m_phase.forget()
             enumeration = self.pair.enumerate()
             belief = random_belief(enumeration, generator, self.pair.max_bytes)
-            m_step(self.pair, self.m_phase, State(0, enumeration, belief, initial))
-        loop = self.new_loop(start)
+            m_step(self.pair, loop.m_phase, State(0, enumeration, belief, initial))
         state = loop.run()
         self.restarts.append(Restart(start, state.free_energy, state.iteration, loop.converged))
         # Of ends that the tolerance does not tell apart the first is kept, not the one that rounding favours.

@@ -73,6 +73,10 @@ class Gradient(EPhase, MPhase):
             return None
         return self._descend_model(subject)
 
+    def forget(self) -> None:
+        """Forgets the optimiser's moments and step counts."""
+        self.optim.optim_objs.clear()
+
     def belief(self, enumeration: Enumeration, iteration: int, max_bytes: float | None = None) -> Belief:
         """Q as the guide has it.
 

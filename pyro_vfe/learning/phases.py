@@ -31,6 +31,9 @@ class EPhase(ABC):
             iteration: The number of iterations before this one.
         """
 
+    def forget(self) -> None:  # noqa: B027
+        """Forgets what an optimiser keeps from step to step: another start is about to begin."""
+
     @abstractmethod
     def belief(self, enumeration: Enumeration, iteration: int, max_bytes: float | None = None) -> Belief:
         """Q as the M-phase needs it.
@@ -66,6 +69,9 @@ class MPhase(ABC):
 
     monotone: bool
     """Whether F never rises, but for rounding."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Forgets what an optimiser keeps from step to step: another start is about to begin."""
 
     @abstractmethod
     def update(self, problem: Problem) -> Mapping[str, str]:
