@@ -126,6 +126,12 @@ def test_a_parameter_used_out_of_sight_is_found_by_the_programs_own_gradient() -
     assert float(pyro.param("rate").detach()) == pytest.approx(best, rel=1e-8)
 
 
+def test_a_floor_that_is_not_met_hides_nothing_from_the_programs_own_gradient() -> None:
+    problem = problem_of(penalised, empty, COUNTS)
+    words = ClosedForm().update(replace(problem, pair=replace(problem.pair, floor=1e-3)))
+    assert "the programs' own gradient does not vanish there" in words["rate"]
+
+
 def test_programs_are_looked_at_after_a_first_m_phase_that_failed() -> None:
     phase, first = ClosedForm(), problem_of(penalised, empty, torch.zeros(3))
     with pytest.raises(DegenerateError):

@@ -38,6 +38,8 @@ class Proposal:
     """What a user should know: entries that were kept, or are at their floor."""
     refused: Mapping[str, str]
     """The parameters that have no closed form, with the reason."""
+    at_floor: frozenset[str]
+    """The parameters of which some entry is at its floor: the gradient does not vanish there."""
 
 
 def solve(
@@ -77,7 +79,8 @@ def solve(
             break
         refused = without_closed_form(total, names, {**refused, **failed})
     words = {name: _words(name, total, sweeps) for name in accepted}
-    return Proposal(proposed, words, tuple(_notes(total, proposed, floor)), refused)
+    notes, at_floor = _notes(total, proposed, floor)
+    return Proposal(proposed, words, tuple(notes), refused, at_floor)
 
 
 def gradient(pools: Pools, priors: Pools, values: Mapping[str, Tensor], floor: Floor = None) -> dict[str, Tensor]:
@@ -208,15 +211,17 @@ def _words(name: str, total: Pools, sweeps: int) -> str:
     return text + (f", {sweeps} sweeps" if kind in NORMAL_KINDS and sweeps > 2 else "")
 
 
-def _notes(total: Pools, proposed: Mapping[str, Tensor], floor: Floor) -> list[str]:
-    notes = []
+def _notes(total: Pools, proposed: Mapping[str, Tensor], floor: Floor) -> tuple[list[str], frozenset[str]]:
+    """What is to be said of entries that were kept or are at a floor, and which parameters are."""
+    notes, floored = [], set()
     for name, value in proposed.items():
         known, low, shape = _state(name, total, value, floor_of(floor, name))
         if not bool(known.all()):
             notes.append(f"Never visited, and left as before: {named(name, ~known, shape)}.")
         if bool((low & known).any()):
             notes.append(f"At the floor: {named(name, low & known, shape)}.")
-    return notes
+            floored.add(name)
+    return notes, frozenset(floored)
 
 
 def _state(name: str, total: Pools, value: Tensor, floor: float | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
