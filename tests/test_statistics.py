@@ -75,7 +75,7 @@ def check(pair: Pair) -> Statistics:
     direct = [name for name in pair.learned if name not in statistics.indirect]
     leaves = [unconstrained(name) for name in direct]
     if not leaves:
-        return statistics
+        pytest.skip("no parameter feeds a distribution directly")
     whole = expected_log_joint(belief.weights, pair.enumerate(differentiable=True))
     expected = torch.autograd.grad(whole, leaves, allow_unused=True, materialize_grads=True)
     parts = [expected_score(site) for site in statistics.sites]

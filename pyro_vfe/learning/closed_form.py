@@ -37,8 +37,9 @@ class ClosedForm(MPhase):
 
     Directly: as it is, expanded, or selected by a latent or by data; probabilities also as logits, a scale also as the
     root of a variance. The families are those of counts (Bernoulli, Categorical, OneHotCategorical, Binomial,
-    Multinomial, Geometric, NegativeBinomial, MarkovChain), of rates (Poisson, Exponential, Gamma) and of normals
-    (Normal, LogNormal, HalfNormal, MultivariateNormal). A point estimate with a conjugate prior is its posterior mode.
+    Multinomial, Geometric, NegativeBinomial, MarkovChain), of rates (Poisson, Exponential, Gamma, InverseGamma) and of
+    normals (Normal, LogNormal, HalfNormal, MultivariateNormal). A point estimate with a conjugate prior is its
+    posterior mode.
     """
 
     def __init__(self, fallback: MPhase | None = None) -> None:

@@ -156,7 +156,7 @@ class EM:
             progress_bar: Whether to show one.
             callback: Called after each phase with its number and a dict of F, surprise, gap (total, in nats), phase,
                 iteration and start; where it returns true the start ends with the E-phase.
-            seed: Of the random starts. The global random state is not touched.
+            seed: Of the random starts, which leave the global random state alone; `MonteCarlo` draws from that.
             acceleration: "squarem" for jumps along the path, which are taken where F falls. The history has one row for
                 a jump and its E-phase, and none for the M-phase before.
             **kwargs: The programs' keyword arguments.
