@@ -84,6 +84,8 @@ def test_a_run_goes_the_same_way_and_its_history_says_how(name: str) -> None:
     assert_same_point(Point(case.read(last), run.free_energy), expected[-1], case.tolerance)
     seen = run.history.of("E").free_energy
     close(seen, [point.free_energy for point in expected], rtol=case.tolerance)
+    is_searched = {words.startswith("L-BFGS") for words in run.updates.values()}
+    assert is_searched == {name == "linkage_indirect"}, run.updates
 
 
 # Linkage
