@@ -31,6 +31,9 @@ from pyro_vfe.program.programs import Programs
 _FRACTION = 1e-6
 """How small a certified gradient is next to the one at the old parameters, in double precision."""
 
+_ROUNDINGS = 1e3
+"""It is no smaller than so many roundings, which counts in single precision."""
+
 
 class ClosedForm(MPhase):
     """Closed forms from expected sufficient statistics, where a parameter feeds its distributions directly.
@@ -141,8 +144,9 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
     failed = {}
     for name in names:
         eps = torch.finfo(unconstrained(name).dtype).eps
+        # From a start at the optimum all that is left is rounding: little next to what one datum says.
         noise = eps**0.5 * size / max(1, problem.enumeration.num_data)
-        largest = max(_FRACTION, 1e3 * eps) * float(old_slopes[name].abs().max()) + noise
+        largest = max(_FRACTION, _ROUNDINGS * eps) * float(old_slopes[name].abs().max()) + noise
         if not float(slopes[name].abs().max()) <= largest and name not in proposal.at_floor:
             failed[name] = "the programs' own gradient does not vanish there"
     return failed

@@ -352,7 +352,8 @@ def _result(row: Row, updates: Mapping[str, str], notes: tuple[str, ...] = ()) -
 
 def _not_converged(end: End, max_iter: int, tol: float) -> str:
     per_datum = end.loop.last_decrease / end.loop.num_data
-    last = f"its last iteration lowered F by {per_datum:.3g} nats per datum, more than tol={tol:g}"
+    moved = "lowered" if per_datum > 0 else "raised"
+    last = f"its last iteration {moved} F by {abs(per_datum):.3g} nats per datum, more than tol={tol:g}"
     return (
         f"EM stopped at max_iter={max_iter} before it had converged{': ' + last if max_iter else ''}. Pass a larger "
         "max_iter (or call run again: it goes on from here), a larger tol, or acceleration='squarem'."

@@ -38,6 +38,12 @@ _COLLAPSED = 1e-30
 _FALLING = 1e-3
 """A slope of f, in nats per unit of an unconstrained parameter, that has not come to an end."""
 
+_MEMORY = 50
+"""How many steps L-BFGS learns curvatures from."""
+
+_LINE_SEARCH = 25
+"""The most evaluations of one line search: torch's own limit."""
+
 _LAST_STEPS = 100
 """The most steps by the gradient alone."""
 
@@ -231,7 +237,7 @@ class _Search:
         self.place = start.clone().requires_grad_()
         self.optimizer = torch.optim.LBFGS(
             [self.place],
-            history_size=50,
+            history_size=_MEMORY,
             tolerance_grad=tolerance,
         )
         self.rounding = rounding
@@ -250,7 +256,7 @@ class _Search:
     def step(self, max_iter: int, *, by_value: bool) -> _Point:
         """Takes steps, by line search on the value or as long as L-BFGS proposes, and returns where they led."""
         (options,) = self.optimizer.param_groups
-        options.update(max_iter=max_iter, max_eval=max_iter * 25)
+        options.update(max_iter=max_iter, max_eval=max_iter * _LINE_SEARCH)
         options.update(line_search_fn="strong_wolfe" if by_value else None)
         # torch holds both the change of f and the step against it, and f changes by the square of a step.
         options.update(tolerance_change=min(self.rounding, math.sqrt(self.rounding)) if by_value else 0.0)
