@@ -132,6 +132,22 @@ def test_a_floor_that_is_not_met_hides_nothing_from_the_programs_own_gradient() 
     assert "the programs' own gradient does not vanish there" in words["rate"]
 
 
+def test_a_parameter_that_comes_up_later_is_looked_at_too() -> None:
+    def model(counts: Tensor, is_penalised: bool) -> None:
+        with pyro.plate("days", len(counts)):
+            pyro.sample("before", dist.Poisson(positive("other")), obs=counts)
+        if is_penalised:
+            penalised(counts)
+
+    phase, first = ClosedForm(), problem_of(model, empty, COUNTS, False)
+    assert phase.update(first).keys() == {"other"}
+    pair = replace(first.pair, args=(COUNTS, True))
+    enumeration = pair.enumerate()
+    words = phase.update(Problem(pair, enumeration, Exact().belief(enumeration, 0), pair.learned))
+    assert words["other"].startswith("closed form")
+    assert "the programs' own gradient does not vanish there" in words["rate"]
+
+
 def test_programs_are_looked_at_after_a_first_m_phase_that_failed() -> None:
     phase, first = ClosedForm(), problem_of(penalised, empty, torch.zeros(3))
     with pytest.raises(DegenerateError):

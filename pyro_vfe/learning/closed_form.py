@@ -2,8 +2,8 @@ r"""The M-phase in closed form, for every parameter that has one; a search for t
 
     counts and sums of T(x)  ->  pooled by parameter  ->  theta'  ->  certificate: dF(Q, theta')/dtheta = 0
 
-The certificate is taken twice: in every M-phase from the pooled statistics, and in the first one of a pair of programs
-from the programs themselves, by autograd through their tables. What fails it goes to the search.
+The certificate is taken twice: in every M-phase from the pooled statistics, and in the first one of a parameter from
+the programs themselves, by autograd through their tables. What fails it goes to the search.
 
 References:
     Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
@@ -51,6 +51,7 @@ class ClosedForm(MPhase):
         """
         self.fallback = fallback or Numerical()
         self._programs: Programs | None = None
+        self._looked_at = frozenset[str]()
         self._uncertified: dict[str, str] = {}
 
     @property
@@ -71,16 +72,16 @@ class ClosedForm(MPhase):
         Raises:
             DegenerateError: The likelihood is unbounded: a component has collapsed onto its data.
         """
-        is_first = self._programs is not problem.pair.programs
-        if is_first:
-            self._programs, self._uncertified = None, {}
+        if self._programs is not problem.pair.programs:
+            self._programs, self._looked_at, self._uncertified = problem.pair.programs, frozenset(), {}
         data, priors = self.pooled(problem)
         proposal = self._proposed(problem, data, priors)
-        if is_first and proposal.values:
-            self._uncertified = uncertified(problem, proposal)
-            if self._uncertified:
-                proposal = self._proposed(problem, data, priors)
-        self._programs = problem.pair.programs
+        new = proposal.values.keys() - self._looked_at
+        failed = uncertified(problem, proposal) if new else {}
+        self._looked_at |= new
+        if not new.isdisjoint(failed):
+            self._uncertified |= {name: reason for name, reason in failed.items() if name in new}
+            proposal = self._proposed(problem, data, priors)
         write(proposal.values)
         problem.notes.extend(proposal.notes)
         words = dict(proposal.words)
