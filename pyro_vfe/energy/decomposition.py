@@ -175,7 +175,7 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
     Raises:
         ImpossibleDataError: The data have probability zero under the model.
     """
-    precise = tuple(normalized(run, torch.float64) for run in runs)
+    precise = tuple(normalized(run, torch.float64).numbers() for run in runs)
     terms = [measured(run, max_bytes=max_bytes)[1] for run in precise]
     for term, run in zip(terms, precise, strict=True):
         check_possible(term, run)

@@ -64,7 +64,7 @@ class Posterior:
         Raises:
             ImpossibleDataError: The data have probability zero.
         """
-        self._enumeration = normalized(enumeration, torch.float64)
+        self._enumeration = normalized(enumeration, torch.float64).numbers()
         self._max_bytes = max_bytes
         self._graph: FactorGraph = joint_graph(self._enumeration)
         self.log_evidence: Tensor = evidence(self._graph, max_bytes=max_bytes)

@@ -373,7 +373,7 @@ def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
         updates=updates,
         notes=notes,
         restarts=tuple(starts.restarts),
-        enumeration=end.state.enumeration,
+        enumeration=end.state.enumeration.numbers(),
         belief=end.state.belief,
         max_bytes=pair.max_bytes,
     )

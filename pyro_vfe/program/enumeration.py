@@ -28,13 +28,13 @@ PARTICLES = "num_particles_vectorized"
 
 
 def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
-    """What stands in for `rescored` in a copy.
+    """What stands in for `rescored` where the runs are not kept.
 
     Raises:
         StructureError: Always.
     """
     raise StructureError(
-        f"The factors of {len(keys)} sites were to be made again from a copy, which holds numbers and no programs.",
+        f"The factors of {len(keys)} sites were to be made again from a result, which holds numbers and no runs.",
         hint="Run the programs where the statistics are wanted.",
     )
 
@@ -97,6 +97,10 @@ class Enumeration:
     def observed(self) -> tuple[Factor, ...]:
         """log P(u | parents) of what is observed, and `pyro.factor` terms."""
         return self._group("model", "observed")
+
+    def numbers(self) -> "Enumeration":
+        """The enumeration for who keeps it: without the runs that could make its factors again."""
+        return replace(self, paths=(), rescored=_not_here, parameters={})
 
     def _group(self, role: Role, *kinds: str) -> tuple[Factor, ...]:
         return tuple(self.factors[key] for key, site in self.sites.items() if site.role == role and site.kind in kinds)
