@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.learning.closed_forms import Proposal, solve
-from pyro_vfe.learning.entries import floor_of
 from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import MPhase, Problem
@@ -136,9 +135,21 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
         eps = torch.finfo(unconstrained(name).dtype).eps
         noise = eps**0.5 * size / max(1, problem.enumeration.num_data)
         largest = max(_FRACTION, 1e3 * eps) * float(old_slopes[name].abs().max()) + noise
-        if not float(slopes[name].abs().max()) <= largest and floor_of(problem.pair.floor, name) is None:
+        if not bool((_free(slopes[name], name, proposal.low[name]).abs() <= largest).all()):
             failed[name] = "the programs' own gradient does not vanish there"
     return failed
+
+
+def _free(slope: Tensor, name: str, low: Tensor) -> Tensor:
+    """The slopes of what is above its floor: at a floor they need not vanish.
+
+    A constraint that binds numbers of which only some are at their floor lets none of them be told apart.
+    """
+    if not bool(low.any()):
+        return slope
+    shape = unconstrained(name).shape
+    rows = shape[: len(shape) - constraint_of(name).event_dim]
+    return slope.reshape(len(low), -1)[~low] if rows.numel() == len(low) else slope.new_zeros(0)
 
 
 def present_values(pair: Pair) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ from pyro_vfe.learning.pools import Pools
 TOLERANCE = 1e4
 """A gradient has vanished when it is smaller than this many roundings of the terms that it is made of."""
 
+CLOSED_FORM = "closed form"
+"""How the words begin that are said of a parameter in closed form."""
+
 NORMAL_KINDS = ("location", "spread")
 
 
@@ -38,6 +41,8 @@ class Proposal:
     """What a user should know: entries that were kept, or are at their floor."""
     refused: Mapping[str, str]
     """The parameters that have no closed form, with the reason."""
+    low: Mapping[str, Tensor]
+    """Which numbers, rows of probabilities or covariances are at their floor, in order, by parameter."""
 
 
 def solve(
@@ -77,7 +82,9 @@ def solve(
             break
         refused = without_closed_form(total, names, {**refused, **failed})
     words = {name: _words(name, total, sweeps) for name in accepted}
-    return Proposal(proposed, words, tuple(_notes(total, proposed, floor)), refused)
+    states = {name: _state(name, total, value, floor_of(floor, name)) for name, value in proposed.items()}
+    low = {name: low.flatten() for name, (_, low, _) in states.items()}
+    return Proposal(proposed, words, tuple(_notes(states)), refused, low)
 
 
 def gradient(pools: Pools, priors: Pools, values: Mapping[str, Tensor], floor: Floor = None) -> dict[str, Tensor]:
@@ -202,16 +209,15 @@ WHAT = {
 
 def _words(name: str, total: Pools, sweeps: int) -> str:
     kind = total.forms[name].kind
-    text = f"closed form: {WHAT[kind]}"
+    text = f"{CLOSED_FORM}: {WHAT[kind]}"
     if name in total.priors:
         text += f", with {total.priors[name]} prior"
     return text + (f", {sweeps} sweeps" if kind in NORMAL_KINDS and sweeps > 2 else "")
 
 
-def _notes(total: Pools, proposed: Mapping[str, Tensor], floor: Floor) -> list[str]:
+def _notes(states: Mapping[str, tuple[Tensor, Tensor, tuple[int, ...]]]) -> list[str]:
     notes = []
-    for name, value in proposed.items():
-        known, low, shape = _state(name, total, value, floor_of(floor, name))
+    for name, (known, low, shape) in states.items():
         if not bool(known.all()):
             notes.append(f"Never visited, and left as before: {named(name, ~known, shape)}.")
         if bool((low & known).any()):

@@ -13,10 +13,13 @@ from math import inf
 
 import pyro
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_vfe.errors import NotFiniteError, VFEError, VFEWarning
 from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.e_phases import Annealed
+from pyro_vfe.learning.closed_forms import CLOSED_FORM
+from pyro_vfe.learning.entries import floor_of, named
 from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.history import START, Row
 from pyro_vfe.learning.pair import Pair
@@ -24,7 +27,7 @@ from pyro_vfe.learning.phases import EPhase, MPhase, Problem
 from pyro_vfe.learning.rounding import Rounding
 from pyro_vfe.learning.squarem import Squarem
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.parameters import restore, snapshot
+from pyro_vfe.program.parameters import constraint_of, restore, snapshot
 
 _FINE = 1e-10
 """Programs that round less than this tell all changes apart that a tolerance asks for."""
@@ -111,10 +114,46 @@ def m_step(pair: Pair, m_phase: MPhase, state: State, notes: list[str] | None = 
     """
     problem = Problem(pair, state.enumeration, state.belief, pair.learned, [] if notes is None else notes)
     try:
-        return m_phase.update(problem)
+        updates = m_phase.update(problem)
+        check_floors(problem, updates)
+        return updates
     except BaseException:
         restore(state.parameters)
         raise
+
+
+def check_floors(problem: Problem, updates: Mapping[str, str]) -> None:
+    """Checks that a search, which knows no floors, left parameters above theirs.
+
+    Args:
+        problem: What was solved. It gets a note where the floor of all parameters was passed under.
+        updates: How each parameter was updated.
+
+    Raises:
+        VFEError: A parameter is below the floor that a user gave it by name.
+    """
+    by_name = isinstance(problem.pair.floor, Mapping)
+    for name, how in updates.items():
+        floor = floor_of(problem.pair.floor, name)
+        if floor is None or how.startswith(CLOSED_FORM) or not (by_name or is_bounded(name)):
+            continue
+        value = pyro.get_param_store()[name].detach()
+        if bool((value < floor).any()):
+            fact = f"{named(name, value < floor, value.shape)} is below its floor {floor:g}: a search knows no floors."
+            if by_name:
+                hint = "Give the parameter a constraint with this bound, constraints.greater_than(...), or a prior."
+                raise VFEError(f"{fact} '{name}' was updated by {how}.", hint=hint)
+            problem.notes.append(fact)
+
+
+def is_bounded(name: str) -> bool:
+    """Whether a parameter has numbers of which there can be a least one: positive numbers and probabilities.
+
+    Args:
+        name: A name in Pyro's store.
+    """
+    constraint = constraint_of(name)
+    return constraint is constraints.simplex or getattr(constraint, "lower_bound", None) == 0
 
 
 def row_after_m_step(belief: Belief, enumeration: Enumeration, surprise: Tensor, iteration: int) -> Row:

@@ -133,6 +133,9 @@ def _reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | Non
         return f"its prior, site '{site.name}', depends on a latent"
     if isinstance(base, MarkovChain):
         return None if base.num_steps > 1 else f"site '{site.name}' is a chain of one step"
+    event_dim = len(fn.event_shape)
+    if event_dim and not is_prior and site.value.shape[-event_dim:] != fn.event_shape:
+        return f"the value of site '{site.name}' has another event shape than its distribution"
     if form_of(fn) is None:
         return f"site '{site.name}' is {type(base).__name__}, which has no exponential-family form here"
     return None
