@@ -3,14 +3,15 @@ r"""The M-phase in closed form, for every parameter that has one; a search for t
     counts and sums of T(x)  ->  pooled by parameter  ->  theta'  ->  certificate: dF(Q, theta')/dtheta = 0
 
 The certificate is taken twice: in every M-phase from the pooled statistics, and in the first one of a pair of programs
-from the programs themselves, by autograd through their tables. What fails it goes to the search.
+and their data from the programs themselves, by autograd through their tables. What fails it goes to the search.
 
 References:
     Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from weakref import ref
 
 import pyro
 import torch
@@ -25,10 +26,13 @@ from pyro_vfe.learning.prior_pools import prior_pools
 from pyro_vfe.learning.site_pools import data_pools
 from pyro_vfe.program.extraction import statistics_of
 from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained, write
-from pyro_vfe.program.programs import Programs
 
 _FRACTION = 1e-6
 """How small a certified gradient is next to the one at the old parameters, in double precision."""
+
+
+def _no_pair() -> None:
+    """None, as a reference to nothing."""
 
 
 class ClosedForm(MPhase):
@@ -45,7 +49,7 @@ class ClosedForm(MPhase):
         fallback: The M-phase for parameters without a closed form; by default `Numerical()`.
         """
         self.fallback = fallback or Numerical()
-        self._programs: Programs | None = None
+        self._pair: Callable[[], Pair | None] = _no_pair
         self._uncertified: dict[str, str] = {}
 
     @property
@@ -62,9 +66,9 @@ class ClosedForm(MPhase):
         Raises:
             DegenerateError: The likelihood is unbounded: a component has collapsed onto its data.
         """
-        is_first = self._programs is not problem.pair.programs
+        is_first = self._pair() is not problem.pair
         if is_first:
-            self._programs, self._uncertified = problem.pair.programs, {}
+            self._pair, self._uncertified = ref(problem.pair), {}
         data, priors = self.pooled(problem)
         proposal = self._proposed(problem, data, priors)
         if is_first and proposal.values:

@@ -17,8 +17,8 @@ from torch.distributions import constraints
 
 from pyro_vfe.errors import NotFiniteError, VFEError, VFEWarning
 from pyro_vfe.learning.belief import Belief, expected_log_joint
-from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.closed_forms import CLOSED_FORM
+from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.entries import floor_of, named
 from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.history import START, Row

@@ -173,10 +173,14 @@ def _probed(
         tables, given = [], []
         for key, factor in factors.items():
             for table, own, weight in zip(factor.tables, enumeration.factors[key].tables, weights[key], strict=True):
-                tables.append(table.values)
-                given.append(_rearranged(Table(weight, own.axes), table))
+                if table.values.requires_grad:  # what is masked altogether tells of nothing
+                    tables.append(table.values)
+                    given.append(_rearranged(Table(weight, own.axes), table))
     leaves = [leaf for probe in prober.probes for leaf in probe.leaves]
-    gradients = iter(torch.autograd.grad(tables, leaves, given, materialize_grads=True) if leaves else ())
+    found = (
+        torch.autograd.grad(tables, leaves, given, materialize_grads=True) if tables else map(torch.zeros_like, leaves)
+    )
+    gradients = iter(found)
     return tuple(_statistics(probe, [next(gradients) for _ in probe.leaves], origins) for probe in prober.probes)
 
 
