@@ -5,7 +5,7 @@
 Q and E_Q log P are sums over ordinary runs, one per joint assignment; the gradient is autograd's through these runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -90,37 +90,29 @@ def expected_log_joint(rows: list[Row], q: Tensor) -> Tensor:
     return torch.dot(q, torch.stack(totals))
 
 
-def check_m_phase(
-    model: Model, data: Tensor, guide: Any = None, points: Mapping[str, str] | None = None, **options: Any
-) -> dict[str, str]:
+def check_m_phase(model: Model, data: Tensor, **options: Any) -> dict[str, str]:
     """One iteration of EM: the full joint table's E_Q log P has not fallen and has no gradient, and F is its own.
 
     Args:
         model: The program.
         data: What it observes.
-        guide: Of point estimates.
-        points: The parameter of the guide that each of these sites is.
         options: Of EM.
     """
 
-    def rows() -> list[Row]:
-        values = {site: pyro.param(name) for site, name in (points or {}).items()}
-        return enumerate_runs(pyro.poutine.condition(model, data=values), data)
-
-    em = vfe.EM(model, guide, **options)
+    em = vfe.EM(model, **options)
     em.e_phase(data)
     with torch.no_grad():
-        before = rows()
+        before = enumerate_runs(model, data)
         q = torch.stack([row.log_joint for row in before]).softmax(0)
         start = expected_log_joint(before, q)
     result = em.m_phase(data)
-    end = expected_log_joint(rows(), q)
+    end = expected_log_joint(enumerate_runs(model, data), q)
     leaves = [unconstrained(name) for name in pyro.get_param_store() if unconstrained(name).requires_grad]
     gradients = torch.autograd.grad(end, leaves)
     size = float(end.detach().abs())
-    assert end >= start - 1e-10 * size
+    assert end.detach() >= start - 1e-10 * size
     assert max(float(gradient.abs().max()) for gradient in gradients if gradient.numel()) < 1e-6 * max(1.0, size)
-    assert result.free_energy == pytest.approx(float(torch.xlogy(q, q).sum() - end), rel=1e-8)
+    assert result.free_energy == pytest.approx(float(torch.xlogy(q, q).sum() - end.detach()), rel=1e-8)
     return dict(result.updates)
 
 
@@ -153,7 +145,7 @@ def branching(data: Tensor) -> None:
 
 
 def masked_altogether(data: Tensor) -> None:
-    observed("first", dist.Poisson(parameter("first", 2.0, constraints.positive)), data[0])
+    observed("first", dist.Poisson(parameter("first_rate", 2.0, constraints.positive)), data[0])
     with pyro.plate("data", len(data)):
         z = categorical("z", weights())
         observed("u", dist.Poisson(rates()[z]), data)
@@ -218,7 +210,7 @@ MODELS: dict[str, tuple[Model, Tensor, dict[str, Any]]] = {
     "one_minus_itself": (
         mixture(COMPLEMENT, lambda: torch.stack([unit()[0], 1 - unit()[0]])),
         COUNTS,
-        {"fixed": ()},
+        {},
     ),
     "times_one": (mixture(one(lambda z: dist.Poisson(1.0 * rates()[z])), lambda: 1.0 * weights()), COUNTS, {}),
     "loc_and_scale": (mixture(one(lambda z: dist.Normal(spread()[z], spread()[z]))), REALS, {}),
@@ -355,13 +347,6 @@ def scaled_prior(data: Tensor) -> None:
         observed("u", dist.Normal(means[categorical("z", weights())], 1.0), data)
 
 
-def masked_prior(data: Tensor) -> None:
-    with pyro.plate("components", 2), pyro.poutine.mask(mask=torch.tensor([True, False])):
-        means = pyro.sample("means", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(data)):
-        observed("u", dist.Normal(means[categorical("z", weights())], 1.0), data)
-
-
 @pytest.mark.parametrize("model", [hierarchical, scaled_prior])
 def test_a_posterior_mode_is_the_maximum_of_the_full_joint_table(model: Model) -> None:
     guide = AutoDelta(pyro.poutine.block(model, expose=["means"]))
@@ -433,7 +418,7 @@ def test_a_parameter_that_later_data_use_out_of_sight_is_found() -> None:
 
     em = vfe.EM(model)
     assert em.m_phase(COUNTS, False).updates["rates"].startswith("closed form")
-    assert "gradient does not vanish" in em.m_phase(COUNTS, True).updates["rates"]
+    assert "no closed form" in em.m_phase(COUNTS, True).updates["rates"]
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -454,3 +439,34 @@ def test_a_program_that_sees_nothing_keeps_its_parameters() -> None:
     run = vfe.EM(model).run(COUNTS, progress_bar=False)
     torch.testing.assert_close(run.params["rates"], RATES)
     assert "Never visited, and left as before: 'rates'[0], 'rates'[1]." in run.notes
+
+
+class Penalised(dist.Bernoulli):
+    """A distribution that reads a parameter from the store."""
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Penalised":
+        return Penalised(self.probs.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) - 10 * (pyro.get_param_store()["probs"] - 0.5).square().sum()
+
+
+def test_a_closed_form_at_a_bound_is_none_where_the_program_says_otherwise() -> None:
+    """At a bound no slope of an unconstrained parameter is left to tell."""
+
+    def model(data: Tensor) -> None:
+        own = unit()
+        with pyro.plate("data", len(data)):
+            observed("u", dist.Bernoulli(own[categorical("z", weights())]), data)
+        observed("penalty", Penalised(tensor(0.5)), tensor(1.0))
+
+    vfe.EM(model).m_phase(torch.ones(3))
+    counts = 3 * tensor([0.25, 0.75])  # shares 0.4 * 0.3 : 0.6 * 0.6; then c / p = 20 (p - 0.5)
+    torch.testing.assert_close(pyro.param("probs").detach(), (10 + (100 + 80 * counts).sqrt()) / 40, atol=1e-7, rtol=0)
+
+
+def test_a_start_below_the_floor_is_raised_without_a_warning() -> None:
+    model = mixture(one(lambda z: dist.Normal(tensor([0.0, 3.0])[z], spread([0.1, 0.2])[z])))
+    run = vfe.EM(model, floor={"spread": 0.5}).run(tensor([0.0, 0.1, 3.0]), progress_bar=False)
+    torch.testing.assert_close(run.params["spread"], tensor([0.5, 0.5]))
+    assert run.notes == ("At the floor: 'spread'[0], 'spread'[1].",)

@@ -120,7 +120,7 @@ def proposed(pair: Pair, data: Pools, priors: Pools, names: Sequence[str]) -> Pr
 
 
 def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
-    """The parameters at whose proposed values the programs' own gradient does not vanish, with the reason in words.
+    """The parameters whose proposed values are not the best by the programs' own gradient, with the reason in words.
 
     Args:
         problem: What was solved; its enumeration can be differentiated no more. The parameters stay as they are.
@@ -128,12 +128,16 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
     """
     names = list(proposal.values)
     before = snapshot(names)
-    old_slopes, size = _slopes(problem, names)
+    old_slopes, start = _slopes(problem, names)
     try:
         write(proposal.values)
-        slopes, _ = _slopes(problem, names)
+        slopes, end = _slopes(problem, names)
     finally:
         restore(before)
+    size = abs(start)
+    is_raised = any(bool(low.any()) for low in proposal.low.values())
+    if not is_raised and end < start - max(torch.finfo(unconstrained(name).dtype).eps for name in names) ** 0.5 * size:
+        return dict.fromkeys(names, "the programs' own log-probability falls")  # at a bound all slopes vanish
     failed = {}
     for name in names:
         eps = torch.finfo(unconstrained(name).dtype).eps
@@ -166,8 +170,8 @@ def present_values(pair: Pair) -> dict[str, Tensor]:
 
 
 def _slopes(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-    """The gradient of the expected log joint in the unconstrained parameters at present, and its size, in nats."""
+    """The gradient of the expected log joint in the unconstrained parameters at present, and its value, in nats."""
     value = problem.expected_log_joint()
     leaves = [unconstrained(name) for name in names]
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, gradients, strict=True)), abs(float(value.detach()))
+    return dict(zip(names, gradients, strict=True)), float(value.detach())

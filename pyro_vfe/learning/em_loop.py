@@ -240,7 +240,9 @@ class Loop:
         if after is None:
             after = self._e_step_after_m_step(state)
             moved = row_after_m_step(state.belief, after.enumeration, after.belief.surprise, iteration)
-            self._check_fall("M", self.m_phase.monotone and state.belief.sampled is None, moved.free_energy, after)
+            is_raised = self.pair.floor is not None and state.iteration == 0  # the start may have been below the floor
+            monotone = self.m_phase.monotone and state.belief.sampled is None and not is_raised
+            self._check_fall("M", monotone, moved.free_energy, after)
             self._record(moved)
             self._check_fall("E", self.e_phase.monotone, after.free_energy, after)
         self._record(row_of(after.belief, iteration, "E"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
@@ -104,20 +104,20 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     return learned, tuple(name for name in free if name in recognition - points)
 
 
-def _tensors(holder: object) -> Iterable[Tensor]:
-    """All tensors that a distribution holds, at any depth."""
+def _tensors(holder: object, around: tuple[object, ...] = ()) -> Iterable[Tensor]:
+    """All tensors that a distribution holds, at any depth; a transform and its inverse hold each other."""
     if isinstance(holder, Tensor):
         yield holder
     elif isinstance(holder, Mapping):
         for part in holder.values():
-            yield from _tensors(part)
+            yield from _tensors(part, around)
     elif isinstance(holder, (list, tuple)):
         for part in holder:
-            yield from _tensors(part)
+            yield from _tensors(part, around)
     elif isinstance(holder, torch.nn.Module):
         yield from holder.parameters()
-    elif isinstance(holder, Distribution):
-        yield from _tensors(holder.__dict__)
+    elif isinstance(holder, (Distribution, Transform)) and not any(holder is other for other in around):
+        yield from _tensors(holder.__dict__, (*around, holder))
 
 
 def _reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | None:
