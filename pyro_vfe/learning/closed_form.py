@@ -135,9 +135,6 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
     finally:
         restore(before)
     size = abs(start)
-    is_raised = any(bool(low.any()) for low in proposal.low.values())
-    if not is_raised and end < start - max(torch.finfo(unconstrained(name).dtype).eps for name in names) ** 0.5 * size:
-        return dict.fromkeys(names, "the programs' own log-probability falls")  # at a bound all slopes vanish
     failed = {}
     for name in names:
         eps = torch.finfo(unconstrained(name).dtype).eps
@@ -145,6 +142,10 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
         largest = max(_FRACTION, 1e3 * eps) * float(old_slopes[name].abs().max()) + noise
         if not bool((_free(slopes[name], name, proposal.low[name]).abs() <= largest).all()):
             failed[name] = "the programs' own gradient does not vanish there"
+    is_raised = any(bool(low.any()) for low in proposal.low.values())
+    noise = max((torch.finfo(unconstrained(name).dtype).eps for name in names), default=0.0) ** 0.5 * size
+    if not failed and not is_raised and end < start - noise:  # at a bound all slopes vanish
+        return dict.fromkeys(names, "the programs' own log-probability falls")
     return failed
 
 
