@@ -11,6 +11,7 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from weakref import ref
 
 import pyro
 import torch
@@ -26,7 +27,6 @@ from pyro_vfe.learning.prior_pools import prior_pools
 from pyro_vfe.learning.site_pools import data_pools
 from pyro_vfe.program.extraction import statistics_of
 from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained, write
-from pyro_vfe.program.programs import Programs
 
 _FRACTION = 1e-6
 """How small a certified gradient is next to the one at the old parameters, in double precision."""
@@ -50,7 +50,7 @@ class ClosedForm(MPhase):
         fallback: The M-phase for parameters without a closed form; by default `Numerical()`.
         """
         self.fallback = fallback or Numerical()
-        self._programs: Programs | None = None
+        self._pair: ref[Pair] | None = None
         self._looked_at = frozenset[str]()
         self._uncertified: dict[str, str] = {}
 
@@ -72,8 +72,8 @@ class ClosedForm(MPhase):
         Raises:
             DegenerateError: The likelihood is unbounded: a component has collapsed onto its data.
         """
-        if self._programs is not problem.pair.programs:
-            self._programs, self._looked_at, self._uncertified = problem.pair.programs, frozenset(), {}
+        if self._pair is None or self._pair() is not problem.pair:  # Other data may open other branches.
+            self._pair, self._looked_at, self._uncertified = ref(problem.pair), frozenset(), {}
         data, priors = self.pooled(problem)
         proposal = self._proposed(problem, data, priors)
         new = proposal.values.keys() - self._looked_at
@@ -128,7 +128,7 @@ def proposed(pair: Pair, data: Pools, priors: Pools, names: Sequence[str]) -> Pr
 
 
 def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
-    """The parameters at whose proposed values the programs' own gradient does not vanish, with the reason in words.
+    """The parameters whose proposed values are not the best by the programs' own tables, with the reason in words.
 
     Args:
         problem: What was solved; its enumeration can be differentiated no more. The parameters stay as they are.
@@ -136,13 +136,13 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
     """
     names = list(proposal.values)
     before = snapshot(names)
-    old_slopes, size = _slopes(problem, names)
+    old_slopes, start = _slopes(problem, names)
     try:
         write(proposal.values)
-        slopes, _ = _slopes(problem, names)
+        slopes, end = _slopes(problem, names)
     finally:
         restore(before)
-    failed = {}
+    failed, size = {}, abs(start)
     for name in names:
         eps = torch.finfo(unconstrained(name).dtype).eps
         # From a start at the optimum all that is left is rounding: little next to what one datum says.
@@ -150,6 +150,9 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
         largest = max(_FRACTION, _ROUNDINGS * eps) * float(old_slopes[name].abs().max()) + noise
         if not float(slopes[name].abs().max()) <= largest and name not in proposal.at_floor:
             failed[name] = "the programs' own gradient does not vanish there"
+    coarsest = max((torch.finfo(unconstrained(name).dtype).eps for name in names), default=0.0)
+    if not failed and not proposal.at_floor and end < start - coarsest**0.5 * size:  # At a bound all slopes vanish.
+        return dict.fromkeys(names, "the programs' own log-probability falls")
     return failed
 
 
@@ -171,8 +174,8 @@ def _floors_not_held(pair: Pair, searched: Sequence[str]) -> list[str]:
 
 
 def _slopes(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-    """The gradient of the expected log joint in the unconstrained parameters at present, and its size, in nats."""
+    """The gradient of the expected log joint in the unconstrained parameters at present, and its value, in nats."""
     value = problem.expected_log_joint()
     leaves = [unconstrained(name) for name in names]
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, gradients, strict=True)), abs(float(value.detach()))
+    return dict(zip(names, gradients, strict=True)), float(value.detach())

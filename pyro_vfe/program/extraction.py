@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
@@ -104,20 +104,20 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     return learned, tuple(name for name in free if name in recognition - points)
 
 
-def _tensors(holder: object) -> Iterable[Tensor]:
-    """All tensors that a distribution holds, at any depth."""
+def _tensors(holder: object, around: tuple[object, ...] = ()) -> Iterable[Tensor]:
+    """All tensors that a distribution holds, at any depth; a transform and its inverse hold each other."""
     if isinstance(holder, Tensor):
         yield holder
     elif isinstance(holder, Mapping):
         for part in holder.values():
-            yield from _tensors(part)
+            yield from _tensors(part, around)
     elif isinstance(holder, (list, tuple)):
         for part in holder:
-            yield from _tensors(part)
+            yield from _tensors(part, around)
     elif isinstance(holder, torch.nn.Module):
         yield from holder.parameters()
-    elif isinstance(holder, Distribution):
-        yield from _tensors(holder.__dict__)
+    elif isinstance(holder, (Distribution, Transform)) and not any(holder is other for other in around):
+        yield from _tensors(holder.__dict__, (*around, holder))
 
 
 def _reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | None:
@@ -133,6 +133,9 @@ def _reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | Non
         return f"its prior, site '{site.name}', depends on a latent"
     if isinstance(base, MarkovChain):
         return None if base.num_steps > 1 else f"site '{site.name}' is a chain of one step"
+    event_dim = len(fn.event_shape)
+    if event_dim and not is_prior and site.value.shape[-event_dim:] != fn.event_shape:
+        return f"the value of site '{site.name}' has another event shape than its distribution"
     if form_of(fn) is None:
         return f"site '{site.name}' is {type(base).__name__}, which has no exponential-family form here"
     return None
@@ -170,10 +173,14 @@ def _probed(
         tables, given = [], []
         for key, factor in factors.items():
             for table, own, weight in zip(factor.tables, enumeration.factors[key].tables, weights[key], strict=True):
-                tables.append(table.values)
-                given.append(_rearranged(Table(weight, own.axes), table))
+                if table.values.requires_grad:  # what is masked altogether tells of nothing
+                    tables.append(table.values)
+                    given.append(_rearranged(Table(weight, own.axes), table))
     leaves = [leaf for probe in prober.probes for leaf in probe.leaves]
-    gradients = iter(torch.autograd.grad(tables, leaves, given, materialize_grads=True) if leaves else ())
+    found = (
+        torch.autograd.grad(tables, leaves, given, materialize_grads=True) if tables else map(torch.zeros_like, leaves)
+    )
+    gradients = iter(found)
     return tuple(_statistics(probe, [next(gradients) for _ in probe.leaves], origins) for probe in prober.probes)
 
 

@@ -41,6 +41,7 @@ class Origins:
             self._names[get_gradient_edge(unconstrained(name)).node] = name
             self._names[get_gradient_edge(value).node] = name
         self._reached: dict[Any, frozenset[str]] = {}
+        self._distinct: dict[tuple[str, int], bool] = {}
 
     def of(self, *tensors: object) -> frozenset[str]:
         """The parameters that tensors were computed from, by any operations.
@@ -98,10 +99,23 @@ class Origins:
         index = self._known.get(key)
         if index is None or index.shape != values.shape:
             return None
-        selected = self._values[name].detach().flatten()[index]
-        if torch.equal(selected, values) or (normalised and torch.equal(_normalised_like(selected, values), values)):
-            return Selection(name, index)
-        return None
+        parameter = self._values[name].detach().flatten()
+        selected = parameter[index]
+        same = torch.equal(selected, values)
+        if normalised and (same or torch.equal(_normalised_like(selected, values), values)):
+            return Selection(name, index) if self._tells_apart(name, values) else None
+        return Selection(name, index) if same and self._tells_apart(name) else None
+
+    def _tells_apart(self, name: str, rows_like: Tensor | None = None) -> bool:
+        """Whether a number says which entry of a parameter it is, normalised or not: equal entries do not."""
+        size = 1 if rows_like is None else rows_like.shape[-1]
+        if (name, size) not in self._distinct:
+            numbers = self._values[name].detach().flatten()
+            distinct = _all_differ(numbers) and len(numbers) % size == 0
+            if distinct and rows_like is not None:
+                distinct = _all_differ(_normalised_like(numbers.reshape(-1, size), rows_like))
+            self._distinct[name, size] = distinct
+        return self._distinct[name, size]
 
     def _normalised(self, values: Tensor, name: str) -> Selection | None:
         given = _before_normalisation(values)
@@ -133,6 +147,12 @@ class Origins:
         if index is not None and torch.equal(flat[index].sqrt(), values.detach()):
             return Selection(name, index, "sqrt")
         return None
+
+
+def _all_differ(numbers: Tensor) -> bool:
+    """Whether no two numbers are equal."""
+    ordered = numbers.flatten().sort().values
+    return not bool((ordered[1:] == ordered[:-1]).any())
 
 
 def _normalised_like(given: Tensor, values: Tensor) -> Tensor:
