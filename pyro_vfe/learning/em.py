@@ -364,7 +364,8 @@ def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
     """The result of the best start; the parameters in the store are its own."""
     params, updates = params_and_updates(pair, e_phase, end.loop.updates)
     alike = alike_components(end.state.enumeration)
-    notes = (*end.loop.notes, *end.loop.remarks, *alike, *(("stopped by the callback",) if end.loop.stopped else ()))
+    rises = () if end.loop.rounding.reported is None else (end.loop.rounding.reported,)
+    notes = (*rises, *end.loop.remarks, *alike, *(("stopped by the callback",) if end.loop.stopped else ()))
     return EMRun(
         converged=end.loop.converged,
         n_iter=end.state.iteration,

@@ -158,8 +158,6 @@ class Loop:
     acceleration: Squarem | None = None
     rows: list[Row] = field(default_factory=list)
     updates: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    """Phases that raised F."""
     remarks: list[str] = field(default_factory=list)
     """What the last M-phase had to say of its solution."""
     converged: bool = False
@@ -275,9 +273,8 @@ class Loop:
             self.rounding.probe(after.belief)
         if self.rounding.includes(rise, after.belief, after.enumeration):
             return
-        self.rounding.reported = True
-        self.notes.append(_rise_in_words(phase, after.iteration, rise, self.rounding))
-        warnings.warn(self.notes[-1], VFEWarning, stacklevel=7)  # where the user calls EM.run
+        self.rounding.reported = _rise_in_words(phase, after.iteration, rise, self.rounding)
+        warnings.warn(self.rounding.reported, VFEWarning, stacklevel=7)  # where the user calls EM.run
 
 
 def start_row(pair: Pair, e_phase: EPhase) -> Row:

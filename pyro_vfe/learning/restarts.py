@@ -22,9 +22,7 @@ from pyro_vfe.engine.inference import expected_tables
 from pyro_vfe.learning.belief import Belief
 from pyro_vfe.learning.e_phases import model_keys
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
-from pyro_vfe.program.families import unwrapped
-from pyro_vfe.program.masking import unmasked
-from pyro_vfe.program.recorder import Site
+from pyro_vfe.program.extraction import tensors_of
 from pyro_vfe.program.selection import Origins
 
 _SPREAD = 0.5
@@ -133,7 +131,7 @@ def _alike(enumeration: Enumeration) -> Sequence[list[str]]:
     for key, site in enumeration.sites.items():
         if site.role != "model" or site.kind != "observed":
             continue
-        own = origins.of(*_tensors(site))
+        own = origins.of(*tensors_of(site.fn))
         for axis in enumeration.factors[key].axes:
             if axis in enumeration.variables:
                 read[axis] |= own
@@ -142,8 +140,3 @@ def _alike(enumeration: Enumeration) -> Sequence[list[str]]:
         if name in read:
             groups[enumeration.variables[name].size, read[name]].append(name)
     return list(groups.values())
-
-
-def _tensors(site: Site) -> list[object]:
-    base, _ = unwrapped(unmasked(site)[0])
-    return list(vars(base).values())

@@ -77,8 +77,8 @@ class Rounding:
     """Whether the programs give the same tables when they run twice."""
     probed: bool = False
     """Whether the effect of a last place has been measured."""
-    reported: bool = False
-    """Whether a rise beyond rounding has been told of."""
+    reported: str | None = None
+    """What has been said of a rise beyond rounding, by any start."""
 
     def includes(self, change: float, belief: Belief, enumeration: Enumeration) -> bool:
         """Whether rounding explains a change of F.

@@ -47,7 +47,7 @@ def statistics_of(
     priors: list[PriorStatistics] = []
     probed: dict[SiteKey, bool] = {}
     for key, site in ((key, site) for path in enumeration.paths for key, site in path.items()):
-        reads = origins.of(*_tensors(site.fn), site.mask, site.scale, site.value) if site.role == "model" else ()
+        reads = origins.of(*tensors_of(site.fn), site.mask, site.scale, site.value) if site.role == "model" else ()
         if not reads:
             continue
         reason = _reason(site, enumeration, origins)
@@ -83,7 +83,7 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     for site in (site for path in enumeration.paths for site in path.values()):
         if site.role != "guide":
             continue
-        reached = origins.of(*_tensors(site.fn))
+        reached = origins.of(*tensors_of(site.fn))
         if site.kind == "sampled":
             points |= reached
             continue
@@ -104,20 +104,20 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     return learned, tuple(name for name in free if name in recognition - points)
 
 
-def _tensors(holder: object, around: tuple[object, ...] = ()) -> Iterable[Tensor]:
+def tensors_of(holder: object, around: tuple[object, ...] = ()) -> Iterable[Tensor]:
     """All tensors that a distribution holds, at any depth; a transform and its inverse hold each other."""
     if isinstance(holder, Tensor):
         yield holder
     elif isinstance(holder, Mapping):
         for part in holder.values():
-            yield from _tensors(part, around)
+            yield from tensors_of(part, around)
     elif isinstance(holder, (list, tuple)):
         for part in holder:
-            yield from _tensors(part, around)
+            yield from tensors_of(part, around)
     elif isinstance(holder, torch.nn.Module):
         yield from holder.parameters()
     elif isinstance(holder, (Distribution, Transform)) and not any(holder is other for other in around):
-        yield from _tensors(holder.__dict__, (*around, holder))
+        yield from tensors_of(holder.__dict__, (*around, holder))
 
 
 def _reason(site: Site, enumeration: Enumeration, origins: Origins) -> str | None:

@@ -107,7 +107,9 @@ class Prober(Scorer):
             return looked_up(counting, value.long())
         family = form.family
         x = slim(value, len(form.independent) + family.event_dim)
-        wide = form.to(torch.float64).centred(x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x)
+        wide = form.to(torch.float64).centred(x)
+        if wide.centre is not None and not bool(wide.centre.isfinite().all()):
+            wide = form.to(torch.float64).centred(x.nan_to_num(0.0, 0.0, 0.0))  # what is masked may be anything
         shape, width = form.batch_shape(), wide.natural.shape[-1]
         elements = (*form.independent, width // math.prod(form.independent))
         counts = torch.zeros(shape, dtype=torch.float64, device=x.device, requires_grad=True)
