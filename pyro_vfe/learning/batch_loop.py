@@ -214,7 +214,7 @@ class BatchLoop:
         share = self._share(state.enumeration)
         self.learned |= dict.fromkeys(pair.learned)
         visit = visit_of(state.enumeration, state.belief, share, pair.max_bytes)
-        weights = state.belief.sampled or state.belief.weights
+        weights = state.belief.learned_from
         statistics = statistics_of(state.enumeration, weights, pair.parameters)
         pools = data_pools(statistics, present_values(pair))
         self._check_closed_forms(statistics, pools, share)

@@ -33,6 +33,11 @@ class Belief:
     sampled: Weights | None = None
     """The weights that the M-phase learns from, where they are an estimate (samples) of those of Q."""
 
+    @property
+    def learned_from(self) -> Weights:
+        """The weights that the M-phase learns from."""
+        return self.sampled or self.weights
+
 
 def expected_log_joint(weights: Weights, enumeration: Enumeration) -> Tensor:
     """E_Q log P(v, u) in nats, a scalar, from the tables of an enumeration; -inf only where Q has weight.

@@ -87,7 +87,6 @@ class ClosedForm(MPhase):
         words = dict(proposal.words)
         rest = tuple(name for name in problem.names if name not in proposal.values)
         if rest:
-            problem.pair.parameters.forget()
             found = self.fallback.update(replace(problem, names=rest))
             reasons = {**proposal.refused, **self._uncertified}
             words |= {name: f"{how} (no closed form: {reasons.get(name, '')})" for name, how in found.items()}
@@ -100,7 +99,7 @@ class ClosedForm(MPhase):
         Args:
             problem: What to solve.
         """
-        weights = problem.belief.sampled or problem.belief.weights
+        weights = problem.belief.learned_from
         statistics = statistics_of(problem.enumeration, weights, problem.pair.parameters)
         values = present_values(problem.pair)
         data = data_pools(statistics, values)

@@ -67,7 +67,6 @@ class Coordinate(EPhase):
                 raise _impossible(stuck)
             for name in owners.keys() - held:
                 owners[name].set_log_probs(name, q.table(name), q.changed(name), enumeration.subsamples)
-        pair.parameters.forget()
 
     def belief(self, enumeration: Enumeration, iteration: int, max_bytes: float | None = None) -> Belief:
         """Q as the guide has it.

@@ -81,4 +81,3 @@ class Starts:
         finally:
             if self.best is not None:
                 restore(self.best.state.parameters)
-                self.pair.parameters.forget()

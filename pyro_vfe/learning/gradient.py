@@ -101,7 +101,6 @@ class Gradient(EPhase, MPhase):
             return loss
 
         self._descend(free_energy, lambda: pair.recognition)
-        pair.parameters.forget()
 
     def _descend_model(self, problem: Problem) -> Mapping[str, str]:
         def energy() -> Tensor:
@@ -114,7 +113,6 @@ class Gradient(EPhase, MPhase):
             return loss
 
         self._descend(energy, lambda: problem.names)
-        problem.pair.parameters.forget()
         steps = "1 gradient step" if self.num_steps == 1 else f"{self.num_steps} gradient steps"
         return dict.fromkeys(problem.names, steps)
 

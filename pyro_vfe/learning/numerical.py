@@ -84,11 +84,8 @@ class Numerical(MPhase):
         objective = _Objective(problem)
         if not objective.size:
             return dict.fromkeys(problem.names, "held: no finite entry that has a gradient")
-        try:
-            with restored_on_error(snapshot(problem.names)):
-                cut_short = self._searched(objective)
-        finally:
-            problem.pair.parameters.forget()
+        with restored_on_error(snapshot(problem.names)):
+            cut_short = self._searched(objective)
         words = f"L-BFGS, {objective.evaluations} evaluations"
         if cut_short:
             words += f", stopped at max_iter={self.max_iter}"
@@ -142,7 +139,7 @@ class _Objective:
         self.leaves = [unconstrained(name) for name in self.names]
         self.finite = [leaf.detach().isfinite() for leaf in self.leaves]
         self.size = sum(int(mask.sum()) for mask in self.finite)
-        weights = problem.belief.sampled or problem.belief.weights
+        weights = problem.belief.learned_from
         self.num_terms = max(1.0, float(sum(table.sum() for own in weights.values() for table in own)))
         self.stretch = math.sqrt(self.num_terms / _UNIT)
         self.eps = max((torch.finfo(leaf.dtype).eps for leaf in self.leaves), default=0.0)

@@ -60,7 +60,7 @@ class Problem:
 
     def expected_log_joint(self) -> Tensor:
         """E_Q log P(v, u) in nats at the present parameters, anew, with the graph to the unconstrained parameters."""
-        weights = self.belief.sampled or self.belief.weights
+        weights = self.belief.learned_from
         return expected_log_joint(weights, self.pair.enumerate(differentiable=True))
 
 

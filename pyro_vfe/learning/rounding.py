@@ -112,7 +112,6 @@ class Rounding:
                 changes.append(abs(self._surprise() - known))
         finally:
             restore(kept)
-            self.pair.parameters.forget()
         if self.repeats:
             self.floor = max(self.floor, SAFETY * max(changes))
 
