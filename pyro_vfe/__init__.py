@@ -14,8 +14,17 @@ from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.history import History
 from pyro_vfe.learning.mean_field import AutoMeanField
 from pyro_vfe.learning.minibatch import Incremental, Online
+from pyro_vfe.learning.monitor import Monitor
 from pyro_vfe.learning.numerical import Numerical
+from pyro_vfe.learning.stop_rules import GapBelow, Settled
+from pyro_vfe.learning.svi import SVIRun, fit
 from pyro_vfe.program.markov_chain import MarkovChain
+from pyro_vfe.reporting.datatree import to_datatree, to_inference_data
+from pyro_vfe.reporting.diagnose import diagnose
+from pyro_vfe.reporting.findings import Diagnosis, Finding
+from pyro_vfe.reporting.plot_chains import plot_states
+from pyro_vfe.reporting.plot_energies import plot_decomposition, plot_free_energy, plot_gap
+from pyro_vfe.reporting.plot_latents import plot_marginals, plot_responsibilities
 
 __version__ = "0.1.0"
 
@@ -27,19 +36,35 @@ __all__ = [
     "ClosedForm",
     "Coordinate",
     "Decomposition",
+    "Diagnosis",
     "EMRun",
     "Exact",
     "Explanation",
+    "Finding",
     "FreeEnergy",
+    "GapBelow",
     "Gradient",
     "Hard",
     "History",
     "Incremental",
     "MarkovChain",
+    "Monitor",
     "MonteCarlo",
     "Numerical",
     "Online",
     "Posterior",
+    "SVIRun",
+    "Settled",
+    "diagnose",
     "explain",
+    "fit",
+    "plot_decomposition",
+    "plot_free_energy",
+    "plot_gap",
+    "plot_marginals",
+    "plot_responsibilities",
+    "plot_states",
     "posterior",
+    "to_datatree",
+    "to_inference_data",
 ]

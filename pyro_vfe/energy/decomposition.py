@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.impossible import check_possible, culprits
+from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.render import as_html, as_text
 from pyro_vfe.energy.shares import gap_shares
@@ -138,6 +139,27 @@ class Decomposition:
             )
         shares = [gap_shares(run, self.max_bytes) for run in self.runs]
         return {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
+
+    def q_marginals(self) -> dict[str, Tensor]:
+        """Returns the probabilities of each latent's values under Q, shape `(*plates, K)`, plates sorted by name.
+
+        Where something is sampled they are averages over the particles.
+
+        Raises:
+            PlateKeptError: No guide gave Q.
+            StructureError: Latents that only the model has tie the elements of a plate of the guide's latents together.
+        """
+        self._check_guided("latent")
+        return {name: table.values for name, table in q_marginals(self.runs, self.max_bytes).items()}
+
+    def posterior_marginals(self) -> dict[str, Tensor]:
+        """Returns what `q_marginals` does under the exact posterior: where the two differ, there is the gap.
+
+        Raises:
+            PlateKeptError: No guide gave Q.
+        """
+        self._check_guided("latent")
+        return {name: table.values for name, table in posterior_marginals(self.runs, self.max_bytes).items()}
 
     def _check_guided(self, part: str) -> None:
         if not self.runs:

@@ -155,7 +155,7 @@ class EM:
             n_init: The number of starts: the parameters as they are, then random ones. The best end is kept.
             progress_bar: Whether to show one.
             callback: Called after each phase with its number and a dict of F, surprise, gap (total, in nats), phase,
-                iteration and start; where it returns true the start ends with the E-phase.
+                iteration and start; where it returns True the start ends with the E-phase.
             seed: Of the random starts, which leave the global random state alone; `MonteCarlo` draws from that.
             acceleration: "squarem" for jumps along the path, which are taken where F falls. The history has one row for
                 a jump and its E-phase, and none for the M-phase before.
@@ -217,7 +217,7 @@ class EM:
                 priors and the plate is as long as the batch.
             progress_bar: Whether to show one.
             callback: Called after each batch and each epoch, as in `run`; phase is 'batch' (F of its data alone, each
-                counted once) or 'epoch', iteration the number of the epoch. Where it returns true the run ends.
+                counted once) or 'epoch', iteration the number of the epoch. Where it returns True the run ends.
 
         Raises:
             VFEError: The programs are not for EM on batches, or a phase failed; the parameters are those before the

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from pyro_vfe.learning.history import EPOCH, Row
 
 Callback = Callable[[int, dict[str, Any]], Any]
-"""Called with the number of phases before this one and with where it led; true stops EM."""
+"""Called with the number of phases before this one and with where it led; what returns True stops EM. Other values do
+not: a lambda that lists what it logged shall not stop anything."""
 
 
 class Report:
@@ -44,9 +46,9 @@ class Report:
             self._show(row)
             if self.callback is None:
                 return False
-            wants_stop = self.callback(count, _as_dict(row, start))
+            wants_stop: object = self.callback(count, _as_dict(row, start))
             count += 1
-            return bool(wants_stop)
+            return says_stop(wants_stop)
 
         return tell
 
@@ -64,6 +66,15 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
+
+
+def says_stop(returned: object) -> bool:
+    """Whether what a callback returned asks for an end.
+
+    Args:
+        returned: True does, a comparison of NumPy's too; anything else does not.
+    """
+    return isinstance(returned, (bool, np.bool_)) and bool(returned)
 
 
 def _as_dict(row: Row, start: int) -> dict[str, Any]:

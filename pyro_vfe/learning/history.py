@@ -2,14 +2,14 @@ r"""How a free energy fell, phase by phase.
 
     d F  =  d surprise  +  d gap
 
-An E-phase moves the gap alone, an M-phase both.
+An E-phase moves the gap alone, an M-phase both; a step of SVI moves both at once.
 
 References:
     Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ FINAL = "final"
 BATCH = "batch"
 """The phase of a row of one batch."""
 
+STEP = "step"
+"""The phase of a row that a `Monitor` made of a moment in SVI."""
+
 _SHOWN = 8
 """How many rows a printed history has at its beginning and at its end."""
 
@@ -46,13 +49,17 @@ class Row:
     iteration: int
     """The number of M-phases (or steps) so far, this one included."""
     phase: str
-    """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'."""
+    """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'."""
     free_energy: float
     """F(Q, G) in nats, summed over the data."""
     surprise: float
-    """-log p(u | G) in nats."""
+    """-log p(u | G) in nats; NaN where it cannot be known."""
     gap: float
-    """KL(Q || posterior) in nats."""
+    """KL(Q || posterior) in nats; NaN where it cannot be known."""
+    stderr: float = 0.0
+    """The standard error of F over particles, in nats; 0 where F is exact, NaN where it is of one particle."""
+    num_data: int | None = None
+    """The number of data that this row sums over, where rows differ in it; otherwise the history's."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,14 @@ class History:
         """Returns the rows of one phase: `history.of("E").free_energy` is F after each iteration.
 
         Args:
-            phase: 'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'.
+            phase: 'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'.
         """
         return History(tuple(row for row in self.rows if row.phase == phase), self.num_data)
+
+    @property
+    def per_datum(self) -> "History":
+        """The same, every row divided by the number of its data."""
+        return History(tuple(_per_datum(row, row.num_data or self.num_data) for row in self.rows))
 
     @property
     def iteration(self) -> NDArray[np.int64]:
@@ -100,6 +112,11 @@ class History:
     def gap(self) -> Numbers:
         """KL(Q || posterior) after each phase, in nats."""
         return np.array([row.gap for row in self.rows], dtype=np.float64)
+
+    @property
+    def stderr(self) -> Numbers:
+        """The standard error of F over particles, in nats; 0 where F is exact."""
+        return np.array([row.stderr for row in self.rows], dtype=np.float64)
 
     @property
     def d_free_energy(self) -> Numbers:
@@ -165,6 +182,11 @@ class History:
             ]
             for i in kept
         ]
+
+
+def _per_datum(row: Row, num_data: int) -> Row:
+    shares = {name: getattr(row, name) / num_data for name in ("free_energy", "surprise", "gap", "stderr")}
+    return replace(row, num_data=1, **shares)
 
 
 def _differences(values: Numbers) -> Numbers:

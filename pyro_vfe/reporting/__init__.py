@@ -1,0 +1,1 @@
+"""What a person looks at: findings, pictures, and trees for ArviZ."""

@@ -1,0 +1,1 @@
+"""ArviZ's schema: needs xarray and NumPy alone."""
