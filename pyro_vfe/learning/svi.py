@@ -127,8 +127,9 @@ def fit(
         progress_bar: Whether to show one.
         monitor: What reads F, surprise and gap. By default a `Monitor` of the training arguments, which reads at the
             first step, at the end, and about 50 times between, but no more often than every 20 steps; with stop=, which
-            waits for readings, at least every 50 steps. Readings of mini-batches are as noisy as these are; `Monitor(model, guide, held_out=...)` reads the same data each time.
-            False for none; then the history is empty. A bar is shown if both fit and the monitor want one.
+            waits for readings, at least every 50 steps. Readings of mini-batches are as noisy as these are, where a
+            `Monitor(model, guide, held_out=...)` reads the same data each time. False for none; then the history is
+            empty. A bar is shown if both fit and the monitor want one.
         callback: Called after each reading with the number of steps and a dict of floats, as `Monitor` has it. Where it
             returns True the run ends.
         stop: One or several rules when to end, such as `Settled()` or `GapBelow(0.01)`, asked after each reading.

@@ -6,7 +6,7 @@ r"""One step of SVI that either succeeds or changes nothing.
 gradients are looked at before they are used, and parameters that an update has spoilt are put back.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -15,12 +15,14 @@ from pyro.infer import SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import transform_to
 
-from pyro_vfe.errors import NotFiniteError, located
+from pyro_vfe.errors import NotFiniteError, VFEError, located
 from pyro_vfe.learning.svi_report import Loss
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.parameters import constraint_of, unconstrained
+
+_MOST_NAMED = 5
 
 
 class Stepper:
@@ -37,7 +39,6 @@ class Stepper:
         """The unconstrained value of every parameter that the programs have read, which is a leaf of the graph."""
         self.reached: set[str] = set()
         """The names of those that ever had a gradient."""
-        self._constraints: dict[str, constraints.Constraint] = {}
         self._before: dict[str, Tensor] = {}
         """Copies of the unconstrained values from before the last update."""
         self._is_updating = False
@@ -49,7 +50,7 @@ class Stepper:
     def params(self) -> dict[str, Tensor]:
         """Copies of all parameters that the programs have read, constrained."""
         with torch.no_grad():
-            return {name: self._constrained(name, leaf).clone() for name, leaf in self.leaves.items()}
+            return {name: _constrained(name, leaf).clone() for name, leaf in self.leaves.items()}
 
     def step(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loss:
         """Does a step and returns its loss, which is of the parameters before the step.
@@ -110,6 +111,7 @@ class Stepper:
                 loss: Loss = self._elbo.loss_and_grads(model, guide, *args, **kwargs)
             finally:
                 used = self._meet(capture.trace.nodes)
+        _check_shared(capture.trace.nodes.keys() - used.keys())
         gradients = {name: leaf.grad for name, leaf in used.items() if leaf.grad is not None}
         self.reached.update(gradients)
         _check_finite(loss, gradients)
@@ -117,24 +119,16 @@ class Stepper:
         self._is_updating = True
         return loss
 
-    def _meet(self, nodes: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _meet(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The leaves of the parameters of a run, which are noted."""
-        used = {name: site["value"].unconstrained() for name, site in nodes.items()}
-        for name in used.keys() - self.leaves.keys():
-            # A parameter that is local to a module is not in the store: its constraint stands in its site.
-            shared = name in pyro.get_param_store() and unconstrained(name) is used[name]
-            own = constraint_of(name) if shared else nodes[name]["kwargs"].get("constraint")
-            self._constraints[name] = own or constraints.real
+        store = pyro.get_param_store()
+        used = {name: unconstrained(name) for name in names if name in store}
         self.leaves.update(used)
         return used
 
-    def _constrained(self, name: str, leaf: Tensor) -> Tensor:
-        value: Tensor = transform_to(self._constraints[name])(leaf)
-        return value.detach()
-
     def _is_spoilt(self, name: str, before: Tensor) -> bool:
         """Whether a parameter has an entry that is no number and was one, as its user sees it."""
-        now, then = (self._constrained(name, leaf).isfinite() for leaf in (self.leaves[name], before))
+        now, then = (_constrained(name, leaf).isfinite() for leaf in (self.leaves[name], before))
         return bool((then & ~now).any())
 
     def _restore(self, copies: Mapping[str, Tensor]) -> None:
@@ -176,6 +170,27 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
         )
 
 
+def _check_shared(local: Iterable[str]) -> None:
+    """Checks that Pyro's optimisers can know all parameters.
+
+    Raises:
+        VFEError: Some are not in Pyro's store.
+    """
+    names = sorted(local)
+    if names:
+        raise VFEError(
+            f"Parameter {_quoted(names)} is local to its module (pyro.settings has module_local_params=True), where "
+            "Pyro's SVI and optimisers do not find it.",
+            hint="Keep a loop of your own with a torch optimiser over vfe.FreeEnergy()(model, guide).parameters(), and "
+            "a vfe.Monitor; or leave module_local_params=False.",
+        )
+
+
+def _constrained(name: str, leaf: Tensor) -> Tensor:
+    value: Tensor = transform_to(constraint_of(name))(leaf)
+    return value.detach()
+
+
 def _entries(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
@@ -190,5 +205,6 @@ def _copied(leaves: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str
     return copies
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"
