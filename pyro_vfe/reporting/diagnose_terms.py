@@ -88,8 +88,8 @@ def look_at_gap(terms: Decomposition, by_site: dict[str, float] | None, notebook
         "guide-bottleneck",
         worst,
         gap / terms.num_data,
-        f"The gap is {nats(gap)}{per_datum}, beside a complexity of {nats(complexity)}: Q is wrong by {percent(share)} of "
-        f"gap + complexity.{of_worst}",
+        f"The gap is {nats(gap)}{per_datum}, beside a complexity of {nats(complexity)}: Q is wrong by {percent(share)} "
+        f"of gap + complexity.{of_worst}",
         _advice(terms, worst),
         gap,
     )
