@@ -288,6 +288,14 @@ def test_a_callback_sees_every_phase_and_stops_after_an_E_phase() -> None:
     assert "stopped by the callback" in run.notes
 
 
+def test_only_True_from_a_callback_stops() -> None:
+    expected = vfe.EM(mixture).run(COUNTS, max_iter=30, tol=1e-4, progress_bar=False)
+    pyro.clear_param_store()
+    lists = lambda step, values: [None, None]  # noqa: E731
+    run = vfe.EM(mixture).run(COUNTS, max_iter=30, tol=1e-4, progress_bar=False, callback=lists)
+    assert run.converged and run.n_iter == expected.n_iter > 1
+
+
 def test_the_progress_bar_shows_the_start_and_F(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VFEWarning)
