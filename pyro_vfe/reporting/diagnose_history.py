@@ -21,7 +21,7 @@ _NOISY = (STEP, EPOCH, BATCH)
 _FEWEST = 4
 """Fewer readings than this tell of no trend."""
 _WINDOW = 5
-_SURE = 2.0
+_SURE = 3.0
 """A fall by so many standard errors is one."""
 _VERY_SURE = 6.0
 """So many for a rise from the lowest window, which is the lowest of many."""
@@ -113,7 +113,7 @@ def _look_at_phases(history: History, rounding: float | None, notebook: Notebook
     finite = np.isfinite(values)
     largest = np.abs(values[finite]).max() if finite.any() else 0.0
     limit = notebook.thresholds.rounding * max(float(largest), 1.0) if rounding is None else rounding
-    rises = np.where(np.isfinite(rises), rises, 0.0)
+    rises = np.where(np.isnan(rises) | np.isneginf(rises), 0.0, rises)
     beyond = np.flatnonzero(rises > limit)
     if not len(beyond):
         return
@@ -129,7 +129,8 @@ def _look_at_phases(history: History, rounding: float | None, notebook: Notebook
         "Exact phases never raise F. Annealed, Hard, MonteCarlo and Gradient E-phases, numerical M-phases and floors "
         "may. Without one of those, look for a parameter that the program detaches or changes itself, and for data "
         "that change from call to call.",
-        rises[worst],
+        # What was infinite for a moment is lost no longer: the end says whether F is.
+        rises[worst] if np.isfinite(rises[worst]) else 0.0,
         (int(row.iteration),),
     )
 

@@ -107,4 +107,4 @@ def percent(share: float) -> str:
     Args:
         share: Between 0 and 1.
     """
-    return f"{100 * share:.3g}%" if share < 0.995 or share == 1 else f"{100 * share:.2f}%"
+    return "more than 99.9%" if 0.9995 <= share < 1 else f"{100 * share:.3g}%"
