@@ -95,7 +95,7 @@ def test_the_exact_posterior_as_a_guide_has_nothing_wrong() -> None:
 
 
 def test_a_fitted_hidden_markov_model_rests_with_its_surprise_and_no_more() -> None:
-    run = learn(2, tensor(COUNTS))
+    run = learn(2, tensor(COUNTS[:40]))
     diagnosis = vfe.diagnose(run)
     assert kinds(diagnosis) == {"model-bottleneck"}
     assert only(diagnosis, "model-bottleneck").value == pytest.approx(run.free_energy)
@@ -495,6 +495,36 @@ def test_F_far_above_its_lowest_has_diverged() -> None:
         assert finding.severity == pytest.approx(valley[-6:].mean(), abs=4.0)
         assert abs(finding.indices[0] - 300) <= 80
         assert not diagnosis.of("model-bottleneck")
+
+
+def test_readings_that_scatter_are_said_to() -> None:
+    rough = only(vfe.diagnose(readings(100 + NOISE[0])), "model-bottleneck")
+    changes = np.diff(NOISE[0][30:])
+    assert f"scatter by {changes.std() / np.sqrt(2) / 10:.3g} nats per datum" in rough.problem
+    assert rough.value == pytest.approx((100 + NOISE[0][-6:].mean()) / 10)
+    assert "scatter" not in only(vfe.diagnose(readings([100.0] * 20)), "model-bottleneck").problem
+
+
+def test_readings_of_few_particles_are_judged_like_decompositions() -> None:
+    def ending_in(stderr: float) -> Diagnosis:
+        rows = tuple(Row(i, "step", 100.0, 99.0, 0.01, stderr=stderr) for i in range(8))
+        return vfe.diagnose(History(rows, num_data=10))
+
+    assert not kinds(ending_in(0.0)) & {"spread-unknown", "spread-too-large"}
+    assert not kinds(ending_in(0.4)) & {"spread-unknown", "spread-too-large"}
+    assert only(ending_in(0.6), "spread-too-large").value == 0.6
+    assert ending_in(math.nan).of("spread-unknown")
+
+
+def test_a_run_of_svi_that_was_too_short_still_falls_and_a_long_one_rests() -> None:
+    def ending_after(num_steps: int, rate: float) -> Diagnosis:
+        pyro.clear_param_store()
+        guide = vfe.AutoMeanField(mixture_to_learn)
+        optim = pyro.optim.Adam({"lr": rate})
+        return vfe.diagnose(vfe.fit(mixture_to_learn, guide, U, optim=optim, num_steps=num_steps, progress_bar=False))
+
+    assert kinds(ending_after(100, 0.01)) == {"not-settled"}
+    assert kinds(ending_after(400, 0.1)) == {"model-bottleneck"}
 
 
 def test_the_mean_of_each_reading_is_per_datum() -> None:

@@ -101,6 +101,16 @@ def nats(value: float) -> str:
     return f"{value:,.0f} nats" if abs(value) >= 1000 else f"{value:.3g} nats"
 
 
+def per_datum(value: float, num_data: int) -> str:
+    """A number of nats per datum, in words.
+
+    Args:
+        value: How many.
+        num_data: How many data there are; of one, nothing is said.
+    """
+    return nats(value) if num_data == 1 else f"{nats(value)} per datum"
+
+
 def percent(share: float) -> str:
     """A share, in words.
 

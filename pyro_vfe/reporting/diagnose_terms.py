@@ -93,13 +93,13 @@ def look_at_gap(terms: Decomposition, by_site: dict[str, float] | None, notebook
     if share < limits.gap_share or gap < limits.gap_per_datum * terms.num_data:
         return
     worst = max(by_site, key=lambda name: by_site[name]) if by_site else None
-    per_datum = f" ({nats(gap / terms.num_data)} per datum)" if terms.num_data > 1 else ""
+    of_each = f" ({nats(gap / terms.num_data)} per datum)" if terms.num_data > 1 else ""
     of_worst = "" if worst is None or by_site is None else f" '{worst}' has {nats(by_site[worst])} of it."
     notebook.find(
         "guide-bottleneck",
         worst,
         gap / terms.num_data,
-        f"The gap is {nats(gap)}{per_datum}, beside a complexity of {nats(complexity)}: it is {percent(share)} of both "
+        f"The gap is {nats(gap)}{of_each}, beside a complexity of {nats(complexity)}: it is {percent(share)} of both "
         f"together.{of_worst}",
         _advice(terms, worst),
         gap,
