@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray
-from arviz_trees import K, NUM_DATA, NUM_DRAWS, errors, groups_of_a_mixture, inference_data, pareto, schema
+from arviz_trees import NUM_DATA, NUM_DRAWS, K, errors, groups_of_a_mixture, inference_data, pareto, schema
 from xarray import Variable
 
 IS_OLD = hasattr(az, "from_datatree")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray
-from arviz_trees import K, NUM_DATA, NUM_DRAWS, PIXELS, errors, groups_of_a_mixture, schema
+from arviz_trees import NUM_DATA, NUM_DRAWS, PIXELS, K, errors, groups_of_a_mixture, schema
 from xarray import Variable
 
 tree_of = schema.tree_of
