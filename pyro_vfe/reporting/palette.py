@@ -97,7 +97,7 @@ def article(thing: object) -> str:
         thing: Anything.
     """
     name = type(thing).__name__
-    return f"{'an' if name[0].lower() in 'aeio' or name[:2] == 'EM' else 'a'} {name}"
+    return f"{'an' if name[0].lower() in 'aeio' or name.startswith('nd') else 'a'} {name}"
 
 
 def array(values: ArrayLike) -> Numbers:
@@ -213,7 +213,8 @@ def legend_above(
     ax.set_ylim(low, low + (high - low) / (1 - share))
     ax.legend(
         handles,
-        labels,
+        # matplotlib leaves out what begins with an underscore, and names of sites may.
+        [f" {label}" if label.startswith("_") else label for label in labels],
         loc="upper left",
         ncols=columns,
         fontsize=size,

@@ -24,7 +24,7 @@ from pyro_vfe.reporting.palette import (
     thinned,
     whole_numbers,
 )
-from pyro_vfe.reporting.probabilities import Probabilities, Sites, elements, most_probable, probabilities
+from pyro_vfe.reporting.probabilities import Probabilities, Sites, elements, most_probable, probabilities, state_labels
 from pyro_vfe.reporting.state_marks import check_count, columns_for, legend_of_states, probability_image
 
 if TYPE_CHECKING:
@@ -73,9 +73,10 @@ def plot_states(
     path = most_probable(source, site) if isinstance(source, Posterior) else states
     _draw_data(ax, series, states)
     areas = len(found.labels) <= _FEW_STATES and len(series) <= _FEW_STEPS
-    labels = [f"{found.symbol} = {label}" for label in found.labels]
     above = 1 - _BAND - _ROOM
-    legend_of_states(ax, labels, states, share_of_height=above, areas=areas, further=_differs(path != states))
+    legend_of_states(
+        ax, state_labels(found), states, share_of_height=above, areas=areas, further=_differs(path != states)
+    )
     _make_room_below(ax, series)
     draw_strip = _stacked_strip if areas else _image_strip
     draw_strip(ax, ax.inset_axes((0.0, 0.0, 1.0, _BAND), sharex=ax), found, path != states)

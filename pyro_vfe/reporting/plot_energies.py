@@ -14,6 +14,7 @@ from pyro_vfe.reporting.palette import (
     DARK,
     LIGHT,
     LIGHT_HATCH,
+    array,
     article,
     axes_or_new,
     number,
@@ -79,7 +80,7 @@ def plot_decomposition(terms: Decomposition, *, ax: "Axes | None" = None) -> "Ax
     _check_total(terms)
     ax = axes_or_new(ax, (6.8, 4.2))
     steps = _steps(terms)
-    spread = 0.0 if terms.stderr is None else float(terms.stderr)
+    spread = 0.0 if terms.stderr is None else float(array(terms.stderr))
     low, high = _reach(ax, steps, spread)
     free_energy = steps[0].end
     for step in steps:
@@ -116,7 +117,7 @@ def _steps(terms: Decomposition) -> list[_Step]:
     for reading in _READINGS:
         end = 0.0
         for place, (name, field, sign) in enumerate(reading):
-            value = float(getattr(terms, field))
+            value = float(array(getattr(terms, field)))
             value = 0.0 if -_ROUNDING < value < 0 else value
             start, end = end, end + sign * value
             shown = f"({number(value)})" if value < 0 and place else number(value)
@@ -153,7 +154,7 @@ def _draw_bar(ax: "Axes", step: _Step, low: float, high: float) -> None:
 
 def _write(ax: "Axes", step: _Step, line: float, low: float, high: float) -> None:
     """The term's number: to the right of its bar, and of a line that would cross it; on a bar without end, inside."""
-    ends = np.nan_to_num([step.start, step.end], nan=0.0) if np.isfinite(step.start) else np.zeros(2)
+    ends = np.array([step.start, step.end]) if np.isfinite(step.start) and not np.isnan(step.end) else np.zeros(2)
     right = float(np.clip(ends, low, high).max())
     if right <= line <= right + (high - low) * (text_share(ax, len(step.text)) + 0.02):
         right = line
@@ -173,4 +174,4 @@ def _write(ax: "Axes", step: _Step, line: float, low: float, high: float) -> Non
 
 def _title(terms: Decomposition, spread: float) -> str:
     sampled = "" if terms.exact else f" ± {number(spread)}" if spread > 0 else " (partly sampled)"
-    return f"Four readings of F = {number(float(terms.free_energy))}{sampled} nats"
+    return f"Four readings of F = {number(float(array(terms.free_energy)))}{sampled} nats"

@@ -28,7 +28,15 @@ from pyro_vfe.reporting.palette import (
     whole_numbers,
     words_across,
 )
-from pyro_vfe.reporting.probabilities import Q_NAME, Probabilities, Sites, elements, known_sets, probabilities
+from pyro_vfe.reporting.probabilities import (
+    Q_NAME,
+    Probabilities,
+    Sites,
+    elements,
+    known_sets,
+    probabilities,
+    state_labels,
+)
 from pyro_vfe.reporting.state_marks import check_count, columns_for, legend_of_states, probability_image
 
 if TYPE_CHECKING:
@@ -204,7 +212,7 @@ def plot_responsibilities(
             _scatter(ax, points[here], mixed_colors(probs[here]), int(state), hollow=unsure, count=len(points))
     name = f"States of {len(points):,} data by '{found.site}': {int(uncertain.sum()):,} uncertain"
     ax.set(title=name, xlabel="first dim of the data", ylabel="second dim of the data")
-    legend_of_states(ax, [f"{found.symbol} = {label}" for label in found.labels], states, further=_hollow(uncertain))
+    legend_of_states(ax, state_labels(found), states, further=_hollow(uncertain))
     return ax
 
 

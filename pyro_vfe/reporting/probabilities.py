@@ -31,6 +31,9 @@ POSTERIOR_NAME = "exact posterior"
 _STEP = "step"
 """The axis along the sites of a Python loop."""
 
+_SYMBOL = 16
+"""The most letters of a latent in a legend."""
+
 _TOLERANCE = 1e-3
 """By how much probabilities given by the user, perhaps in float32, may miss the sum of one."""
 
@@ -81,11 +84,9 @@ def known_sets(source: object, site: Sites) -> tuple[Probabilities, ...]:
         )
     of_q = _guided(source, q_marginals(source.runs, source.max_bytes) if source.runs else {})
     run = source.runs[0]
-    found = [_named(of_q, run, site, Q_NAME)]
+    found = _named(of_q, run, site, Q_NAME)
     exact = posterior_marginals(source.runs, source.max_bytes)
-    if set(_sites(exact, site, strict=False)) <= exact.keys():  # an auxiliary site of the guide has no posterior
-        found.append(_named(exact, run, site, POSTERIOR_NAME))
-    return tuple(found)
+    return found, _named(exact, run, site, POSTERIOR_NAME)
 
 
 def probabilities(source: object, site: Sites) -> Probabilities:
@@ -116,6 +117,15 @@ def probabilities(source: object, site: Sites) -> Probabilities:
     plates = tuple(f"dim {dim}" for dim in range(values.ndim - 1))
     labels = tuple(map(str, range(values.shape[-1])))
     return Probabilities(values, plates, labels, name, name, "", is_sequence=False)
+
+
+def state_labels(probs: Probabilities) -> list[str]:
+    """Returns the values of a latent as a legend says them, such as 'v = 0'.
+
+    Args:
+        probs: Of the latent.
+    """
+    return [f"{shortened(probs.symbol, _SYMBOL)} = {label}" for label in probs.labels]
 
 
 def elements(probs: Probabilities) -> Numbers:
@@ -160,7 +170,7 @@ def _guided(terms: Decomposition, tables: Mapping[str, Table]) -> Mapping[str, T
     return tables
 
 
-def _sites(known: Mapping[str, object], site: Sites, *, strict: bool = True) -> tuple[str, ...]:
+def _sites(known: Mapping[str, object], site: Sites) -> tuple[str, ...]:
     """The sites that are meant, in order."""
     if not isinstance(site, str):
         sites = tuple(site)
@@ -170,7 +180,7 @@ def _sites(known: Mapping[str, object], site: Sites, *, strict: bool = True) -> 
         sites = tuple(found[step] for step in sorted(found)) or (site,)
     else:
         sites = (site,)
-    for name in sites if strict else ():
+    for name in sites:
         if name not in known:
             names = shortened(", ".join(f"'{other}'" for other in known), 200)
             raise VFEError(
