@@ -97,7 +97,7 @@ def article(thing: object) -> str:
         thing: Anything.
     """
     name = type(thing).__name__
-    return f"{'an' if name[0].lower() in 'aeio' or name.startswith('nd') else 'a'} {name}"
+    return f"{'an' if name[0].lower() in 'aeio' or name.startswith(('nd', 'SVI')) else 'a'} {name}"
 
 
 def array(values: ArrayLike) -> Numbers:
@@ -108,7 +108,7 @@ def array(values: ArrayLike) -> Numbers:
     """
     detached: Any = values
     if hasattr(detached, "detach"):
-        detached = detached.detach().cpu().numpy()
+        detached = detached.detach().cpu().double().numpy()
     return np.asarray(detached, dtype=np.float64)
 
 

@@ -170,7 +170,8 @@ def _image_strip(ax: "Axes", strip: "Axes", found: Probabilities, differs: NDArr
     shown = thinned(probs.shape[-1], lines_of_text(ax, _BAND))
     strip.set_yticks([k + 0.5 for k in shown], [found.labels[k] for k in shown])
     strip.set_ylabel(f"value of {found.symbol}")
-    figure_of(ax).colorbar(image, ax=ax, label="probability", pad=0.08)
+    scale = ax.inset_axes((1.02, _BAND + _ROOM, 0.02, 1 - _BAND - _ROOM))
+    figure_of(ax).colorbar(image, cax=scale, label="probability")
 
 
 def _finish_strip(strip: "Axes", differs: NDArray[np.bool_], foot: float, top: float) -> None:

@@ -12,6 +12,7 @@ from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.errors import PlateKeptError, VFEError
 from pyro_vfe.reporting.palette import (
     DARK,
+    MANY,
     PALE,
     Numbers,
     array,
@@ -130,7 +131,8 @@ def _bars(ax: "Axes", heights: Numbers, carries: NDArray[np.bool_], largest: lis
             handles.append(ax.bar(at, heights[at], 0.8, linewidth=0.6, **style))
         else:
             edges = np.arange(at[0], at[-1] + 2) - 0.5
-            handles.append(ax.stairs(heights[at], edges, fill=True, linewidth=0.0, **style))
+            corners, tops = np.repeat(edges, 2)[1:-1], np.repeat(heights[at], 2)
+            handles.append(ax.fill_between(corners, tops, linewidth=0.0, rasterized=len(heights) > MANY, **style))
     return handles if carries.any() else []
 
 
