@@ -492,7 +492,7 @@ def test_the_sites_of_a_loop_are_one_latent_along_its_steps(site: str | list[str
 
 def test_the_steps_of_a_pattern_are_in_the_order_of_their_numbers() -> None:
     def model() -> None:
-        for t in range(12):
+        for t in reversed(range(12)):
             pyro.sample(f"z_{t}", dist.Bernoulli(torch.tensor(t / 12.0)))
 
     ax = vfe.plot_marginals(vfe.posterior(model), "z_{}")
