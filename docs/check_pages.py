@@ -1,7 +1,7 @@
 """Looks at every built page in a headless browser, wide and narrow, light and dark, and tells what a reader would see.
 
-On no page may there be an error in the console, an equation that is not typeset, a picture that is missing, a request to
-any other host, or a line that makes the whole page scroll sideways.
+On no page may there be an error in the console, an equation that is not typeset, a picture that is missing, a request
+to any other host, or a line that makes the whole page scroll sideways.
 
     python docs/check_pages.py docs/_build/html [--chromium PATH] [--pictures FOLDER]
 """
@@ -40,7 +40,8 @@ async () => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const text = texts.currentNode;
-    if (/\\$\\$|\\\\\\(|\\\\\\[/.test(text.data) && !text.parentElement.closest('pre, code, script, style, mjx-container'))
+    const isCode = text.parentElement.closest('pre, code, script, style, mjx-container');
+    if (!isCode && /\\$\\$|\\\\\\(|\\\\\\[/.test(text.data))
       wrong.push(`raw mathematics: ${text.data.trim().slice(0, 60)}`);
   }
   for (const image of document.images) {
@@ -91,9 +92,12 @@ def watch(page: Any, address: str, wrong: list[str]) -> None:
             route.abort()
 
     page.route("**/*", hold)
-    page.on(
-        "console", lambda said: wrong.append(f"console: {said.text}") if said.type in ("error", "warning") else None
-    )
+
+    def hear(said: Any) -> None:
+        if said.type in ("error", "warning"):
+            wrong.append(f"console: {said.text}")
+
+    page.on("console", hear)
     page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
     page.on("response", lambda reply: wrong.append(f"{reply.status}: {reply.url}") if reply.status >= 400 else None)
 

@@ -1,7 +1,7 @@
 """The code in README.md and docs/ runs: each page from top to bottom, in one namespace, as a reader's session would.
 
-Blocks are opened by ```python or, in pages that are notebooks, by ```{code-cell}; a cell's last expression is printed, as
-a notebook shows it. A block opened by ```python no-run is for reading only.
+Blocks are opened by ```python or, in pages that are notebooks, by ```{code-cell}; a block's last expression is printed,
+as a notebook shows it. A block opened by ```python no-run is for reading only.
 """
 
 import ast

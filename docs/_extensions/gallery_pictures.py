@@ -44,9 +44,7 @@ class SavedPictures:
             gallery_conf: The gallery's configuration.
         """
         shown = []
-        for saved, path in zip(
-            sorted(Path(self.folder).glob("*.png")), block_vars["image_path_iterator"], strict=False
-        ):
-            shutil.move(saved, path)
-            shown.append(path)
+        for saved in sorted(Path(self.folder).glob("*.png")):
+            shown.append(next(block_vars["image_path_iterator"]))
+            shutil.move(saved, shown[-1])
         return str(figure_rst(shown, gallery_conf["src_dir"]))

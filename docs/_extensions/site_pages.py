@@ -77,7 +77,7 @@ def with_links_of_the_site(text: str, origin: Path, page: Path, root: Path) -> s
 
 
 def run_python_blocks(text: str) -> str:
-    """Returns a notebook of a page with ```python blocks, which GitHub colours and tests run; so the site shows them run.
+    """Returns a notebook of a page with ```python blocks, which GitHub colours: so the site runs them too.
 
     Args:
         text: The page's text.
