@@ -65,6 +65,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = [("Groups", "params_style")]
 
 # The gallery -------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ PAGES = {
     "CONTRIBUTING.md": "docs/contributing.md",
     "CHANGELOG.md": "docs/changelog.md",
     "benchmarks/RESULTS.md": "docs/benchmarks.md",
+    "benchmarks/NOTES.md": "docs/benchmark_notes.md",
     "examples": "docs/gallery/index.rst",
 }
 """Which page of the site shows a file of the repository."""
