@@ -1,12 +1,33 @@
-"""What the gallery needs to run examples that are scripts of their own: their arguments, and the pictures they save."""
+"""What the gallery needs to run examples that are scripts: a fresh start, their arguments, the pictures they save."""
 
+import builtins
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyro
+import torch
 from sphinx_gallery.scrapers import figure_rst
+
+
+@dataclass(frozen=True)
+class FreshStart:
+    """Undoes what an example left in torch and in Pyro, since all run in one process."""
+
+    def __call__(self, gallery_conf: Mapping[str, Any], script: str) -> None:
+        """Puts back what a new process has.
+
+        Args:
+            gallery_conf: The gallery's configuration.
+            script: The path of the example that comes.
+        """
+        pyro.clear_param_store()
+        torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        # The gallery gives scripts no __file__, in which ours look for the default of an option.
+        vars(builtins)["__file__"] = script
 
 
 @dataclass(frozen=True)
