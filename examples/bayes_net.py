@@ -1,9 +1,19 @@
-r"""Bayesian networks from BIF files, as ordinary Pyro programs: the exact P(e) and every node's marginal given e.
+r"""
+Bayesian networks from BIF files
+================================
 
-    P(x)  =  prod_n P(x_n | parents(x_n))          P(e)  =  sum over all x that agree with e          P(x_n | e)  =  ?
+A Bayesian network as an ordinary Pyro program, for the exact probability of the evidence *e* and for every node's
+marginal given it:
 
-One sample site per node, in an order in which parents come first; the evidence by poutine.condition. Networks that
-pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other is the path of its BIF file:
+.. math::
+
+    P(x) = \prod_n P(x_n \mid \text{parents}(x_n))
+    \qquad P(e) = \sum_{x \text{ that agree with } e} P(x)
+    \qquad P(x_n \mid e) = \ ?
+
+There is one sample site per node, in an order in which parents come first; the evidence goes in by
+``poutine.condition``. Networks that pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other is
+the path of its BIF file::
 
     python examples/bayes_net.py asia alarm
     python examples/bayes_net.py asia --evidence smoke=yes --evidence xray=no
@@ -12,9 +22,10 @@ pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other 
 Without other evidence the first five leaves of the file are observed to be in their first states.
 
 References:
-    Lauritzen and Spiegelhalter (1988), Local computations with probabilities on graphical structures and their
-    application to expert systems: the network asia.
-    Scutari (2010), Learning Bayesian networks with the bnlearn R package: the repository the files come from.
+
+- Lauritzen and Spiegelhalter (1988), Local computations with probabilities on graphical structures and their
+  application to expert systems: the network asia.
+- Scutari (2010), Learning Bayesian networks with the bnlearn R package: the repository the files come from.
 """
 
 import argparse
@@ -51,6 +62,13 @@ EVIDENCE_PROBABILITIES = {
 }
 """Known answers: P(e) for the first states of the first five leaves."""
 SHOWN_NODES = 4
+MOST_DRAWN = 12
+"""Networks of more nodes are not drawn."""
+DARK, PALE = "#0b3c5d", "#b8c4cc"
+
+# %%
+# A network, and the program it is
+# --------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +135,11 @@ def as_program(network: Network) -> Program:
     return model
 
 
+# %%
+# What is asked of it
+# -------------------
+
+
 def first_leaves(network: Network) -> Evidence:
     """Returns the evidence that is the default: the first states of the first five leaves."""
     return {leaf: network.states[leaf][0] for leaf in network.leaves[:5]}
@@ -168,6 +191,11 @@ def solve(source: str, evidence: Evidence | None = None) -> Answer:
     )
 
 
+# %%
+# Tables and pictures
+# -------------------
+
+
 def in_words(answer: Answer) -> str:
     """Returns the evidence, its probability and the marginals of a few nodes, in lines."""
     seen = ", ".join(f"{node} = {state}" for node, state in answer.evidence.items())
@@ -207,6 +235,41 @@ def save(answer: Answer, folder: Path) -> None:
         writer.writerow(("node", "state", "probability"))
         for node, probs in answer.marginals.items():
             writer.writerows((node, *pair) for pair in zip(answer.network.states[node], probs.tolist(), strict=True))
+
+
+def generations(network: Network) -> list[list[str]]:
+    """Returns the nodes in layers, each after all of its parents."""
+    layer_of: dict[str, int] = {}
+    for node in network.parents_first:
+        layer_of[node] = 1 + max((layer_of[parent] for parent in network.parents[node]), default=-1)
+    return [[node for node in layer_of if layer_of[node] == layer] for layer in range(max(layer_of.values()) + 1)]
+
+
+def draw(answer: Answer, folder: Path) -> None:
+    """Draws a network, each node with its marginals without and with the evidence; the picture stays open."""
+    network = answer.network
+    prior = vfe.posterior(as_program(network)).marginals()
+    layers = generations(network)
+    places = {
+        node: ((i + 0.5) / len(layer), 1 - (depth + 0.5) / len(layers))
+        for depth, layer in enumerate(layers)
+        for i, node in enumerate(layer)
+    }
+    figure, axes = plt.subplots(figsize=(10, 7.5), layout="constrained")
+    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{network.name}: P(evidence) = {math.exp(answer.log_evidence):.4g}")
+    axes.axis("off")
+    for node, parents in network.parents.items():
+        for parent in parents:
+            arrow = {"arrowstyle": "-|>", "color": "0.5", "shrinkA": 42, "shrinkB": 48}
+            axes.annotate("", places[node], places[parent], arrowprops=arrow)
+    for node, (x, y) in places.items():
+        box = axes.inset_axes((x - 0.09, y - 0.055, 0.18, 0.11))
+        draw_node(box, network.states[node], prior[node], answer.marginals.get(node))
+        seen = f" = {answer.evidence[node]}" if node in answer.evidence else ""
+        box.set_title(f"{node}{seen}", fontsize="medium", fontweight="bold" if seen else "normal", pad=3)
+    figure.legend(*box_legend(), loc="outside lower center", ncols=2, frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{network.name}.png", dpi=150)
 
 
 def main() -> None:
