@@ -39,9 +39,12 @@ from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from matplotlib.axes import Axes
 from pgmpy.readwrite import BIFReader
 from pyro import poutine
 from torch import Tensor
@@ -247,29 +250,54 @@ def generations(network: Network) -> list[list[str]]:
 
 def draw(answer: Answer, folder: Path) -> None:
     """Draws a network, each node with its marginals without and with the evidence; the picture stays open."""
-    network = answer.network
-    prior = vfe.posterior(as_program(network)).marginals()
-    layers = generations(network)
+    network, layers = answer.network, generations(answer.network)
     places = {
         node: ((i + 0.5) / len(layer), 1 - (depth + 0.5) / len(layers))
         for depth, layer in enumerate(layers)
         for i, node in enumerate(layer)
     }
     figure, axes = plt.subplots(figsize=(10, 7.5), layout="constrained")
-    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{network.name}: P(evidence) = {math.exp(answer.log_evidence):.4g}")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"{network.name}: what the evidence tells, of probability {math.exp(answer.log_evidence):.4g}")
     axes.axis("off")
     for node, parents in network.parents.items():
         for parent in parents:
-            arrow = {"arrowstyle": "-|>", "color": "0.5", "shrinkA": 42, "shrinkB": 48}
-            axes.annotate("", places[node], places[parent], arrowprops=arrow)
+            (x, y), (child_x, child_y) = places[parent], places[node]
+            arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (child_x, child_y + 0.085), (x, y - 0.075), arrowprops=arrow)
+    prior = vfe.posterior(as_program(network)).marginals()
     for node, (x, y) in places.items():
-        box = axes.inset_axes((x - 0.09, y - 0.055, 0.18, 0.11))
-        draw_node(box, network.states[node], prior[node], answer.marginals.get(node))
-        seen = f" = {answer.evidence[node]}" if node in answer.evidence else ""
-        box.set_title(f"{node}{seen}", fontsize="medium", fontweight="bold" if seen else "normal", pad=3)
-    figure.legend(*box_legend(), loc="outside lower center", ncols=2, frameon=False)
+        axes.add_patch(plt.Rectangle((x - 0.1, y - 0.075), 0.2, 0.16, facecolor="white", edgecolor="0.7", zorder=2))
+        states = network.states[node]
+        seen = answer.evidence.get(node)
+        given_evidence = answer.marginals[node].tolist() if seen is None else [float(state == seen) for state in states]
+        draw_node(
+            axes.inset_axes((x - 0.06, y - 0.065, 0.15, 0.1), zorder=3), states, prior[node].tolist(), given_evidence
+        )
+        name = node if seen is None else f"{node} = {seen} (seen)"
+        axes.text(x, y + 0.06, name, ha="center", va="center", weight="normal" if seen is None else "bold", zorder=3)
+    patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="0.2") for color in (PALE, DARK)]
+    figure.legend(
+        patches, ["without evidence", "given the evidence"], loc="outside lower center", ncols=2, frameon=False
+    )
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{network.name}.png", dpi=150)
+
+
+def draw_node(axes: Axes, states: list[str], prior: list[float], given_evidence: list[float]) -> None:
+    """Draws the probabilities of a node's states, without and with the evidence."""
+    at = np.arange(len(states))
+    axes.barh(at - 0.2, prior, 0.4, color=PALE, edgecolor="0.2", linewidth=0.6)
+    axes.barh(at + 0.2, given_evidence, 0.4, color=DARK, edgecolor="0.2", linewidth=0.6)
+    axes.set_yticks(at, states, fontsize="small")
+    axes.set(xlim=(0, 1), ylim=(len(states) - 0.5, -0.5), xticks=())
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+# %%
+# All of it
+# ---------
 
 
 def main() -> None:
@@ -280,7 +308,7 @@ def main() -> None:
     )
     parser.add_argument("--evidence", action="append", metavar="NODE=STATE", help="an observed node; may be repeated")
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for the marginals"
+        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for the marginals and pictures"
     )
     args = parser.parse_args()
     evidence = dict(pair.split("=", 1) for pair in args.evidence) if args.evidence else None
@@ -290,8 +318,10 @@ def main() -> None:
         answers.append(solve(source, evidence))
         print(f"{in_words(answers[-1])}\n")
         save(answers[-1], args.output)
+        if len(answers[-1].network.states) <= MOST_DRAWN:
+            draw(answers[-1], args.output)
     print(as_table(answers))
-    print(f"\nAll marginals: {args.output}")
+    print(f"\nAll marginals, and pictures of small networks: {args.output}")
 
     for answer in answers:
         for probs in answer.marginals.values():

@@ -95,6 +95,7 @@ def draw(path: Path, history: vfe.History) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), width_ratios=(3, 2), layout="constrained")
     phases = tuple(row for row in history.rows if row.phase in "EM")
     vfe.plot_free_energy(vfe.History(phases[: 2 * SHOWN_ITERATIONS], history.num_data), ax=left)
+    left.set_title("M-phases lower F and open a gap, E-phases close it")
     draw_rate(right, excess(history))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

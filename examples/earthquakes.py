@@ -162,8 +162,12 @@ def draw(path: Path, u: Tensor, posterior: vfe.Posterior, active: dict[str, np.n
     )
     steps = np.arange(len(YEARS))
     vfe.plot_states(posterior, "v_{}", u, ax=top)
-    top.set(title="Major earthquakes in the world, and the states they come from", xlabel="", ylabel="earthquakes")
-    middle.fill_between(steps, active["exact"], step="mid", color=LIGHT, alpha=0.6, linewidth=0, label="exact posterior")
+    quiet, active_rate = pyro.param("rates").tolist()
+    title = f"Major earthquakes in the world: about {quiet:.0f} a year in state 0, {active_rate:.0f} in state 1"
+    top.set(title=title, xlabel="", ylabel="earthquakes")
+    middle.fill_between(
+        steps, active["exact"], step="mid", color=LIGHT, alpha=0.6, linewidth=0, label="exact posterior"
+    )
     middle.step(steps, active["mean field"], where="mid", color=DARK, linewidth=1.4, label="mean-field guide")
     middle.set(title="Probability of the active state: mean field is too sure", ylabel="probability", ylim=(0, 1.02))
     middle.legend(loc="center right")
