@@ -37,7 +37,9 @@ STEP = "step"
 _SHOWN = 8
 """How many rows a printed history has at its beginning and at its end."""
 
-_COLUMNS = ("iteration", "phase", "F", "surprise", "gap", "d F", "= d surprise", "+ d gap")
+_CHANGES = ("d F", "= d surprise", "+ d gap")
+
+_UNKNOWN = "\N{EM DASH}"
 
 Numbers = NDArray[np.float64]
 
@@ -47,7 +49,7 @@ class Row:
     """Where one phase ended."""
 
     iteration: int
-    """The number of M-phases (or steps) so far, this one included."""
+    """The number of M-phases (of epochs, of steps of SVI) so far, this one included."""
     phase: str
     """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'."""
     free_energy: float
@@ -134,7 +136,10 @@ class History:
         return _differences(self.gap)
 
     def to_xarray(self) -> "xarray.Dataset":
-        """Returns an `xarray.Dataset` with one entry per phase along `step`, and `iteration` and `phase` beside it."""
+        """Returns an `xarray.Dataset` with one entry per row along `step`, and `iteration` and `phase` beside it.
+
+        `free_energy_stderr` is there where F is sampled, the coordinate `num_data` where rows have their own.
+        """
         import xarray
 
         names = ("free_energy", "surprise", "gap", "d_free_energy", "d_surprise", "d_gap")
@@ -143,12 +148,16 @@ class History:
             "iteration": ("step", self.iteration),
             "phase": ("step", np.array(self.phase, dtype=str)),
         }
+        if any(row.num_data is not None for row in self.rows):
+            coords["num_data"] = ("step", self._sizes)
         values = {name: ("step", getattr(self, name), {"units": "nats"}) for name in names}
+        if np.any(self.stderr != 0):
+            values["free_energy_stderr"] = ("step", self.stderr, {"units": "nats"})
         return xarray.Dataset(values, coords=coords, attrs={"units": "nats", "num_data": self.num_data})
 
     def __str__(self) -> str:
-        """An aligned table; the middle of a long one is left out."""
-        cells = [list(_COLUMNS), *self._cells()]
+        """An aligned table; the middle of a long one is left out, and what is not known has a dash."""
+        cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         if self._left_out:
@@ -157,30 +166,45 @@ class History:
 
     def _repr_html_(self) -> str:
         style = "style='text-align:right;padding:2px 12px;font-variant-numeric:tabular-nums'"
-        rows = [_html_row("th", style, _COLUMNS), *(_html_row("td", style, row) for row in self._cells())]
+        header, *cells = self._cells()
+        rows = [_html_row("th", style, header), *(_html_row("td", style, row) for row in cells)]
         if self._left_out:
-            rows.insert(_SHOWN + 1, f"<tr><td {style} colspan={len(_COLUMNS)}>... {self._left_out} more ...</td></tr>")
+            rows.insert(_SHOWN + 1, f"<tr><td {style} colspan={len(header)}>... {self._left_out} more ...</td></tr>")
         return f"<table>{''.join(rows)}</table>"
 
     @property
     def _left_out(self) -> int:
         return max(0, len(self) - 2 * _SHOWN)
 
+    @property
+    def _sizes(self) -> NDArray[np.int64]:
+        """The number of data of each row."""
+        return np.array([row.num_data or self.num_data for row in self.rows], dtype=np.int64)
+
     def _cells(self) -> list[list[str]]:
-        """The printed rows, without those left out."""
+        """The printed columns' titles, and the printed rows without those left out."""
+        columns = [[title, *column] for title, column in self._columns()]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _columns(self) -> list[tuple[str, list[str]]]:
+        """Titles and cells: steps have no phases, errors stand where there are any, sizes where they differ."""
         kept = [*range(len(self))]
         if self._left_out:
             kept = kept[:_SHOWN] + kept[-_SHOWN:]
-        levels = (self.free_energy, self.surprise, self.gap)
+        rows = [self.rows[i] for i in kept]
+        steps = bool(self.rows) and set(self.phase) == {STEP}
+        columns = [("step" if steps else "iteration", [str(row.iteration) for row in rows])]
+        if not steps:
+            columns.append(("phase", [row.phase for row in rows]))
+        columns.append(("F", [_level(row.free_energy) for row in rows]))
+        if np.any(np.nan_to_num(self.stderr) != 0):
+            columns.append(("\N{PLUS-MINUS SIGN}", [_level(row.stderr) for row in rows]))
+        columns += [("surprise", [_level(row.surprise) for row in rows]), ("gap", [_level(row.gap) for row in rows])]
+        if len(set(self._sizes)) > 1:
+            columns.append(("N", [f"{row.num_data or self.num_data:,}" for row in rows]))
         changes = (self.d_free_energy, self.d_surprise, self.d_gap)
-        return [
-            [
-                str(self.rows[i].iteration),
-                self.rows[i].phase,
-                *(f"{float(column[i]):,.4f}" for column in levels),
-                *(_change(float(column[i])) for column in changes),
-            ]
-            for i in kept
+        return columns + [
+            (title, [_change(float(change[i])) for i in kept]) for title, change in zip(_CHANGES, changes, strict=True)
         ]
 
 
@@ -190,7 +214,12 @@ def _per_datum(row: Row, num_data: int) -> Row:
 
 
 def _differences(values: Numbers) -> Numbers:
-    return np.diff(values, prepend=np.nan)
+    with np.errstate(invalid="ignore"):  # From infinite to infinite is no number.
+        return np.diff(values, prepend=np.nan)
+
+
+def _level(value: float) -> str:
+    return _UNKNOWN if np.isnan(value) else f"{value:,.4f}"
 
 
 def _change(value: float) -> str:

@@ -1,35 +1,133 @@
-"""When SVI may end: what its history says."""
+r"""When training may end: what the history of its free energy says.
 
+    settled:    |m2 - m1| + 2 sqrt( (s1^2 + s2^2) / window )  <=  tol        m, s of F per datum in two windows
+
+Batches and particles make F noisy, and two noisy means are close by chance now and then. Their difference counts with
+twice its standard error: rather than not knowing of a change, the rule knows that there is none beyond the tolerance.
+
+References:
+    Schuirmann (1987), A comparison of the two one-sided tests procedure and the power approach for assessing the
+    equivalence of average bioavailability.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyro_vfe.learning.history import History
+import numpy as np
+
+from pyro_vfe.errors import VFEError
+from pyro_vfe.learning.history import History, Numbers
 
 StopRule = Callable[[History], str | None]
-"""Says in words why to stop, or None."""
+"""Says in words why to stop, or None. Called with the history after each reading."""
+
+_ERRORS = 2.0
+"""How many standard errors a change may be off."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """F per datum no longer changes."""
+    """F per datum no longer changes, neither falls nor rises: over two windows of readings, by more than a tolerance.
+
+    The change between the windows' means counts with twice its standard error. Where readings are noisier than the
+    tolerance, as those of mini-batches are, the rule waits: take a larger window, a larger tolerance, or let the
+    `Monitor` read held-out data.
+
+    Example:
+        >>> from pyro_vfe.learning.history import Row
+        >>> falling = History(tuple(Row(i, "step", 100.0 - i, 90.0, 10.0 - i) for i in range(10)), num_data=100)
+        >>> Settled(tol=0.01)(falling) is None
+        True
+        >>> Settled(tol=0.1)(falling)
+        'F per datum has settled: it changed by -0.05 nats (tol=0.1) between the last two windows of 5 readings'
+    """
 
     tol: float = 1e-3
-    """Nats per datum."""
+    """The change that counts as none, in nats per datum."""
     window: int = 5
     """How many readings are averaged, and compared with as many before them."""
 
+    def __post_init__(self) -> None:
+        """Raises:
+        VFEError: The tolerance is no number of at least 0, or the window too short to have a spread.
+        """
+        if not (self.tol >= 0 and math.isfinite(self.tol)):
+            raise VFEError(f"Settled was given tol={self.tol}.", hint="Pass nats per datum, such as 1e-3.")
+        if int(self.window) != self.window or self.window < 2:
+            raise VFEError(
+                f"Settled was given window={self.window}.", hint="Pass a number of readings of at least 2, such as 5."
+            )
+
     def __call__(self, history: History) -> str | None:
-        """Returns why to stop, or None."""
-        raise NotImplementedError
+        """Returns why to stop, or None.
+
+        Args:
+            history: Of all readings so far; those whose F is not finite settle nothing.
+        """
+        free_energies = _last(history, 2 * self.window).free_energy
+        if len(free_energies) < 2 * self.window or not np.isfinite(free_energies).all():
+            return None
+        before, after = free_energies[: self.window], free_energies[self.window :]
+        change = float(after.mean() - before.mean())
+        error = math.sqrt((_variance(before) + _variance(after)) / self.window)
+        if abs(change) + _ERRORS * error > self.tol:
+            return None
+        return (
+            f"F per datum has settled: it changed by {change:.2g} nats (tol={self.tol:g}) between the last two windows "
+            f"of {self.window} readings"
+        )
 
 
 @dataclass(frozen=True)
 class GapBelow:
-    """The gap per datum has fallen below a bound."""
+    """The gap per datum is below a bound: the guide is as good as it needs to be.
+
+    A gap that is not known does not stop anything.
+
+    Example:
+        >>> from pyro_vfe.learning.history import Row
+        >>> history = History((Row(1, "step", 12.0, 10.0, 2.0), Row(2, "step", 10.5, 10.0, 0.5)), num_data=10)
+        >>> GapBelow(0.1)(history)
+        'the gap per datum is 0.05 nats, below 0.1'
+        >>> GapBelow(0.1, window=2)(history) is None
+        True
+    """
 
     bound: float
     """Nats per datum."""
+    window: int = 1
+    """How many readings in a row have to be below; more than one where readings are noisy."""
+
+    def __post_init__(self) -> None:
+        """Raises:
+        VFEError: The bound is no positive number, or the window no number of readings.
+        """
+        if not (self.bound > 0 and math.isfinite(self.bound)):
+            raise VFEError(
+                f"GapBelow was given bound={self.bound}.",
+                hint="Pass a positive number of nats per datum, such as 0.01.",
+            )
+        if int(self.window) != self.window or self.window < 1:
+            raise VFEError(f"GapBelow was given window={self.window}.", hint="Pass a number of readings of at least 1.")
 
     def __call__(self, history: History) -> str | None:
-        """Returns why to stop, or None."""
-        raise NotImplementedError
+        """Returns why to stop, or None.
+
+        Args:
+            history: Of all readings so far.
+        """
+        gaps = _last(history, self.window).gap
+        if len(gaps) < self.window or not bool((gaps < self.bound).all()):
+            return None
+        times = "" if self.window == 1 else f", the last {self.window} readings"
+        return f"the gap per datum is {gaps[-1]:.2g} nats, below {self.bound:g}{times}"
+
+
+def _last(history: History, number: int) -> History:
+    """The last readings, per datum."""
+    return History(history.rows[-number:], history.num_data).per_datum
+
+
+def _variance(values: Numbers) -> float:
+    return float(values.var(ddof=1))

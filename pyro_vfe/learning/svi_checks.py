@@ -1,0 +1,133 @@
+"""What SVI cannot be given, said before anything changes: the fact, and the way out."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.optim import PyroOptim
+
+from pyro_vfe.errors import VFEError
+from pyro_vfe.learning.batches import Arguments, check_batches, numbered
+from pyro_vfe.program.layout import Program
+
+
+def check_programs(model: Program, guide: Program) -> None:
+    """Checks that there are two programs.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+
+    Raises:
+        VFEError: One of them cannot be called.
+    """
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise VFEError(
+                f"fit was given a {type(program).__name__} as {name}.",
+                hint="Pass vfe.fit(model, guide, data, ...); vfe.AutoMeanField(model) makes a guide, and "
+                "`lambda *args, **kwargs: None` is one that leaves all discrete latents to be summed out.",
+            )
+
+
+def check_optim(optim: object) -> None:
+    """Checks that Pyro can use an optimiser.
+
+    Args:
+        optim: What a user gave.
+
+    Raises:
+        VFEError: It is none of Pyro's.
+    """
+    if isinstance(optim, PyroOptim):
+        return
+    own = optim if isinstance(optim, type) else type(optim)
+    if issubclass(own, torch.optim.Optimizer):
+        rate = "0.01" if isinstance(optim, type) else f"{getattr(optim, 'defaults', {}).get('lr', 0.01)}"
+        raise VFEError(
+            f"optim= is torch's own {own.__name__}; the parameters come into being as the programs run, and Pyro makes "
+            "an optimiser for each.",
+            hint=f'Pass pyro.optim.{own.__name__}({{"lr": {rate}}}); or keep a loop of your own over '
+            "vfe.FreeEnergy()(model, guide), with a vfe.Monitor.",
+        )
+    name = getattr(optim, "__name__", type(optim).__name__)
+    raise VFEError(
+        f"optim= is {name}, which is no optimiser of Pyro's.", hint='Pass one such as pyro.optim.Adam({"lr": 0.01}).'
+    )
+
+
+def check_elbo(elbo: object) -> None:
+    """Checks that there is a loss to descend.
+
+    Args:
+        elbo: What a user gave.
+
+    Raises:
+        VFEError: It is no ELBO.
+    """
+    if not isinstance(elbo, ELBO):
+        name = getattr(elbo, "__name__", type(elbo).__name__)
+        of_modules = " An ELBOModule has its programs inside; pass them and the ELBO it was made by." * isinstance(
+            elbo, ELBOModule
+        )
+        raise VFEError(
+            f"elbo= is {name}, which is no ELBO.{of_modules}",
+            hint="Leave it out for vfe.FreeEnergy(), or pass an instance, such as pyro.infer.TraceEnum_ELBO().",
+        )
+
+
+def check_num_steps(num_steps: object) -> None:
+    """Checks that a number of steps is one.
+
+    Args:
+        num_steps: What a user gave.
+
+    Raises:
+        VFEError: It is not.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise VFEError(f"fit was given num_steps={num_steps!r}.", hint="Pass a number of steps of at least 1.")
+
+
+def arguments_of_steps(args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Any) -> Iterator[Arguments]:
+    """Returns an iterator over the arguments of the programs at every step.
+
+    Args:
+        args: Positional arguments of all steps.
+        kwargs: Keyword arguments of all steps.
+        batches: What is iterated over, again and again if it can be; None where all steps have the same arguments.
+
+    Raises:
+        VFEError: It is no iterable of batches, or there are arguments beside them.
+    """
+    if batches is None:
+        return _the_same(args, kwargs)
+    again = check_batches(batches, 1)
+    if args:
+        raise VFEError(
+            f"fit was given batches= and {len(args)} positional arguments of the programs.",
+            hint="Let the batches hold the arguments: vfe.fit(model, guide, optim=..., num_steps=..., batches=loader). "
+            "What all batches share may be passed by keyword.",
+        )
+    return _cycled(kwargs, batches, again)
+
+
+def _the_same(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Arguments]:
+    while True:
+        yield args, kwargs
+
+
+def _cycled(kwargs: Mapping[str, Any], batches: Any, again: bool) -> Iterator[Arguments]:
+    epoch = 0
+    while again or not epoch:
+        epoch += 1
+        for number, (args, own) in numbered(batches, epoch):
+            twice = sorted(kwargs.keys() & own.keys())
+            if twice:
+                raise VFEError(
+                    f"Batch {number} has the keyword argument '{twice[0]}', and fit was given another.",
+                    hint="Pass it in one place only.",
+                )
+            yield args, {**kwargs, **own}

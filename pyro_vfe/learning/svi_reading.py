@@ -1,0 +1,114 @@
+r"""One look at F in the midst of training, which leaves everything as it was.
+
+    F(Q, G)  =  surprise + gap
+
+Looking must not steer: random states, gradients and the buffers of modules (the running means of a BatchNorm, say) are
+the same after it as before.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.decomposition import Decomposition
+from pyro_vfe.energy.free_energy import FreeEnergy
+from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
+from pyro_vfe.learning.history import STEP, Row
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.randomness import undisturbed_randomness
+
+
+@dataclass(frozen=True)
+class Reading:
+    """F at one moment, and why something of it is missing."""
+
+    row: Row
+    """What is known, NaN for the rest."""
+    problem: str | None = None
+    """Why something is not known or infinite, in words."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Takes F of two programs apart."""
+
+    model: Program
+    guide: Program
+    elbo: FreeEnergy
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Reading:
+        """Returns F, surprise and gap at the present parameters.
+
+        Args:
+            args: Arguments of both programs.
+            kwargs: Keyword arguments of both programs.
+            step: The number of steps so far.
+            loss: What training has of F at these arguments, in nats, for where F cannot be summed; None for nothing.
+        """
+        with undisturbed_randomness(), unchanged_buffers(self.model, self.guide):
+            try:
+                terms = self.elbo.decompose(self.model, self.guide, *args, **kwargs)
+            except ImpossibleDataError as error:
+                return Reading(Row(step, STEP, inf, inf, nan, nan), str(error))
+            except NotFiniteError as error:
+                return Reading(Row(step, STEP, nan, nan, nan, nan), str(error))
+            except VFEError as error:
+                free_energy = self._undecomposed(args, kwargs, loss)
+                return Reading(Row(step, STEP, free_energy, nan, nan, nan), f"F cannot be taken apart. {error}")
+        infinite = f"F is infinite: {'; '.join(terms.impossible)}." if terms.impossible else None
+        return Reading(_row_of(terms, step), infinite)
+
+    def _undecomposed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: float | None) -> float:
+        """F where its parts cannot be told: as one number, or else what training has of it."""
+        try:
+            return self.elbo.loss(self.model, self.guide, *args, **kwargs)
+        except VFEError:
+            return nan if loss is None else loss
+
+
+def _row_of(terms: Decomposition, step: int) -> Row:
+    spread = 0.0 if terms.exact else nan
+    return Row(
+        iteration=step,
+        phase=STEP,
+        free_energy=float(terms.free_energy),
+        surprise=float(terms.surprise),
+        gap=float(terms.gap),
+        stderr=spread if terms.stderr is None else float(terms.stderr),
+        num_data=terms.num_data,
+    )
+
+
+@contextmanager
+def unchanged_buffers(*programs: Program) -> Iterator[None]:
+    """Runs a block after which the buffers of programs that are modules hold what they did.
+
+    Args:
+        *programs: Modules, methods of modules, or anything else, which has no buffers.
+    """
+    owners = [getattr(program, "__self__", program) for program in programs]
+    modules = [part for owner in owners if isinstance(owner, torch.nn.Module) for part in owner.modules()]
+    kept = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, copy in kept:
+            module._buffers[name] = buffer
+            _put_back(buffer, version, copy)
+
+
+def _put_back(buffer: Tensor, version: int, copy: Tensor) -> None:
+    """Only a buffer that was written to: writing makes the graphs that have read it useless."""
+    if buffer._version != version:
+        with torch.no_grad():
+            buffer.copy_(copy)

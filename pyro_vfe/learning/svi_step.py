@@ -1,0 +1,210 @@
+r"""One step of SVI that either succeeds or changes nothing.
+
+    theta  <-  theta - step( grad F(theta) )
+
+`pyro.infer.SVI.step` hands any gradient to the optimiser, and one NaN in it makes a parameter NaN for good. Here the
+gradients are looked at before they are used, and parameters that an update has spoilt are put back.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI
+from pyro.infer.util import zero_grads
+from pyro.optim import PyroLRScheduler, PyroOptim
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_vfe.errors import NotFiniteError, VFEError, located
+from pyro_vfe.learning.svi_report import Loss
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.parameters import constraint_of, unconstrained
+
+_MOST_NAMED = 5
+
+
+class Stepper:
+    """Steps of `pyro.infer.SVI`, with the same results, that leave parameters as they were when they fail."""
+
+    def __init__(self, model: Program, guide: Program, optim: PyroOptim, elbo: Any) -> None:
+        """Args:
+        model: The generative model.
+        guide: The guide.
+        optim: What changes the parameters.
+        elbo: What gives loss and gradients: an ELBO.
+        """
+        self.leaves: dict[str, Tensor] = {}
+        """The unconstrained value of every parameter that the programs have read, which is a leaf of the graph."""
+        self.reached: set[str] = set()
+        """The names of those that ever had a gradient."""
+        self._before: dict[str, Tensor] = {}
+        """Copies of the unconstrained values from before the last update."""
+        self._is_updating = False
+        self._optim = optim
+        self._elbo = elbo
+        self._svi = SVI(model, guide, optim, loss=elbo.loss, loss_and_grads=self._loss_and_grads)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Copies of all parameters that the programs have read, constrained."""
+        with torch.no_grad():
+            return {name: _constrained(name, leaf).clone() for name, leaf in self.leaves.items()}
+
+    def step(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loss:
+        """Does a step and returns its loss, which is of the parameters before the step.
+
+        Args:
+            number: Of the step, counted from 1.
+            args: Arguments of both programs.
+            kwargs: Keyword arguments of both programs.
+
+        Raises:
+            VFEError: The step failed; the parameters are as they were before it, and have no gradients.
+        """
+        try:
+            with located(f"step {number}"):
+                loss: Loss = self._svi.step(*args, **kwargs)
+        except BaseException as error:
+            zero_grads(self.leaves.values())
+            if self._is_updating:
+                self._restore(self._before)
+            elif isinstance(error, Exception):
+                self.check_update(number - 1, error)
+            raise
+        finally:
+            self._is_updating = False
+        self._step_scheduler(loss)
+        return loss
+
+    def check_update(self, number: int, cause: Exception | None = None) -> None:
+        """Checks that the last update left numbers.
+
+        Args:
+            number: Of the step that it belongs to.
+            cause: The error that made somebody ask.
+
+        Raises:
+            NotFiniteError: It did not; the parameters are as they were before it.
+        """
+        spoilt = [name for name, before in self._before.items() if self._is_spoilt(name, before)]
+        if not spoilt:
+            return
+        self._restore(self._before)
+        raise NotFiniteError(
+            f"In step {number}: the update by {self.optimiser} made parameter {_quoted(spoilt)} infinite or NaN; all "
+            "parameters are as they were before that step.",
+            hint="Use a smaller learning rate, or an optimiser that limits its steps, such as pyro.optim.ClippedAdam.",
+        ) from cause
+
+    @property
+    def optimiser(self) -> str:
+        """The name of what changes the parameters."""
+        constructor = self._optim.pt_optim_constructor
+        return getattr(constructor, "__name__", type(constructor).__name__)
+
+    def _loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Loss:
+        """What SVI calls for loss and gradients, which it gets when they can be used."""
+        with pyro.poutine.trace(param_only=True) as capture:
+            try:
+                loss: Loss = self._elbo.loss_and_grads(model, guide, *args, **kwargs)
+            finally:
+                used = self._meet(capture.trace.nodes)
+        _check_shared(capture.trace.nodes.keys() - used.keys())
+        gradients = {name: leaf.grad for name, leaf in used.items() if leaf.grad is not None}
+        self.reached.update(gradients)
+        _check_finite(loss, gradients)
+        self._before = _copied(used, self._before)
+        self._is_updating = True
+        return loss
+
+    def _meet(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The leaves of the parameters of a run, which are noted."""
+        store = pyro.get_param_store()
+        used = {name: unconstrained(name) for name in names if name in store}
+        self.leaves.update(used)
+        return used
+
+    def _is_spoilt(self, name: str, before: Tensor) -> bool:
+        """Whether a parameter has an entry that is no number and was one, as its user sees it."""
+        now, then = (_constrained(name, leaf).isfinite() for leaf in (self.leaves[name], before))
+        return bool((then & ~now).any())
+
+    def _restore(self, copies: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in copies.items():
+                self.leaves[name].copy_(value)
+
+    def _step_scheduler(self, loss: Loss) -> None:
+        if not isinstance(self._optim, PyroLRScheduler):
+            return
+        if self._optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau:
+            self._optim.step(loss)
+        else:
+            self._optim.step()
+
+
+def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
+    """Checks that there is something to learn from.
+
+    Raises:
+        NotFiniteError: The loss or a gradient is not finite.
+    """
+    value = torch.as_tensor(loss).detach()
+    if not bool(value.isfinite().all()):
+        raise NotFiniteError(
+            f"The loss is {value.tolist()}.",
+            hint="Look for data or draws of probability zero, and for a parameter at the end of its range; train with "
+            "vfe.FreeEnergy(), which names the site. This step changed nothing.",
+        )
+    # One sum tells of any entry; only where it is not finite, which large entries can cause too, all are looked at.
+    if all(bool(gradient.sum().isfinite()) for gradient in gradients.values()):
+        return
+    bad = [name for name, gradient in gradients.items() if not bool(_entries(gradient).isfinite().all())]
+    if bad:
+        raise NotFiniteError(
+            f"The gradient of parameter {_quoted(bad)} is not finite, while the loss is {value.tolist()}.",
+            hint="Look for an operation without a finite derivative there, such as the square root or logarithm of 0, "
+            "or a torch.where around one; move the parameter off that point. This step changed nothing.",
+        )
+
+
+def _check_shared(local: Iterable[str]) -> None:
+    """Checks that Pyro's optimisers can know all parameters.
+
+    Raises:
+        VFEError: Some are not in Pyro's store.
+    """
+    names = sorted(local)
+    if names:
+        raise VFEError(
+            f"Parameter {_quoted(names)} is local to its module (pyro.settings has module_local_params=True), where "
+            "Pyro's SVI and optimisers do not find it.",
+            hint="Keep a loop of your own with a torch optimiser over vfe.FreeEnergy()(model, guide).parameters(), and "
+            "a vfe.Monitor; or leave module_local_params=False.",
+        )
+
+
+def _constrained(name: str, leaf: Tensor) -> Tensor:
+    value: Tensor = transform_to(constraint_of(name))(leaf)
+    return value.detach()
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _copied(leaves: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, in the memory of older copies where that fits."""
+    copies = {}
+    for name, leaf in leaves.items():
+        known = old.get(name)
+        fits = known is not None and known.shape == leaf.shape and known.device == leaf.device
+        copies[name] = known.copy_(leaf.detach()) if known is not None and fits else leaf.detach().clone()
+    return copies
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"
