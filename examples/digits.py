@@ -63,10 +63,14 @@ NUM_KINDS, NUMBERS_OF_KINDS = 20, (10, 20, 40)
 CONCENTRATION = 1.5
 """Of all priors: as if half a digit of each kind, and half a pixel on and half a pixel off in it, had been seen."""
 NUM_STARTS, NUM_STEPS, HIDDEN = 3, 400, 128
+FIRST_SHOWN = 60
+"""Of the steps of SVI; F falls from far above before."""
 NUM_ITERATIONS = 5
 """So many iterations of EM are repeated by hand."""
 NETWORK_RATE, TEMPLATE_RATE = {"hidden layer": 0.02, "linear": 0.05}, 0.05
 """Learning rates of Adam; a step in a linear network is not multiplied by another layer, and may be longer."""
+LEAST_WEIGHT = 0.005
+"""A kind that has no more than this, six digits, is unused."""
 NUM_DRAWS = 200
 NUM_WORST = 6
 """So many digits with the largest gaps are shown."""
@@ -262,8 +266,8 @@ class Score:
 
     @property
     def num_used(self) -> int:
-        """The number of kinds that are expected to have one training digit or more."""
-        return int((self.values["weights"] > 1 / NUM_TRAINED).sum())
+        """The number of kinds that have found digits."""
+        return int((self.values["weights"] > LEAST_WEIGHT).sum())
 
 
 def score(name: str, model: Program, guide: Program, digits: Digits) -> Score:
@@ -407,25 +411,29 @@ def draw_templates(em: Score, network: Score, digits: Digits) -> Figure:
         order = one.values["weights"].argsort(descending=True)
         for axes, kind in zip(part.subplots(4, 5).flat, order, strict=True):
             weight = float(one.values["weights"][kind])
-            title = f"“{labels[kind]}”  {weight:.1%}" if weight > 1 / NUM_TRAINED else "unused"
+            title = f"“{labels[kind]}”  {weight:.1%}" if weight > LEAST_WEIGHT else f"unused  {weight:.1%}"
             draw_pixels(axes, one.values["templates"][kind], title)
     return figure
 
 
 def draw_pixels(axes: Axes, pixels: Tensor, title: str) -> None:
     """Draws probabilities of pixels to be on, or pixels, as an image."""
-    axes.imshow(pixels.reshape(SIDE, SIDE), cmap="Greys", vmin=0, vmax=1)
+    axes.imshow(pixels.reshape(SIDE, SIDE).numpy(), cmap="Greys", vmin=0, vmax=1)
     axes.set_title(title, fontsize="small")
     axes.set(xticks=(), yticks=())
 
 
 def draw_histories(runs: dict[str, vfe.SVIRun], em: vfe.EMRun) -> Figure:
-    """Draws F of both networks that learn with templates, as surprise and gap, beside where EM ended."""
-    figure, all_axes = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained", sharey=True)
+    """Draws F while each network learned, as surprise and gap, beside where EM ended."""
+    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
     for axes, (name, run) in zip(all_axes, runs.items(), strict=True):
-        axes.axhline(em.free_energy / NUM_TRAINED, color=LIGHT, linestyle="--", label="where EM ended")
-        vfe.plot_free_energy(run.history.per_datum, ax=axes)
-        axes.set(title=name, ylim=(0.95 * em.free_energy / NUM_TRAINED, 30))
+        shown = tuple(row for row in run.history.rows if row.iteration >= FIRST_SHOWN)
+        vfe.plot_free_energy(vfe.History(shown, run.history.num_data).per_datum, ax=axes)
+        axes.axhline(em.free_energy / NUM_TRAINED, color=LIGHT, linestyle="--")
+        axes.text(
+            FIRST_SHOWN, em.free_energy / NUM_TRAINED, " EM ended here", color="white", va="top", fontsize="small"
+        )
+        axes.set(title=name, ylabel="nats per digit")
     return figure
 
 
@@ -435,6 +443,7 @@ def draw_gap(one: Score, digits: Digits) -> Figure:
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 3))
     axes = top.subplots()
     vfe.plot_gap(one.held_out, ax=axes)
+    figure.suptitle(f"Held-out digits, {one.name}")
     beliefs = one.held_out.posterior_marginals()["kind"], one.held_out.q_marginals()["kind"]
     columns = bottom.subplots(3, NUM_WORST)
     for column, n in zip(columns.T, one.held_out.gap.argsort(descending=True)[:NUM_WORST], strict=True):
@@ -526,10 +535,10 @@ def kinds_in_words(all_unseen: list[Unseen], in_sample: float) -> str:
         "point estimates.",
         f"With 20 kinds leave-one-out takes an unseen digit to cost {twenty.loo.mean():.2f} nats, and the held-out "
         f"ones cost {twenty.draws.mean():.2f} +- {mean_and_error(twenty.draws)[1]:.2f}. The draws are of one guide "
-        "around one of many local minima, and reweighting does not leave it: loo says what the digit costs with the "
-        f"kinds as they were found, the digit included. It is still a better guess than {in_sample:.2f}, what the digits "
-        "learned from cost at the point estimates, and what loo would say of these.",
-        *(f"{one.num_kinds} kinds: {one.warned or 'nothing is said against the draws.'}" for one in all_unseen),
+        "around one of many local minima, and reweighting does not leave it: loo says what a digit costs with kinds "
+        "that were found with that digit among the others. It is still a better guess than "
+        f"{in_sample:.2f}, what the digits learned from cost at the point estimates, and what loo would say of these.",
+        f"Of the draws as a whole the library says: {twenty.warned}",
     )
     return paragraphs("How many kinds", told)
 
