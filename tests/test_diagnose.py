@@ -519,9 +519,9 @@ def test_readings_of_few_particles_are_judged_like_decompositions() -> None:
 def test_a_run_of_svi_that_was_too_short_still_falls_and_a_long_one_rests() -> None:
     def ending_after(num_steps: int, rate: float) -> Diagnosis:
         pyro.clear_param_store()
-        guide = vfe.AutoMeanField(mixture_to_learn)
-        optim = pyro.optim.Adam({"lr": rate})
-        return vfe.diagnose(vfe.fit(mixture_to_learn, guide, U, optim=optim, num_steps=num_steps, progress_bar=False))
+        model, optim = mixture(), pyro.optim.Adam({"lr": rate})
+        guide = vfe.AutoMeanField(model)
+        return vfe.diagnose(vfe.fit(model, guide, U, optim=optim, num_steps=num_steps, progress_bar=False))
 
     assert kinds(ending_after(100, 0.01)) == {"not-settled"}
     assert kinds(ending_after(400, 0.1)) == {"model-bottleneck"}
