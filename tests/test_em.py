@@ -672,6 +672,18 @@ def test_a_start_of_equal_components_is_noted_and_random_starts_leave_it() -> No
     assert max(ends) - min(ends) < 1e-6
 
 
+def test_components_that_forbid_each_others_data_are_not_called_alike() -> None:
+    def model(symbols: Tensor) -> None:
+        weights = pyro.param("weights", tensor([0.5, 0.5]), constraint=constraints.simplex)
+        with pyro.plate("data", len(symbols)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Categorical(torch.eye(2)[z]), obs=symbols)
+
+    run = vfe.EM(model).run(torch.tensor([0, 0, 0, 1]), progress_bar=False)
+    torch.testing.assert_close(run.params["weights"], tensor([0.75, 0.25]))
+    assert not run.notes
+
+
 def test_random_starts_on_equal_data_differ() -> None:
     """Two components may be drawn the same element's data: the random part of their weights still sets them apart."""
     patterns = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).repeat(1, 2)

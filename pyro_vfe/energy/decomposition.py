@@ -23,9 +23,10 @@ from torch import Tensor
 from pyro_vfe.energy.impossible import check_possible, culprits
 from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
 from pyro_vfe.energy.parts import normalized
+from pyro_vfe.energy.pointwise import terms_by
 from pyro_vfe.energy.render import as_html, as_text
 from pyro_vfe.energy.shares import gap_shares
-from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured, stacked_terms
+from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
 from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError
 from pyro_vfe.program.enumeration import Enumeration
 
@@ -110,7 +111,7 @@ class Decomposition:
             )
             raise PlateKeptError(f"There is no plate '{plate}' to report by.", hint=hint)
         try:
-            inside = [_by_element(run, plate, self.max_bytes) for run in self.runs]
+            inside = [terms_by(run, (plate,), self.max_bytes) for run in self.runs]
         except PlateError as error:
             raise PlateKeptError(
                 f"The elements of plate '{plate}' have no free energy of their own: {error.problem}",
@@ -233,13 +234,6 @@ def _stderr(terms: Sequence[Terms]) -> Tensor | None:
     return spread / math.sqrt(len(terms))
 
 
-def _by_element(run: Enumeration, plate: str, max_bytes: float | None) -> Terms:
-    """The terms of each element of a plate, vectorised or sequential."""
-    if plate in run.plates:
-        return measured(run, keep_plates=frozenset((plate,)), max_bytes=max_bytes)[0]
-    return stacked_terms([measured(step, max_bytes=max_bytes)[1] for step in run.steps(plate)])
-
-
 def _what_to_ask_for(enumeration: Enumeration, plate: str) -> str:
     """The plates whose elements no latent outside of them ties together, as a hint."""
     fit = []
@@ -247,7 +241,7 @@ def _what_to_ask_for(enumeration: Enumeration, plate: str) -> str:
         if other == plate:
             continue
         try:
-            _by_element(enumeration, other, None)
+            terms_by(enumeration, (other,))
         except PlateError:
             continue
         fit.append(f"'{other}'")

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vfe.energy.draws import log_prob_at
 from pyro_vfe.energy.impossible import impossible_data
 from pyro_vfe.energy.parts import joint_graph, normalized
+from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, expected_tables, marginals
-from pyro_vfe.engine.lookup import read_factor
-from pyro_vfe.engine.scales import applied
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
@@ -158,14 +158,10 @@ class Posterior:
         self._check_unscaled()
         first = {name: self._enumeration.supports[name][0] for name in optional}
         indices = {name: self._index(name, torch.as_tensor({**first, **assignment}[name])) for name in self.sites}
-        total = -self.log_evidence
-        for factor in self._graph.factors:
-            axes = (_DRAW, *sorted(factor.plates))
-            values = read_factor(applied(factor), indices, axes, self._enumeration.chain_plate(factor.name))
-            shape = [values.shape[0], *(self._enumeration.plates[plate] for plate in axes[1:])]
-            total = total + values.expand(shape).reshape(shape[0], -1).sum(-1)
-        many = any(_DRAW in table.axes for table in indices.values())
-        return total if many else total.reshape(())
+        counts = [table.sizes[SAMPLE] for table in indices.values() if SAMPLE in table.axes]
+        total = log_prob_at(self._enumeration, self._graph.factors, indices, max(counts, default=1))
+        log_prob = total - self.log_evidence
+        return log_prob if counts else log_prob.reshape(())
 
     def _check_known(self, names: tuple[str, ...]) -> None:
         for name in names:
@@ -204,10 +200,9 @@ class Posterior:
             )
         index = hit.to(torch.int64).argmax(-1)
         names = batch_axes(site.plates)
-        axes = [_DRAW] * (index.dim() - len(names)) + names
-        keep = [axis for axis, size in zip(axes, index.shape, strict=True) if not axis.startswith("_") or axis == _DRAW]
+        axes = [SAMPLE] * (index.dim() - len(names)) + names
+        keep = [
+            axis for axis, size in zip(axes, index.shape, strict=True) if not axis.startswith("_") or axis == SAMPLE
+        ]
         squeezed = index.reshape([s for axis, s in zip(axes, index.shape, strict=True) if axis in keep])
         return Table(squeezed, tuple(keep))
-
-
-_DRAW = "__draw__"

@@ -221,7 +221,7 @@ class _Call:
 
     def _in_particles(self, layout: Layout) -> tuple[Program, Program]:
         return tuple(  # type: ignore[return-value]
-            _in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
+            in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
         )
 
 
@@ -293,7 +293,14 @@ def _identity(program: Program) -> object:
     return (id(owner), id(program.__func__)) if owner is not None and hasattr(program, "__func__") else id(program)
 
 
-def _in_particles(program: Program, particles: int, nesting: int) -> Program:
+def in_particles(program: Program, particles: int, nesting: int) -> Program:
+    """The program in a plate of particles; itself where there is one.
+
+    Args:
+        program: A model or guide.
+        particles: How many stand side by side.
+        nesting: The batch dim of the plate, counted from the right.
+    """
     if particles == 1:
         return program
 

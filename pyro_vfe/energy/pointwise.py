@@ -1,0 +1,99 @@
+r"""How probable each datum is, with the discrete latents summed out.
+
+    log p(u_n | w)  =  log sum_v P(v, w_n, u_n)  -  log sum_v P(v, w_n)
+
+Given a drawn v, log P(u_n | v_n) would say how well one guess of the latents predicts: it is another number, tens of
+nats away, and of no use for comparing models.
+
+References:
+    Merkle, Furr and Rabe-Hesketh (2019), Bayesian comparison of latent variable models: conditional versus marginal
+    likelihoods.
+"""
+
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.energy.parts import joint_graph
+from pyro_vfe.energy.terms import Terms, measured, stacked_terms
+from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.engine.factors import FactorGraph
+from pyro_vfe.errors import PlateError
+from pyro_vfe.program.enumeration import Enumeration
+
+Plates = tuple[str, ...]
+"""Vectorised plates, sorted by name, or one sequential plate; with none, everything is one datum."""
+
+
+def data_plates(run: Enumeration, max_bytes: float | None = None) -> Plates:
+    """Returns the plates whose elements are data: of those around all observed sites, the most that keep them apart.
+
+    Elements that a latent outside of them ties together are no data of their own: then fewer plates are kept.
+
+    Args:
+        run: Enumerated programs.
+        max_bytes: The most memory that tables may take.
+    """
+    observed = [site for site in run.sites.values() if site.role == "model" and site.kind == "observed"]
+    observed = [site for site in observed if type(site.fn).__name__ != "Unit"] or observed
+    if not observed:
+        return ()
+    shared = frozenset.intersection(*(site.plate_names for site in observed))
+    subsets = [sorted(own) for size in range(1, len(shared) + 1) for own in combinations(shared, size)]
+    candidates = [tuple(own) for own in sorted(subsets, key=lambda own: -prod(run.plates[plate] for plate in own))]
+    in_steps = frozenset.intersection(*(frozenset(site.steps) for site in observed))
+    for plates in (*candidates, *((plate,) for plate in sorted(in_steps))):
+        try:
+            log_likelihood(run, plates, max_bytes)
+        except PlateError:
+            continue
+        return plates
+    return ()
+
+
+def log_likelihood(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> Tensor:
+    """Returns log p(u_n | w) of each datum in nats, shape `(*plates)`.
+
+    Args:
+        run: Enumerated programs, in float64.
+        plates: What the data are elements of.
+        max_bytes: The most memory that tables may take.
+
+    Raises:
+        PlateError: A latent outside of the plates ties their elements together.
+        CostError: The latents cannot be summed out.
+    """
+    if _is_sequential(run, plates):
+        return torch.stack([log_likelihood(step, (), max_bytes) for step in run.steps(plates[0])])
+    joint = _by(joint_graph(run), plates, max_bytes)
+    if not run.model_draws:
+        return joint
+    return joint - _by(run.graph(*run.model_latents, *run.model_draws), plates, max_bytes)
+
+
+def terms_by(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> Terms:
+    """Returns the terms of F of each element of some plates, shape `(*plates)`.
+
+    Args:
+        run: Enumerated programs, in float64.
+        plates: What to keep apart.
+        max_bytes: The most memory that tables may take.
+
+    Raises:
+        PlateError: A latent outside of the plates ties their elements together.
+    """
+    if _is_sequential(run, plates):
+        return stacked_terms([measured(step, max_bytes=max_bytes)[1] for step in run.steps(plates[0])])
+    inside, outside = measured(run, keep_plates=frozenset(plates), max_bytes=max_bytes)
+    return inside if plates else outside
+
+
+def _is_sequential(run: Enumeration, plates: Plates) -> bool:
+    return len(plates) == 1 and plates[0] not in run.plates
+
+
+def _by(graph: FactorGraph, plates: Plates, max_bytes: float | None) -> Tensor:
+    result = log_normalizer(graph, keep_plates=frozenset(plates), max_bytes=max_bytes)
+    return result.inside.values if plates else result.outside
