@@ -1,9 +1,19 @@
-r"""Bayesian networks from BIF files, as ordinary Pyro programs: the exact P(e) and every node's marginal given e.
+r"""
+Bayesian networks from BIF files
+================================
 
-    P(x)  =  prod_n P(x_n | parents(x_n))          P(e)  =  sum over all x that agree with e          P(x_n | e)  =  ?
+A Bayesian network as an ordinary Pyro program, for the exact probability of the evidence *e* and for every node's
+marginal given it:
 
-One sample site per node, in an order in which parents come first; the evidence by poutine.condition. Networks that
-pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other is the path of its BIF file:
+.. math::
+
+    P(x) = \prod_n P(x_n \mid \text{parents}(x_n))
+    \qquad P(e) = \sum_{x \text{ that agree with } e} P(x)
+    \qquad P(x_n \mid e) = \ ?
+
+There is one sample site per node, in an order in which parents come first; the evidence goes in by
+``poutine.condition``. Networks that pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other is
+the path of its BIF file::
 
     python examples/bayes_net.py asia alarm
     python examples/bayes_net.py asia --evidence smoke=yes --evidence xray=no
@@ -12,9 +22,10 @@ pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other 
 Without other evidence the first five leaves of the file are observed to be in their first states.
 
 References:
-    Lauritzen and Spiegelhalter (1988), Local computations with probabilities on graphical structures and their
-    application to expert systems: the network asia.
-    Scutari (2010), Learning Bayesian networks with the bnlearn R package: the repository the files come from.
+
+- Lauritzen and Spiegelhalter (1988), Local computations with probabilities on graphical structures and their
+  application to expert systems: the network asia.
+- Scutari (2010), Learning Bayesian networks with the bnlearn R package: the repository the files come from.
 """
 
 import argparse
@@ -28,9 +39,12 @@ from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from matplotlib.axes import Axes
 from pgmpy.readwrite import BIFReader
 from pyro import poutine
 from torch import Tensor
@@ -51,6 +65,13 @@ EVIDENCE_PROBABILITIES = {
 }
 """Known answers: P(e) for the first states of the first five leaves."""
 SHOWN_NODES = 4
+MOST_DRAWN = 12
+"""Networks of more nodes are not drawn."""
+DARK, PALE = "#0b3c5d", "#b8c4cc"
+
+# %%
+# A network, and the program it is
+# --------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +138,11 @@ def as_program(network: Network) -> Program:
     return model
 
 
+# %%
+# What is asked of it
+# -------------------
+
+
 def first_leaves(network: Network) -> Evidence:
     """Returns the evidence that is the default: the first states of the first five leaves."""
     return {leaf: network.states[leaf][0] for leaf in network.leaves[:5]}
@@ -168,6 +194,11 @@ def solve(source: str, evidence: Evidence | None = None) -> Answer:
     )
 
 
+# %%
+# Tables and pictures
+# -------------------
+
+
 def in_words(answer: Answer) -> str:
     """Returns the evidence, its probability and the marginals of a few nodes, in lines."""
     seen = ", ".join(f"{node} = {state}" for node, state in answer.evidence.items())
@@ -209,6 +240,66 @@ def save(answer: Answer, folder: Path) -> None:
             writer.writerows((node, *pair) for pair in zip(answer.network.states[node], probs.tolist(), strict=True))
 
 
+def generations(network: Network) -> list[list[str]]:
+    """Returns the nodes in layers, each after all of its parents."""
+    layer_of: dict[str, int] = {}
+    for node in network.parents_first:
+        layer_of[node] = 1 + max((layer_of[parent] for parent in network.parents[node]), default=-1)
+    return [[node for node in layer_of if layer_of[node] == layer] for layer in range(max(layer_of.values()) + 1)]
+
+
+def draw(answer: Answer, folder: Path) -> None:
+    """Draws a network, each node with its marginals without and with the evidence; the picture stays open."""
+    network, layers = answer.network, generations(answer.network)
+    places = {
+        node: ((i + 0.5) / len(layer), 1 - (depth + 0.5) / len(layers))
+        for depth, layer in enumerate(layers)
+        for i, node in enumerate(layer)
+    }
+    figure, axes = plt.subplots(figsize=(10, 7.5), layout="constrained")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"{network.name}: what the evidence tells, of probability {math.exp(answer.log_evidence):.4g}")
+    axes.axis("off")
+    for node, parents in network.parents.items():
+        for parent in parents:
+            (x, y), (child_x, child_y) = places[parent], places[node]
+            arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (child_x, child_y + 0.085), (x, y - 0.075), arrowprops=arrow)
+    prior = vfe.posterior(as_program(network)).marginals()
+    for node, (x, y) in places.items():
+        axes.add_patch(plt.Rectangle((x - 0.1, y - 0.075), 0.2, 0.16, facecolor="white", edgecolor="0.7", zorder=2))
+        states = network.states[node]
+        seen = answer.evidence.get(node)
+        given_evidence = answer.marginals[node].tolist() if seen is None else [float(state == seen) for state in states]
+        draw_node(
+            axes.inset_axes((x - 0.06, y - 0.065, 0.15, 0.1), zorder=3), states, prior[node].tolist(), given_evidence
+        )
+        name = node if seen is None else f"{node} = {seen} (seen)"
+        axes.text(x, y + 0.06, name, ha="center", va="center", weight="normal" if seen is None else "bold", zorder=3)
+    patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="0.2") for color in (PALE, DARK)]
+    figure.legend(
+        patches, ["without evidence", "given the evidence"], loc="outside lower center", ncols=2, frameon=False
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{network.name}.png", dpi=150)
+
+
+def draw_node(axes: Axes, states: list[str], prior: list[float], given_evidence: list[float]) -> None:
+    """Draws the probabilities of a node's states, without and with the evidence."""
+    at = np.arange(len(states))
+    axes.barh(at - 0.2, prior, 0.4, color=PALE, edgecolor="0.2", linewidth=0.6)
+    axes.barh(at + 0.2, given_evidence, 0.4, color=DARK, edgecolor="0.2", linewidth=0.6)
+    axes.set_yticks(at, states, fontsize="small")
+    axes.set(xlim=(0, 1), ylim=(len(states) - 0.5, -0.5), xticks=())
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+# %%
+# All of it
+# ---------
+
+
 def main() -> None:
     """Reads, conditions, sums out, tells, and checks the numbers against known answers."""
     parser = argparse.ArgumentParser(description="Exact P(e) and marginals of Bayesian networks in BIF files.")
@@ -217,7 +308,7 @@ def main() -> None:
     )
     parser.add_argument("--evidence", action="append", metavar="NODE=STATE", help="an observed node; may be repeated")
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for the marginals"
+        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for the marginals and pictures"
     )
     args = parser.parse_args()
     evidence = dict(pair.split("=", 1) for pair in args.evidence) if args.evidence else None
@@ -227,8 +318,10 @@ def main() -> None:
         answers.append(solve(source, evidence))
         print(f"{in_words(answers[-1])}\n")
         save(answers[-1], args.output)
+        if len(answers[-1].network.states) <= MOST_DRAWN:
+            draw(answers[-1], args.output)
     print(as_table(answers))
-    print(f"\nAll marginals: {args.output}")
+    print(f"\nAll marginals, and pictures of small networks: {args.output}")
 
     for answer in answers:
         for probs in answer.marginals.values():

@@ -1,28 +1,39 @@
-r"""Two coins of unknown bias, and nobody wrote down which one was tossed: the smallest EM.
+r"""
+Two coins: the smallest EM
+==========================
 
-    P(v, u)  =  prod_n  1/2  Binomial(u_n | 10, bias[v_n])        u_n heads among the 10 tosses of set n, v_n its coin
+Five sets of ten tosses, each made with one of two coins of unknown bias, and nobody wrote down which:
 
-    E-phase    Q(v) = P(v | u, biases)                              the gap goes to 0, F = surprise
-    M-phase    bias_k = sum_n Q(v_n = k) u_n / sum_n Q(v_n = k) 10  F falls, and a gap opens: the posterior has moved on
+.. math::
 
-What an M-phase opens as a gap comes on top of what F fell by: the surprise falls by both together.
+    P(v, u) = \prod_n \tfrac12 \, \text{Binomial}(u_n \mid 10, \text{bias}_{v_n})
+    \qquad u_n \text{ heads in set } n, \ v_n \text{ its coin}
+
+EM finds the biases, one phase at a time:
+
+- The E-phase sets :math:`Q(v) = P(v \mid u, \text{biases})`. The gap goes to 0, and *F* is the surprise.
+- The M-phase sets :math:`\text{bias}_k = \sum_n Q(v_n = k) \, u_n \, / \, \sum_n Q(v_n = k) \, 10`. *F* falls, and a
+  gap opens: the posterior has moved on.
+
+What an M-phase opens as a gap comes on top of what *F* fell by: the surprise falls by both together.
 
 References:
-    Do and Batzoglou (2008), What is the expectation maximization algorithm?, Nature Biotechnology 26: the data, the
-    start, and the biases after 1 and after 10 iterations (Figure 1).
-    Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm: the rate.
+
+- Do and Batzoglou (2008), What is the expectation maximization algorithm?, Nature Biotechnology 26: the data, the
+  start, and the biases after 1 and after 10 iterations (Figure 1).
+- Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm: the rate.
 """
 
 import argparse
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -38,7 +49,13 @@ PAPER_RESPONSIBILITIES = (0.45, 0.80, 0.73, 0.35, 0.65)
 SHOWN_ITERATIONS = 5
 VISIBLE = 1e-10
 """Nats that still stand out from rounding."""
-DARK, LIGHT = "#0b3c5d", "#e69f00"
+DARK = "#0b3c5d"
+
+# %%
+# The model, and one iteration at a time
+# --------------------------------------
+# A parameter for the biases, a latent for the coin of each set, and nothing about EM: ``vfe.EM(coins)`` reads the rest
+# off the program. ``e_phase`` and ``m_phase`` do single phases, ``run`` all of them.
 
 
 def coins(heads: Tensor) -> None:
@@ -67,29 +84,23 @@ def excess(history: vfe.History) -> np.ndarray:
     return above[above > VISIBLE]
 
 
+# %%
+# Pictures
+# --------
+# ``vfe.plot_free_energy`` stacks the gap on the surprise: M-phases open it, E-phases close it.
+
+
 def draw(path: Path, history: vfe.History) -> None:
-    """Saves a picture: the first phases as a staircase, and how fast F comes to its end."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_staircase(left, history)
+    """Draws the first phases, and how fast F comes to its end; the picture stays open."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), width_ratios=(3, 2), layout="constrained")
+    phases = tuple(row for row in history.rows if row.phase in "EM")
+    vfe.plot_free_energy(vfe.History(phases[: 2 * SHOWN_ITERATIONS], history.num_data), ax=left)
+    left.set_title("M-phases lower F and open a gap, E-phases close it")
     draw_rate(right, excess(history))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def draw_staircase(axes: Axes, history: vfe.History) -> None:
-    """Draws F and the surprise after each of the first phases; what lies between them is the gap."""
-    first = vfe.History(tuple(row for row in history.rows if row.phase in "EM")[: 2 * SHOWN_ITERATIONS])
-    phases = np.arange(len(first))
-    gap = {"step": "mid", "facecolor": LIGHT, "alpha": 0.6, "hatch": "///", "edgecolor": "0.35", "linewidth": 0}
-    axes.fill_between(phases, first.surprise, first.free_energy, label="gap", **gap)
-    axes.step(phases, first.free_energy, where="mid", color=DARK, linewidth=1.8, label="free energy F")
-    axes.step(phases, first.surprise, where="mid", color="0.35", linewidth=1.2, linestyle="--", label="surprise")
-    axes.set(title="M-phases lower F and open a gap, E-phases close it", ylabel="nats", xlabel="phase")
-    axes.set_xticks(phases, first.phase)
-    axes.legend(loc="upper right")
 
 
 def draw_rate(axes: Axes, above: np.ndarray) -> None:
@@ -121,12 +132,18 @@ def in_words(history: vfe.History, above: np.ndarray) -> str:
     return f"In words\n{fill(told, 116, initial_indent='  ', subsequent_indent='  ')}"
 
 
+# %%
+# All of it
+# ---------
+
+
 def main() -> None:
     """Fits, tells, draws, and checks the numbers against the paper."""
     parser = argparse.ArgumentParser(description="Two coins of unknown bias: the phases of EM, one by one.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
     picture = parser.parse_args().output / "coins.png"
     torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
     heads = torch.tensor(HEADS, dtype=torch.float64)
 
     responsibilities = vfe.posterior(coins, heads).marginal("coin")[:, 0].numpy()

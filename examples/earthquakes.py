@@ -1,18 +1,31 @@
-r"""Major earthquakes, 1900-2006: how many nats of a hidden Markov model's loss are the model's, how many the guide's.
+r"""
+Earthquakes: what a guide costs, and what a better model wins
+=============================================================
 
-    P(v, u)  =  prod_t P(v_t | v_{t-1}) Poisson(u_t | rate[v_t])        u_t earthquakes in year t, v_t the hidden state
+How many major earthquakes there were in each year from 1900 to 2006, as a hidden Markov model. How many nats of its
+loss are the model's, and how many the guide's?
 
-    F  =  surprise + gap          surprise = -log p(u)      gap = KL( Q(v) || P(v | u) )
+.. math::
 
-Two states are fitted by EM, whose exact E-phase leaves no gap: F is then the surprise alone. Then the model is held and
-two guides are fitted to it: mean field, prod_t Q(v_t), by gradients and by sweeps of closed-form updates, and a chain,
-prod_t Q(v_t | v_{t-1}), by gradients. EM with a third state shows what a better model wins.
+    P(v, u) = \prod_t P(v_t \mid v_{t-1}) \, \text{Poisson}(u_t \mid \text{rate}_{v_t})
+    \qquad u_t \text{ earthquakes in year } t, \ v_t \text{ the hidden state}
+
+.. math::
+
+    F = \text{surprise} + \text{gap}
+    \qquad \text{surprise} = -\log p(u)
+    \qquad \text{gap} = \text{KL}( Q(v) \,\|\, P(v \mid u) )
+
+Two states are fitted by EM, whose exact E-phase leaves no gap: *F* is then the surprise alone. Then the model is held,
+and two guides are fitted to it: mean field, :math:`\prod_t Q(v_t)`, by gradients and by sweeps of closed-form updates,
+and a chain, :math:`\prod_t Q(v_t \mid v_{t-1})`, by gradients. EM with a third state shows what a better model wins.
 
 References:
-    Zucchini, MacDonald and Langrock (2016), Hidden Markov Models for Time Series: the numbers of earthquakes of
-    magnitude 7 or more in the world (Table 1.1), the surprise of the fitted models and EM's path to it (Tables 4.1 and
-    4.2).
-    Saul, Jaakkola and Jordan (1996), Mean field theory for sigmoid belief networks: mean field, one site at a time.
+
+- Zucchini, MacDonald and Langrock (2016), Hidden Markov Models for Time Series: the numbers of earthquakes of
+  magnitude 7 or more in the world (Table 1.1), the surprise of the fitted models and EM's path to it (Tables 4.1 and
+  4.2).
+- Saul, Jaakkola and Jordan (1996), Mean field theory for sigmoid belief networks: mean field, one site at a time.
 """
 
 import argparse
@@ -20,12 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
@@ -44,7 +56,7 @@ COUNTS = (
     15, 16, 13, 15, 16, 11, 11,
 )
 # fmt: on
-YEARS = range(1900, 2007)
+YEARS, DECADE = range(1900, 2007), 10
 BOOK_SURPRISE = {2: 341.8787, 3: 328.5275}
 BOOK_PATH = (413.27542, 343.76023, 343.13618)
 """The surprise of two states after 0, 1 and 2 iterations of EM."""
@@ -55,6 +67,10 @@ MAX_STEPS, TOLERANCE = 100, 1e-3
 DARK, LIGHT = "#0b3c5d", "#e69f00"
 
 Program = Callable[[Tensor], None]
+
+# %%
+# The model: a plain loop over the years
+# --------------------------------------
 
 
 def poisson_hmm(num_states: int) -> Program:
@@ -87,6 +103,11 @@ def chain_guide(num_states: int) -> Program:
             v = pyro.sample(f"v_{t}", dist.Categorical(table[v]))
 
     return guide
+
+
+# %%
+# EM, and two guides to the model that it found
+# ---------------------------------------------
 
 
 def learn(num_states: int, u: Tensor) -> vfe.EMRun:
@@ -124,41 +145,39 @@ def descend(title: str, guide: Program, model: Program, u: Tensor) -> tuple[vfe.
         return elbo.decompose(held_fixed, guide, u), len(history)
 
 
+# %%
+# Pictures
+# --------
+
+
 def by_year(values: dict[str, Tensor]) -> np.ndarray:
     """Returns what is known of the sites v_0, v_1, ... as one array, years first."""
     return np.stack([values[f"v_{t}"].numpy() for t in range(len(YEARS))])
 
 
-def draw(
-    path: Path, rates: np.ndarray, states: np.ndarray, exact: np.ndarray, approximate: np.ndarray, gap: np.ndarray
-) -> None:
-    """Saves a picture: the decoded states, how sure of them posterior and guide are, and the gap of each year."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    draw_counts(top, rates, states)
-    middle.fill_between(YEARS, exact, step="mid", color=LIGHT, alpha=0.6, linewidth=0, label="exact posterior")
-    middle.step(YEARS, approximate, where="mid", color=DARK, linewidth=1.4, label="mean-field guide")
+def draw(path: Path, u: Tensor, posterior: vfe.Posterior, active: dict[str, np.ndarray], gap: np.ndarray) -> None:
+    """Draws the states, how sure of the active one posterior and guide are, and the gap by year; stays open."""
+    figure, (top, middle, bottom) = plt.subplots(
+        3, 1, figsize=(10, 10), sharex=True, height_ratios=(5, 2, 2), layout="constrained"
+    )
+    steps = np.arange(len(YEARS))
+    vfe.plot_states(posterior, "v_{}", u, ax=top)
+    quiet, active_rate = pyro.param("rates").tolist()
+    title = f"Major earthquakes in the world: about {quiet:.0f} a year in state 0, {active_rate:.0f} in state 1"
+    top.set(title=title, xlabel="", ylabel="earthquakes")
+    middle.fill_between(
+        steps, active["exact"], step="mid", color=LIGHT, alpha=0.6, linewidth=0, label="exact posterior"
+    )
+    middle.step(steps, active["mean field"], where="mid", color=DARK, linewidth=1.4, label="mean-field guide")
     middle.set(title="Probability of the active state: mean field is too sure", ylabel="probability", ylim=(0, 1.02))
     middle.legend(loc="center right")
-    bottom.bar(YEARS, gap, width=0.8, color=DARK)
+    bottom.bar(steps, gap, width=0.8, color=DARK)
     bottom.set(title=f"What mean field costs: {gap.sum():.2f} nats in all", ylabel="gap, nats", xlabel="year")
+    bottom.set_xticks(steps[::DECADE], YEARS[::DECADE])
     for axes in (top, middle, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def draw_counts(axes: Axes, rates: np.ndarray, states: np.ndarray) -> None:
-    """Draws the counts, marked by decoded state, and the rate of the state that each year is in."""
-    years, counts = np.array(YEARS), np.array(COUNTS)
-    axes.step(years, rates[states], where="mid", color="0.35", linewidth=1.2, label="rate of the state")
-    for state, (name, marker, color) in enumerate((("quiet", "o", DARK), ("active", "D", LIGHT))):
-        label = f"{name}: {rates[state]:.1f} a year"
-        here = states == state
-        axes.plot(years[here], counts[here], marker, color=color, markersize=5.5, mec="0.2", mew=0.6, label=label)
-    axes.set(title="Major earthquakes in the world, and the most probable states", ylabel="earthquakes", ylim=(0, None))
-    axes.legend(loc="upper right")
 
 
 def in_words(two: vfe.EMRun, three: vfe.EMRun, mean_field: Tensor, chain: Tensor, gap: np.ndarray) -> str:
@@ -176,6 +195,11 @@ def in_words(two: vfe.EMRun, three: vfe.EMRun, mean_field: Tensor, chain: Tensor
         "not have told which of the two to work on.",
     )
     return "\n".join(["In words", *(fill(text, 116, initial_indent="  ", subsequent_indent="  ") for text in told)])
+
+
+# %%
+# All of it
+# ---------
 
 
 def main() -> None:
@@ -200,7 +224,7 @@ def main() -> None:
     gap = by_year(mean_field.gap_by_site())
     exact = by_year(posterior.marginals())[:, 1]
     approximate = by_year({name: mean_field_guide.probabilities(name) for name in posterior.sites})[:, 1]
-    draw(picture, rates, by_year(posterior.mode()), exact, approximate, gap)
+    draw(picture, u, posterior, {"exact": exact, "mean field": approximate}, gap)
 
     print(f"\nTwo states by EM, phase by phase\n{two.history}")
     print(f"\nTwo states, {rates[0]:.1f} and {rates[1]:.1f} earthquakes a year: a mean-field guide\n{mean_field}")

@@ -1,18 +1,26 @@
-r"""Latent classes in a survey: how many kinds of people answered, and how sure is one of the number?
-
-    P(v, u)  =  prod_n  weight[v_n]  prod_i  Bernoulli(u_ni | profile[v_n, i])       u_ni person n's answer to item i
+r"""
+A survey: how many kinds of people answered?
+============================================
 
 216 people said what they would do in four situations of conflict between friendship and duty. Given a person's class
 the answers are independent; so all that ties the items together is the class. Models of 1, 2 and 3 classes are fitted
-by EM from several starts each, since F has local minima and flat directions, and compared by AIC and BIC:
+by EM from several starts each, since *F* has local minima and flat directions, and compared by AIC and BIC:
 
-    AIC  =  2 surprise + 2 k          BIC  =  2 surprise + k log N          k free parameters, N people
+.. math::
+
+    P(v, u) &= \prod_n \text{weight}_{v_n} \prod_i \text{Bernoulli}(u_{ni} \mid \text{profile}_{v_n i})
+    \qquad u_{ni} \text{ person } n\text{'s answer to item } i
+
+    \text{AIC} &= 2 \, \text{surprise} + 2 k
+    \qquad \text{BIC} = 2 \, \text{surprise} + k \log N
+    \qquad k \text{ free parameters, } N \text{ people}
 
 References:
-    Stouffer and Toby (1951), Role conflict and personality: the survey.
-    Goodman (1974), Exploratory latent structure analysis using both identifiable and unidentifiable models; and
-    Linzer and Lewis (2011), poLCA: an R package for polytomous variable latent class analysis: the log-likelihoods of
-    the models of 1, 2 and 3 classes (data set `values`).
+
+- Stouffer and Toby (1951), Role conflict and personality: the survey.
+- Goodman (1974), Exploratory latent structure analysis using both identifiable and unidentifiable models; and
+  Linzer and Lewis (2011), poLCA: an R package for polytomous variable latent class analysis: the log-likelihoods of
+  the models of 1, 2 and 3 classes (data set ``values``).
 """
 
 import argparse
@@ -23,12 +31,12 @@ from math import log
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -44,6 +52,10 @@ SAME = 0.01
 DARK, LIGHT = "#0b3c5d", "#e69f00"
 
 Program = Callable[[Tensor], None]
+
+# %%
+# The survey, and the model
+# -------------------------
 
 
 def survey() -> Tensor:
@@ -66,6 +78,11 @@ def latent_class_model(num_classes: int) -> Program:
             pyro.sample("answers", dist.Bernoulli(profiles[v]).to_event(1), obs=u)
 
     return model
+
+
+# %%
+# A fit, and what it says of the number of classes
+# ------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +131,14 @@ def as_table(fits: list[Fit]) -> str:
     return "\n".join(lines)
 
 
+# %%
+# Pictures
+# --------
+
+
 def draw(path: Path, fits: list[Fit]) -> None:
-    """Saves a picture: the classes' profiles, the criteria, and where every run ended."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    """Draws the classes' profiles, the criteria, and where every run ended; the picture stays open."""
+    figure = plt.figure(figsize=(10, 7), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(3, 2))
     for column, fit in enumerate(fits):
         draw_profiles(figure.add_subplot(grid[0, 2 * column : 2 * column + 2]), fit)
@@ -186,6 +208,11 @@ def fit(num_classes: int, u: Tensor) -> tuple[Fit, vfe.EMRun]:
     order = np.argsort(weights)
     ends = tuple(restart.free_energy for restart in run.restarts)
     return Fit(weights[order], profiles[order], run.free_energy, ends, len(u)), run
+
+
+# %%
+# All of it
+# ---------
 
 
 def main() -> None:

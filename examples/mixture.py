@@ -1,15 +1,24 @@
-r"""Eruptions of Old Faithful: a mixture of Gaussians with full covariances, from many starts, and how one can collapse.
+r"""
+Old Faithful: a mixture of Gaussians, and how it can collapse
+=============================================================
 
-    P(v, u)  =  prod_n  weight[v_n]  Normal(u_n | loc[v_n], covariance[v_n])        u_n = (duration, waiting time)
+The geyser's eruptions are short or long, and a long one is followed by a long wait. A mixture of Gaussians with full
+covariances:
 
-F has many local minima, so EM is run from several random starts, and the best end is kept. And F has no lower bound: a
-component that sits on one eruption alone can become as narrow as it likes. The run stops there, and says what helps: a
-floor under the variances, or a prior.
+.. math::
+
+    P(v, u) = \prod_n \text{weight}_{v_n} \, \text{Normal}(u_n \mid \text{loc}_{v_n}, \text{covariance}_{v_n})
+    \qquad u_n = (\text{duration}, \text{waiting time})
+
+*F* has many local minima, so EM is run from several random starts, and the best end is kept. And *F* has no lower
+bound: a component that sits on one eruption alone can become as narrow as it likes. The run stops there, and says what
+helps: a floor under the variances, or a prior.
 
 References:
-    Azzalini and Bowman (1990), A look at some data on the Old Faithful geyser: the data, as in R's `faithful`.
-    Scrucca, Fop, Murphy and Raftery (2016), mclust 5: clustering, classification and density estimation using Gaussian
-    finite mixture models: the log-likelihood of two components (model VVV).
+
+- Azzalini and Bowman (1990), A look at some data on the Old Faithful geyser: the data, as in R's ``faithful``.
+- Scrucca, Fop, Murphy and Raftery (2016), mclust 5: clustering, classification and density estimation using Gaussian
+  finite mixture models: the log-likelihood of two components (model VVV).
 """
 
 import argparse
@@ -18,12 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
@@ -80,6 +89,10 @@ DARK, LIGHT = "#0b3c5d", "#e69f00"
 
 Program = Callable[[Tensor], None]
 
+# %%
+# The data, and the model
+# -----------------------
+
 
 def eruptions() -> Tensor:
     """Returns the data in minutes, shape `(272, 2)`."""
@@ -104,6 +117,11 @@ def gaussian_mixture(num_components: int) -> Program:
     return model
 
 
+# %%
+# A fit from several starts
+# -------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A mixture, its components in order of the eruptions' mean duration."""
@@ -125,10 +143,16 @@ def fit(num_components: int, u: Tensor) -> Fit:
     return Fit(run, *(part[order].numpy() for part in parts[:2]), parts[2][order].T.numpy())
 
 
+# %%
+# Pictures
+# --------
+
+
 def draw(path: Path, u: np.ndarray, two: Fit, three: Fit) -> None:
-    """Saves a picture: both mixtures, the phases of the first, and where every run of the second ended."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    (left, right), (bottom_left, bottom_right) = figure.subplots(2, 2, height_ratios=(3, 2))
+    """Draws both mixtures, the phases of the first, and where every run of the second ended; the picture stays open."""
+    figure, ((left, right), (bottom_left, bottom_right)) = plt.subplots(
+        2, 2, figsize=(10, 8), height_ratios=(3, 2), layout="constrained"
+    )
     for axes, fit in ((left, two), (right, three)):
         draw_components(axes, u, fit)
     draw_history(bottom_left, two.run.history)
@@ -140,9 +164,8 @@ def draw(path: Path, u: np.ndarray, two: Fit, three: Fit) -> None:
 
 
 def draw_components(axes: Axes, u: np.ndarray, fit: Fit) -> None:
-    """Draws the data, shaded by the components that take them, and an ellipse of two standard deviations for each."""
-    shades = fit.responsibilities @ np.linspace(0.25, 1.0, len(fit.locs))
-    axes.scatter(*u.T, c=shades, cmap="Greys", vmin=0, vmax=1, s=18, edgecolors="0.2", linewidths=0.4)
+    """Draws the data by the components that take them, and an ellipse of two standard deviations for each."""
+    vfe.plot_responsibilities(fit.responsibilities, "v", u, ax=axes)
     for loc, covariance in zip(fit.locs, fit.covariances, strict=True):
         variances, directions = np.linalg.eigh(covariance)
         angle = np.degrees(np.arctan2(directions[1, -1], directions[0, -1]))
@@ -175,6 +198,13 @@ def draw_ends(axes: Axes, run: vfe.EMRun) -> None:
     axes.plot(ends - run.free_energy, "o", color=DARK)
     axes.set_xticks(range(len(ends)))
     axes.set(title="Three components: where every run ended", xlabel="run, best first", ylabel="F above the best, nats")
+
+
+# %%
+# A component that collapses, and two ways to hold it
+# ---------------------------------------------------
+# A component that starts on one eruption has nothing that keeps it wide. A floor does, and so does a prior: the guide
+# then has a point estimate for the variances, and F includes the density of the prior.
 
 
 def start_on_one_eruption(u: Tensor) -> None:
@@ -243,6 +273,11 @@ def in_words(two: Fit, three: Fit, message: str, floored: vfe.EMRun, priors: vfe
     paragraphs = ((found, 2), (message, 4), (mended, 2))
     lines = [fill(text, 116, initial_indent=" " * n, subsequent_indent=" " * n) for text, n in paragraphs]
     return "\n".join(["In words", *lines])
+
+
+# %%
+# All of it
+# ---------
 
 
 def main() -> None:
