@@ -25,6 +25,7 @@ References:
 """
 
 import argparse
+import sys
 from pathlib import Path
 from textwrap import fill
 
@@ -140,7 +141,9 @@ def in_words(history: vfe.History, above: np.ndarray) -> str:
 def main() -> None:
     """Fits, tells, draws, and checks the numbers against the paper."""
     parser = argparse.ArgumentParser(description="Two coins of unknown bias: the phases of EM, one by one.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "coins.png"
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()

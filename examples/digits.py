@@ -29,6 +29,7 @@ References:
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -558,7 +559,9 @@ def save(figures: dict[str, Figure], folder: Path) -> None:
 def main() -> None:
     """Fits, compares, draws, tells, and checks the numbers."""
     parser = argparse.ArgumentParser(description="Mixtures of Bernoullis of handwritten digits, by EM and by SVI.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the pictures")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the pictures"
+    )
     folder = parser.parse_args().output
     torch.set_default_dtype(torch.float64)
     digits = binary_digits()

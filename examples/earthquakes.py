@@ -29,6 +29,7 @@ References:
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
@@ -205,7 +206,9 @@ def in_words(two: vfe.EMRun, three: vfe.EMRun, mean_field: Tensor, chain: Tensor
 def main() -> None:
     """Fits, takes apart, draws, tells, and checks the numbers against the book."""
     parser = argparse.ArgumentParser(description="A hidden Markov model of the earthquake counts, taken apart.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "earthquakes.png"
     torch.set_default_dtype(torch.float64)
     u = torch.tensor(COUNTS, dtype=torch.float64)

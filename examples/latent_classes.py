@@ -24,6 +24,7 @@ References:
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -218,7 +219,9 @@ def fit(num_classes: int, u: Tensor) -> tuple[Fit, vfe.EMRun]:
 def main() -> None:
     """Fits, compares, draws, tells, and checks the log-likelihoods against the literature."""
     parser = argparse.ArgumentParser(description="Latent classes in a survey, fitted by EM from many starts.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "latent_classes.png"
     torch.set_default_dtype(torch.float64)
     u = survey()

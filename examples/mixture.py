@@ -22,6 +22,7 @@ References:
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,9 @@ def in_words(two: Fit, three: Fit, message: str, floored: vfe.EMRun, priors: vfe
 def main() -> None:
     """Fits, draws, lets a component collapse, tells, and checks the numbers."""
     parser = argparse.ArgumentParser(description="Mixtures of Gaussians of the eruptions of Old Faithful, by EM.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "mixture.png"
     torch.set_default_dtype(torch.float64)
     u = eruptions()
