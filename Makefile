@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test test-arviz lint format bench clean
+.PHONY: help demo test test-arviz lint format docs docs-check bench clean
 
 help:
 	@echo "make demo    install, then take a hidden Markov model of the earthquake counts apart"
@@ -14,6 +14,8 @@ help:
 	@echo "make test-arviz  the conversion for ArviZ 1.x, where a Python >= 3.12 is there"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make docs    install, then build the site in docs/_build/html, with all of its code run"
+	@echo "make docs-check  the same, then look at every page in a headless Chromium"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove the environments, caches and output"
 
@@ -56,6 +58,15 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Offline: nothing is fetched, and the pages fetch nothing. A warning is an error, and so is an exception in any cell.
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# Another browser: make docs-check CHROMIUM=/usr/bin/google-chrome
+CHROMIUM ?=
+docs-check: docs $(VENV)/.installed-docs-check
+	$(BIN)/python docs/check_pages.py docs/_build/html $(if $(CHROMIUM),--chromium $(CHROMIUM))
+
 # Chosen cases alone, without the page: make bench BENCH="-k mixture"
 BENCH ?= --results benchmarks/RESULTS.md
 bench: $(VENV)/.installed-bench
@@ -65,7 +76,8 @@ bench: $(VENV)/.installed-bench
 		--benchmark-json=.benchmarks/latest.json $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(ARVIZ_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks docs/_build examples/output
+	rm -rf $(VENV) $(ARVIZ_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf docs/_build docs/gallery examples/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -84,6 +96,14 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) --editable '.[plots,test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-docs-check: $(VENV)/.installed-docs
+	$(PIP) --editable '.[docs-check]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-torch pyproject.toml

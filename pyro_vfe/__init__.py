@@ -23,7 +23,9 @@ from pyro_vfe.reporting.datatree import to_datatree, to_inference_data
 from pyro_vfe.reporting.diagnose import diagnose
 from pyro_vfe.reporting.findings import Diagnosis, Finding
 from pyro_vfe.reporting.plot_chains import plot_states
-from pyro_vfe.reporting.plot_energies import plot_decomposition, plot_free_energy, plot_gap
+from pyro_vfe.reporting.plot_energies import plot_decomposition
+from pyro_vfe.reporting.plot_gaps import plot_gap
+from pyro_vfe.reporting.plot_history import plot_free_energy
 from pyro_vfe.reporting.plot_latents import plot_marginals, plot_responsibilities
 
 __version__ = "0.1.0"

@@ -288,6 +288,14 @@ def test_a_callback_sees_every_phase_and_stops_after_an_E_phase() -> None:
     assert "stopped by the callback" in run.notes
 
 
+def test_only_True_from_a_callback_stops() -> None:
+    expected = vfe.EM(mixture).run(COUNTS, max_iter=30, tol=1e-4, progress_bar=False)
+    pyro.clear_param_store()
+    lists = lambda step, values: [None, None]  # noqa: E731
+    run = vfe.EM(mixture).run(COUNTS, max_iter=30, tol=1e-4, progress_bar=False, callback=lists)
+    assert run.converged and run.n_iter == expected.n_iter > 1
+
+
 def test_the_progress_bar_shows_the_start_and_F(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VFEWarning)
@@ -662,6 +670,18 @@ def test_a_start_of_equal_components_is_noted_and_random_starts_leave_it() -> No
     assert free.free_energy < stuck.free_energy - 1 and not free.notes
     ends = [restart.free_energy for restart in free.restarts[1:]]
     assert max(ends) - min(ends) < 1e-6
+
+
+def test_components_that_forbid_each_others_data_are_not_called_alike() -> None:
+    def model(symbols: Tensor) -> None:
+        weights = pyro.param("weights", tensor([0.5, 0.5]), constraint=constraints.simplex)
+        with pyro.plate("data", len(symbols)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("u", dist.Categorical(torch.eye(2)[z]), obs=symbols)
+
+    run = vfe.EM(model).run(torch.tensor([0, 0, 0, 1]), progress_bar=False)
+    torch.testing.assert_close(run.params["weights"], tensor([0.75, 0.25]))
+    assert not run.notes
 
 
 def test_random_starts_on_equal_data_differ() -> None:

@@ -72,3 +72,53 @@ def test_a_notebook_shows_the_same_cells() -> None:
 def test_a_small_change_keeps_its_magnitude() -> None:
     rows = (Row(0, "E", 1e5, 1e5, 0.0), Row(1, "E", 1e5 - 2**-20, 1e5 - 2**-20, 0.0))
     assert "-9.5e-07" in str(History(rows))
+
+
+def steps(**columns: list[float]) -> History:
+    """Readings of SVI."""
+    length = len(next(iter(columns.values())))
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(length)]
+    return History(tuple(Row(10 * i, "step", **{"gap": 1.0, **row}) for i, row in enumerate(rows)), num_data=4)
+
+
+def test_a_history_of_steps_has_no_column_of_phases() -> None:
+    header, first, _ = str(steps(free_energy=[3.0, 2.0], surprise=[2.0, 1.0])).splitlines()
+    assert header.split()[:4] == ["step", "F", "surprise", "gap"]
+    assert first.split() == ["0", "3.0000", "2.0000", "1.0000"]
+
+
+def test_errors_are_printed_where_F_is_sampled() -> None:
+    sampled = steps(free_energy=[3.0, 2.0], surprise=[2.0, 1.0], stderr=[0.25, 0.125])
+    assert str(sampled).splitlines()[1].split() == ["0", "3.0000", "0.2500", "2.0000", "1.0000"]
+    assert "±" in str(sampled) and "±" in sampled._repr_html_()
+    one_particle = steps(free_energy=[3.0, 2.0], surprise=[2.0, 1.0], stderr=[np.nan, np.nan])
+    assert "±" not in str(one_particle)
+    np.testing.assert_array_equal(sampled.to_xarray().free_energy_stderr, [0.25, 0.125])
+    np.testing.assert_array_equal(one_particle.to_xarray().free_energy_stderr, [np.nan, np.nan])
+    assert "free_energy_stderr" not in HISTORY.to_xarray()
+
+
+def test_sizes_are_printed_and_divided_by_where_they_differ() -> None:
+    rows = (Row(1, "step", 12.0, 10.0, 2.0, num_data=4), Row(2, "step", 6.0, 5.0, 1.0, num_data=2))
+    mixed = History(rows, num_data=2)
+    assert [line.split()[4] for line in str(mixed).splitlines()] == ["N", "4", "2"]
+    np.testing.assert_array_equal(mixed.per_datum.free_energy, [3.0, 3.0])
+    np.testing.assert_array_equal(mixed.to_xarray().num_data, [4, 2])
+    assert "N" not in str(HISTORY).splitlines()[0].split()
+
+
+def test_what_is_not_known_has_a_dash_and_is_a_number_nowhere() -> None:
+    history = steps(free_energy=[np.inf, np.inf, 2.0], surprise=[np.nan, np.inf, 1.0], gap=[np.nan, np.nan, 1.0])
+    lines = str(history).splitlines()
+    assert lines[1].split() == ["0", "inf", "—", "—"]
+    assert "nan" not in str(history) and "nan" not in history._repr_html_()
+    assert np.isnan(history.d_free_energy[1]) and history.d_free_energy[2] == -np.inf
+    dataset = history.to_xarray()
+    np.testing.assert_array_equal(dataset.surprise, [np.nan, np.inf, 1.0])
+    np.testing.assert_array_equal(history.per_datum.free_energy, [np.inf, np.inf, 0.5])
+
+
+def test_an_empty_history_prints_its_titles_and_becomes_a_dataset() -> None:
+    assert str(History(())).split()[:3] == ["iteration", "phase", "F"]
+    assert History(()).to_xarray().sizes == {"step": 0}
+    assert "<table>" in History(())._repr_html_()

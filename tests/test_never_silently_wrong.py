@@ -1,7 +1,7 @@
 """Programs that could pass unseen with a wrong number: each must give the right one, or an error."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pyro
@@ -110,6 +110,35 @@ def test_reading_the_neighbours_in_a_plate_is_refused(reader: str, seed: int) ->
         with pyro.plate("data", 2):
             z = categorical("z", tensor([0.3, 0.7]))
             pyro.sample("u", dist.Poisson(NEIGHBOURS[reader](z).expand(z.shape)), obs=tensor([1.0, 4.0]))
+
+    torch.manual_seed(seed)
+    with pytest.raises(VFEError, match="'u'"):
+        loss_of(model)
+
+
+FAR_ELEMENTS = {
+    "flip of three": (2, (3,), lambda z: z.flip(-1)),
+    "two further": (2, (4,), lambda z: z.roll(2, -1)),
+    "as many further as there are values": (3, (6,), lambda z: z.roll(3, -1)),
+    "four further": (2, (7,), lambda z: z.roll(4, -1)),
+    "far away": (2, (100,), lambda z: z.roll(64, -1)),
+    "far away among many": (3, (1000,), lambda z: z.flip(-1)),
+    "transposed": (2, (3, 3), lambda z: z.transpose(-1, -2)),
+    "two rows further": (2, (4, 3), lambda z: z.roll(2, -2)),
+}
+
+
+@pytest.mark.parametrize("reader", FAR_ELEMENTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_reading_other_elements_of_a_plate_is_refused_however_far_they_are(reader: str, seed: int) -> None:
+    num_values, shape, read = FAR_ELEMENTS[reader]
+
+    def model() -> None:
+        with ExitStack() as stack:
+            for dim, size in enumerate(reversed(shape), start=1):
+                stack.enter_context(pyro.plate(f"plate_{dim}", size, dim=-dim))
+            z = categorical("z", torch.ones(num_values) / num_values)
+            pyro.sample("u", dist.Poisson((1.0 + 2 * z + read(z)).expand(z.shape)), obs=torch.ones(shape))
 
     torch.manual_seed(seed)
     with pytest.raises(VFEError, match="'u'"):

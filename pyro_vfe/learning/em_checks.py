@@ -187,7 +187,8 @@ def alike_components(enumeration: Enumeration) -> list[str]:
 
 def _is_constant(table: Table, name: str) -> bool:
     low, high = table.values.detach().aminmax(dim=table.axes.index(name))
-    return bool((high - low <= _ALIKE * (1 + low.abs())).all())
+    # Where one value is impossible (-inf) and another is not, both sides of the inequality are infinite.
+    return bool(((high == low) | (low.isfinite() & (high - low <= _ALIKE * (1 + low.abs())))).all())
 
 
 def _check_draws(enumeration: Enumeration) -> None:

@@ -33,7 +33,7 @@ class Monitor:
     around readings if that makes a difference. A reading costs about as much as a step.
 
     Where F cannot be taken apart (it is too large to sum, or has no decomposition), training goes on: the row has NaN
-    as surprise and gap, and a `VFEWarning` says why, once.
+    as surprise and gap, and a `VFEWarning` says why, once. Then it is tried again after 1, 2, 4, ... readings.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch

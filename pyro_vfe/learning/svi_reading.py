@@ -33,13 +33,21 @@ class Reading:
     """Why something is not known or infinite, in words."""
 
 
-@dataclass(frozen=True, eq=False)
 class Reader:
-    """Takes F of two programs apart."""
+    """Takes F of two programs apart; where that is refused, which can take long to find out, it seldom tries again."""
 
-    model: Program
-    guide: Program
-    elbo: FreeEnergy
+    def __init__(self, model: Program, guide: Program, elbo: FreeEnergy) -> None:
+        """Args:
+        model: The generative model.
+        guide: The guide.
+        elbo: What takes F apart.
+        """
+        self._model = model
+        self._guide = guide
+        self._elbo = elbo
+        self._to_skip = 0
+        self._next_skip = 1
+        self._knows_total = True
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Reading:
         """Returns F, surprise and gap at the present parameters.
@@ -50,25 +58,33 @@ class Reader:
             step: The number of steps so far.
             loss: What training has of F at these arguments, in nats, for where F cannot be summed; None for nothing.
         """
-        with undisturbed_randomness(), unchanged_buffers(self.model, self.guide):
+        with undisturbed_randomness(), unchanged_buffers(self._model, self._guide):
+            if self._to_skip:
+                self._to_skip -= 1
+                return Reading(self._total_alone(args, kwargs, step, loss))
             try:
-                terms = self.elbo.decompose(self.model, self.guide, *args, **kwargs)
+                terms = self._elbo.decompose(self._model, self._guide, *args, **kwargs)
             except ImpossibleDataError as error:
                 return Reading(Row(step, STEP, inf, inf, nan, nan), str(error))
             except NotFiniteError as error:
                 return Reading(Row(step, STEP, nan, nan, nan, nan), str(error))
             except VFEError as error:
-                free_energy = self._undecomposed(args, kwargs, loss)
-                return Reading(Row(step, STEP, free_energy, nan, nan, nan), f"F cannot be taken apart. {error}")
+                self._to_skip, self._next_skip = self._next_skip, 2 * self._next_skip
+                self._knows_total = True
+                row = self._total_alone(args, kwargs, step, loss)
+                return Reading(row, f"F cannot be taken apart. {error}")
         infinite = f"F is infinite: {'; '.join(terms.impossible)}." if terms.impossible else None
         return Reading(_row_of(terms, step), infinite)
 
-    def _undecomposed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: float | None) -> float:
+    def _total_alone(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Row:
         """F where its parts cannot be told: as one number, or else what training has of it."""
-        try:
-            return self.elbo.loss(self.model, self.guide, *args, **kwargs)
-        except VFEError:
-            return nan if loss is None else loss
+        free_energy = nan if loss is None else loss
+        if self._knows_total:
+            try:
+                free_energy = self._elbo.loss(self._model, self._guide, *args, **kwargs)
+            except VFEError:
+                self._knows_total = False
+        return Row(step, STEP, free_energy, nan, nan, nan)
 
 
 def _row_of(terms: Decomposition, step: int) -> Row:
@@ -94,7 +110,7 @@ def unchanged_buffers(*programs: Program) -> Iterator[None]:
     owners = [getattr(program, "__self__", program) for program in programs]
     modules = [part for owner in owners if isinstance(owner, torch.nn.Module) for part in owner.modules()]
     kept = [
-        (module, name, buffer, buffer._version, buffer.clone())
+        (module, name, buffer, buffer.clone())
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -102,13 +118,13 @@ def unchanged_buffers(*programs: Program) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer, version, copy in kept:
+        for module, name, buffer, copy in kept:
             module._buffers[name] = buffer
-            _put_back(buffer, version, copy)
+            _put_back(buffer, copy)
 
 
-def _put_back(buffer: Tensor, version: int, copy: Tensor) -> None:
-    """Only a buffer that was written to: writing makes the graphs that have read it useless."""
-    if buffer._version != version:
+def _put_back(buffer: Tensor, copy: Tensor) -> None:
+    """Only where something has changed: writing makes the graphs that have read the buffer useless."""
+    if not torch.equal(buffer, copy):
         with torch.no_grad():
             buffer.copy_(copy)

@@ -6,6 +6,7 @@ What provenance cannot see (a program that reshapes away the enumerated dims, a 
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.tables import batch_axes, over_dims, scale_reads_latents
 
 _MOST_ROUNDS = 6
-"""Each round is an ordinary run; with fewer than so many values every value of every latent is tried."""
+"""Each round is an ordinary run. With fewer than so many values, a latent outside of plates takes all of them; of fewer
+than `num_values ** _MOST_ROUNDS` elements in plates any two differ in some round."""
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
@@ -61,9 +63,9 @@ def spot_check(
         model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, share=share
     )
     first = {name: torch.randint(len(support), ()) for name, support in enumeration.supports.items()}
-    rounds = min(_MOST_ROUNDS, max((len(support) for support in enumeration.supports.values()), default=1))
-    for shift in range(rounds):
-        assignment = _assignment(enumeration, first, shift)
+    rounds = min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in enumeration.supports), default=1))
+    for number in range(rounds):
+        assignment = _assignment(enumeration, first, number, rounds)
         set_random_state(state)
         ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
         _compare(enumeration, ordinary, assignment, layout.nesting)
@@ -91,18 +93,46 @@ def _compare(
             raise _difference(site, enumerated, expected)
 
 
-def _assignment(enumeration: Enumeration, first: Mapping[str, Tensor], shift: int) -> dict[str, Table]:
-    """A value index for every latent element: neighbours in a plate differ, and shifts go through all values."""
+def _rounds_for(enumeration: Enumeration, name: str) -> int:
+    """As many as a latent has values, or as the numbers of its elements have digits; where these are many, one random
+    round tells them apart."""
+    num_values, count = enumeration.variables[name].size, prod(_plate_sizes(enumeration, name))
+    if num_values == 1 or count > num_values**_MOST_ROUNDS:
+        return max(num_values, 2)
+    return max(num_values, next(digits for digits in range(_MOST_ROUNDS + 1) if num_values**digits >= count))
+
+
+def _assignment(enumeration: Enumeration, first: Mapping[str, Tensor], number: int, rounds: int) -> dict[str, Table]:
+    """A value index for every latent element: shifts go through the values, and elements differ by their digits.
+
+    Elements that were equal in every round would pass for one another, and with them a program in which one reads the
+    other.
+    """
     assignment = {}
     for name in enumeration.supports:
-        variable = enumeration.variables[name]
-        axes = tuple(sorted(variable.plates))
-        shape = [enumeration.plates[plate] for plate in axes]
-        position = sum(torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")) if shape else 0
-        assignment[name] = Table((first[name] + shift + position) % variable.size, axes)
+        size, shape = enumeration.variables[name].size, _plate_sizes(enumeration, name)
+        digits = _digits(prod(shape), size, number, rounds).reshape(shape)
+        assignment[name] = Table((first[name] + number + digits) % size, _plate_axes(enumeration, name))
     for name in enumeration.draws:
         assignment[name] = Table(torch.zeros((), dtype=torch.long), ())
     return assignment
+
+
+def _digits(count: int, base: int, place: int, places: int) -> Tensor:
+    """The digits of 0 ... count - 1 at a place; random ones at the last place where they have more places."""
+    if place == places - 1 and base**places < count:
+        return torch.randint(base, (count,), generator=torch.Generator().manual_seed(0))
+    if base**place >= count:
+        return torch.zeros(count, dtype=torch.long)
+    return torch.arange(count) // base**place % base
+
+
+def _plate_axes(enumeration: Enumeration, name: str) -> tuple[str, ...]:
+    return tuple(sorted(enumeration.variables[name].plates))
+
+
+def _plate_sizes(enumeration: Enumeration, name: str) -> list[int]:
+    return [enumeration.plates[plate] for plate in _plate_axes(enumeration, name)]
 
 
 def _ordinary_run(

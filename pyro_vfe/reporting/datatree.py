@@ -39,6 +39,7 @@ def to_datatree(
     dims: Mapping[str, Sequence[str | None]] | None = None,
     coords: Mapping[str, ArrayLike] | None = None,
     history: Any = None,
+    progress_bar: bool = True,
     max_bytes: float | None = None,
     **kwargs: Any,
 ) -> "xarray.DataTree":
@@ -71,6 +72,7 @@ def to_datatree(
         dims: Names for dims that are no plates, by variable, from the right; `name_dim_0`, ... by default.
         coords: Labels by dim.
         history: Of training: a `History`, or what has one, such as an `EMRun` or an `SVIRun`.
+        progress_bar: Whether to show one where the draws take their time: with sampled w, the programs run once each.
         max_bytes: The most memory that tables may take; by default half of what is free.
         **kwargs: Keyword arguments of both.
 
@@ -83,7 +85,9 @@ def to_datatree(
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise VFEError(f"num_samples is {num_samples!r}.", hint="Ask for at least one draw.")
-    gatherer = Gatherer(model, _no_guide if guide is None else guide, args, kwargs, num_samples, max_bytes)
+    gatherer = Gatherer(
+        model, _no_guide if guide is None else guide, args, kwargs, num_samples, max_bytes, progress_bar
+    )
     gathered = gatherer.gather(prior, posterior_predictive, _history_of(history))
     stats = gathered.groups["sample_stats"]
     warn_if_unreliable(stats["log_weight"].values)

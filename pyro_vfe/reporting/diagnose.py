@@ -116,8 +116,8 @@ def diagnose(
         collapsed: Q has collapsed if this share of the elements is on one value, and five times as many are elsewhere
             under the exact posterior.
         flat: F rests if it falls by no more than this many nats per datum from one reading of EM to the next, or
-            from one window of noisy readings to the next (beyond two standard errors). It has risen from its lowest by
-            ten times this (beyond six standard errors).
+            from one window of noisy readings to the next (beyond three standard errors). It has risen from its lowest
+            by ten times this (beyond six standard errors).
         spread: The standard error of F over particles is too large from this many nats per datum on, or where it is
             larger than a gap that is not closed.
         rounding: A phase of EM may raise F by this share of F, where only a history is known; an `EMRun` tells its own

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyro_vfe.learning.history import BATCH, EPOCH, START, STEP, History, Numbers, Row
-from pyro_vfe.reporting.diagnose_notebook import Notebook, nats
+from pyro_vfe.reporting.diagnose_notebook import Notebook, nats, per_datum
 
 _PHASES = (START, "E", "M")
 _NOISY = (STEP, EPOCH, BATCH)
 _FEWEST = 4
 """Fewer readings than this tell of no trend."""
 _WINDOW = 5
-_SURE = 2.0
+_SURE = 3.0
 """A fall by so many standard errors is one."""
 _VERY_SURE = 6.0
 """So many for a rise from the lowest window, which is the lowest of many."""
@@ -51,12 +51,15 @@ class Series:
         return max(count // 10, min(_WINDOW, count // _FEWEST), 1) if self.is_noisy else 1
 
     @property
+    def scatter(self) -> float:
+        """The standard deviation of single readings beside their trend."""
+        changes = np.diff(self.free_energy[len(self.rows) // 2 :])  # the beginning falls steeply
+        return float(changes.std() / np.sqrt(2))
+
+    @property
     def noise(self) -> float:
         """The standard error of the difference of two windows' means."""
-        if not self.is_noisy:
-            return 0.0
-        changes = np.diff(self.free_energy[len(self.rows) // 2 :])  # the beginning falls steeply
-        return float(changes.std() / np.sqrt(self.window))
+        return float(self.scatter * np.sqrt(2 / self.window)) if self.is_noisy else 0.0
 
 
 def look_at_history(
@@ -86,6 +89,8 @@ def look_at_history(
         notebook.skip("whether F has settled", f"The history has too few readings ({len(series.rows)}).")
         return
     notebook.look("whether F rose or still falls")
+    if gap_known_to_be is None:
+        _look_at_spread(series, notebook)
     if not _diverges(series, notebook) and not _still_falls(series, notebook):
         _look_at_rest(series, gap_known_to_be, notebook)
 
@@ -113,7 +118,7 @@ def _look_at_phases(history: History, rounding: float | None, notebook: Notebook
     finite = np.isfinite(values)
     largest = np.abs(values[finite]).max() if finite.any() else 0.0
     limit = notebook.thresholds.rounding * max(float(largest), 1.0) if rounding is None else rounding
-    rises = np.where(np.isfinite(rises), rises, 0.0)
+    rises = np.where(np.isnan(rises) | np.isneginf(rises), 0.0, rises)
     beyond = np.flatnonzero(rises > limit)
     if not len(beyond):
         return
@@ -129,9 +134,33 @@ def _look_at_phases(history: History, rounding: float | None, notebook: Notebook
         "Exact phases never raise F. Annealed, Hard, MonteCarlo and Gradient E-phases, numerical M-phases and floors "
         "may. Without one of those, look for a parameter that the program detaches or changes itself, and for data "
         "that change from call to call.",
-        rises[worst],
+        # What was infinite for a moment is lost no longer: the end says whether F is.
+        rises[worst] if np.isfinite(rises[worst]) else 0.0,
         (int(row.iteration),),
     )
+
+
+def _look_at_spread(series: Series, notebook: Notebook) -> None:
+    """Writes down whether the last reading is too rough to be read by itself."""
+    stderr = float(series.rows[-1].stderr)
+    if np.isnan(stderr):
+        notebook.find(
+            "spread-unknown",
+            None,
+            1,
+            "Part of F is sampled, and readings of one particle each do not tell how far they are off.",
+            "Let the readings have more: vfe.Monitor(model, guide, elbo=vfe.FreeEnergy(num_particles=10)).",
+        )
+    elif stderr > notebook.thresholds.spread * series.num_data:
+        notebook.find(
+            "spread-too-large",
+            None,
+            stderr,
+            f"F of the last reading has a standard error of {nats(stderr)} over particles: differences of that size "
+            "between readings mean nothing.",
+            "Let the readings have more: vfe.Monitor(model, guide, elbo=vfe.FreeEnergy(num_particles=...)).",
+            stderr,
+        )
 
 
 def _find_not_finite(series: Series, notebook: Notebook) -> None:
@@ -164,7 +193,7 @@ def _diverges(series: Series, notebook: Notebook) -> bool:
         "diverging",
         series.phase,
         rise,
-        f"F is {nats(rise)} per datum above where it was lowest, at {_moment(series.phase)} {lowest}.",
+        f"F is {per_datum(rise, series.num_data)} above where it was lowest, at {_moment(series.phase)} {lowest}.",
         "Take a smaller learning rate, or let it fall over the run; keep the parameters of the lowest F. If these are "
         "readings of held-out data, the model has begun to overfit: stop there.",
         rise * series.num_data,
@@ -184,7 +213,7 @@ def _still_falls(series: Series, notebook: Notebook) -> bool:
         "not-settled",
         series.phase,
         fall,
-        f"F still falls: by {nats(fall)} per datum over {over}.",
+        f"F still falls: by {per_datum(fall, series.num_data)} over {over}.",
         "Go on: more steps (or iterations), until F rests. Judge guide and model then.",
         fall * series.num_data,
     )
@@ -193,16 +222,15 @@ def _still_falls(series: Series, notebook: Notebook) -> bool:
 
 def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Notebook) -> None:
     """Writes down whose share is left, once F rests."""
-    last, num_data = series.rows[-1], series.num_data
-    width = series.window
-    gap = float(np.mean([row.gap / (row.num_data or num_data) for row in series.rows[-width:]]))
+    num_data, last = series.num_data, series.rows[-series.window :]
+    gap = float(np.mean([row.gap / (row.num_data or num_data) for row in last]))
     if gap_known_to_be is not None:
         gap = gap_known_to_be / num_data
     if not np.isfinite(gap):
         notebook.skip("whose share of F is left", "The history does not know the gap.")
         return
     notebook.look("whose share of F is left")
-    surprise = float(last.surprise) / num_data
+    surprise = float(np.mean([row.surprise / (row.num_data or num_data) for row in last]))
     is_small_share = gap_known_to_be is not None and not any(f.kind == "guide-bottleneck" for f in notebook.findings)
     if gap < notebook.thresholds.gap_per_datum or is_small_share:
         _find_model(surprise, gap, series, notebook)
@@ -211,12 +239,15 @@ def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Noteb
 
 
 def _find_model(surprise: float, gap: float, series: Series, notebook: Notebook) -> None:
+    num_data = series.num_data
+    is_rough = series.noise > notebook.thresholds.flat
+    noise = f", as far as readings tell that scatter by {per_datum(series.scatter, num_data)}" if is_rough else ""
     notebook.find(
         "model-bottleneck",
         None,
         surprise,
-        f"F rests, and all of it is surprise: {nats(surprise)} per datum, with a gap of {nats(max(gap, 0.0))}. More "
-        "steps or a richer guide cannot lower it.",
+        f"F rests{noise}. What is left is surprise, {per_datum(surprise, num_data)}, beside a gap of "
+        f"{per_datum(max(gap, 0.0), num_data)}: neither more steps nor a richer guide can lower it.",
         "If it is not low enough, change the model: more states, another likelihood, other starts. Compare models by "
         "held-out surprise, or with az.loo and az.compare on vfe.to_inference_data(...).",
     )
@@ -230,7 +261,7 @@ def _find_guide(gap: float, series: Series, notebook: Notebook) -> None:
         "guide-bottleneck",
         None,
         gap,
-        f"F rests with a gap of {nats(gap)} per datum{from_where}: that much is the guide's, not the model's.",
+        f"F rests with a gap of {per_datum(gap, series.num_data)}{from_where}: so much is the guide's.",
         "Give the guide more freedom. To see where: vfe.diagnose(vfe.FreeEnergy().decompose(model, guide, ...)) names "
         "the site and the data.",
         gap * series.num_data,

@@ -101,10 +101,20 @@ def nats(value: float) -> str:
     return f"{value:,.0f} nats" if abs(value) >= 1000 else f"{value:.3g} nats"
 
 
+def per_datum(value: float, num_data: int) -> str:
+    """A number of nats per datum, in words.
+
+    Args:
+        value: How many.
+        num_data: How many data there are; of one, nothing is said.
+    """
+    return nats(value) if num_data == 1 else f"{nats(value)} per datum"
+
+
 def percent(share: float) -> str:
     """A share, in words.
 
     Args:
         share: Between 0 and 1.
     """
-    return f"{100 * share:.3g}%" if share < 0.995 or share == 1 else f"{100 * share:.2f}%"
+    return "more than 99.9%" if 0.9995 <= share < 1 else f"{100 * share:.3g}%"

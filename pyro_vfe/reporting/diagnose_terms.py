@@ -25,6 +25,7 @@ _STAND_OUT = 10.0
 _TARGET = 0.5
 """The advised number of particles brings the standard error to this share of its limit."""
 _PLACE = re.compile(r"where site '(.+?)' has probability zero")
+_VALUE = re.compile(r"(?:probability to|,) (\S+) = ")
 
 
 def look_at_support(terms: Decomposition, notebook: Notebook) -> bool:
@@ -37,18 +38,28 @@ def look_at_support(terms: Decomposition, notebook: Notebook) -> bool:
     notebook.look("whether Q has mass where the model has none")
     if not bool(terms.gap.isinf().any()):
         return False
-    for words in terms.impossible or ("the guide puts mass where the model has none",):
-        place = _PLACE.search(words)
+    by_latent: dict[str | None, list[str]] = {}
+    for words in dict.fromkeys(terms.impossible) or ("the guide puts mass where the model has none",):
+        by_latent.setdefault(_culprit(words), []).append(words)
+    for latent, places in by_latent.items():
         notebook.find(
             "support-mismatch",
-            place and place[1],
+            latent,
             math.inf,
-            f"F is infinite: {words}.",
+            f"F is infinite: {'; '.join(places)}.",
             "Give the guide the same zeros as the model, or the model a probability that is small instead of zero. A "
             "site that others determine is best left out of the guide: it is then summed out exactly.",
             math.inf,
         )
     return True
+
+
+def _culprit(words: str) -> str | None:
+    """The latent whose values clash: the one that is impossible, or the first that makes another site so."""
+    latents, place = _VALUE.findall(words), _PLACE.search(words)
+    if place and (place[1] in latents or not latents):
+        return place[1]
+    return latents[0] if latents else None
 
 
 def gap_by_site(terms: Decomposition, notebook: Notebook) -> dict[str, float] | None:
@@ -82,14 +93,14 @@ def look_at_gap(terms: Decomposition, by_site: dict[str, float] | None, notebook
     if share < limits.gap_share or gap < limits.gap_per_datum * terms.num_data:
         return
     worst = max(by_site, key=lambda name: by_site[name]) if by_site else None
-    per_datum = f" ({nats(gap / terms.num_data)} per datum)" if terms.num_data > 1 else ""
+    of_each = f" ({nats(gap / terms.num_data)} per datum)" if terms.num_data > 1 else ""
     of_worst = "" if worst is None or by_site is None else f" '{worst}' has {nats(by_site[worst])} of it."
     notebook.find(
         "guide-bottleneck",
         worst,
         gap / terms.num_data,
-        f"The gap is {nats(gap)}{per_datum}, beside a complexity of {nats(complexity)}: Q is wrong by {percent(share)} of "
-        f"gap + complexity.{of_worst}",
+        f"The gap is {nats(gap)}{of_each}, beside a complexity of {nats(complexity)}: it is {percent(share)} of both "
+        f"together.{of_worst}",
         _advice(terms, worst),
         gap,
     )

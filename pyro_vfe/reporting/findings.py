@@ -82,13 +82,16 @@ class Finding:
         return KINDS[self.kind].title
 
     def __str__(self) -> str:
+        return self._in_words(self.advice)
+
+    def _in_words(self, advice: str) -> str:
         indent = "   "
         about = "" if self.site is None else f"  ({self.site})"
         return "\n".join(
             (
                 f"{self.title}{about}  [{self.kind}]",
                 fill(self.problem, _WIDTH, initial_indent=indent, subsequent_indent=indent),
-                fill(f"-> {self.advice}", _WIDTH, initial_indent=indent, subsequent_indent=indent * 2),
+                fill(f"-> {advice}", _WIDTH, initial_indent=indent, subsequent_indent=indent * 2),
             )
         )
 
@@ -148,7 +151,10 @@ class Diagnosis:
 
     def __str__(self) -> str:
         blocks = [_summary(self.findings)]
-        blocks += [f"{number}. {finding}" for number, finding in enumerate(self.findings, start=1)]
+        known = ""
+        for number, finding in enumerate(self.findings, start=1):
+            blocks.append(f"{number}. {finding._in_words('As above.' if finding.advice == known else finding.advice)}")
+            known = finding.advice
         blocks += ["\n".join(_wrapped(line) for line in lines) for lines in (self._footers(),) if lines]
         return "\n\n".join(blocks)
 

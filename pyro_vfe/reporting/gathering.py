@@ -9,6 +9,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import Plates, data_plates
@@ -40,6 +41,9 @@ JOINT = "joint"
 
 NATS = {"units": "nats"}
 
+_PATIENCE = 1.0
+"""Seconds after which a progress bar is shown."""
+
 _WITHOUT_A_GUIDE = ("free_energy", "surprise", "gap")
 """The terms that tell something of the exact posterior, too."""
 
@@ -66,6 +70,7 @@ class Gatherer:
     kwargs: Mapping[str, Any]
     num_samples: int
     max_bytes: float | None = None
+    progress_bar: bool = False
     draws: list[Draw] = field(default_factory=list)
     averages: Averages = field(default_factory=Averages)
     plates: Plates = ()
@@ -129,14 +134,16 @@ class Gatherer:
     def _runs(self) -> Iterator[tuple[Enumeration, int]]:
         """Enumerations, one per draw of w, and how many draws of v each is for."""
         done = 0
-        while done < self.num_samples:
-            run = self._programs.enumerate_given_draws(self._watched, self.guide, self.args, self.kwargs)
-            run = normalized(run, torch.float64).numbers()
-            if not self.draws:
-                _check_unweighted(run)
-            count = 1 if run.is_sampled else self.num_samples
-            yield run, count
-            done += count
+        with tqdm(total=self.num_samples, desc="draws", delay=_PATIENCE, disable=not self.progress_bar) as bar:
+            while done < self.num_samples:
+                run = self._programs.enumerate_given_draws(self._watched, self.guide, self.args, self.kwargs)
+                run = normalized(run, torch.float64).numbers()
+                if not self.draws:
+                    _check_unweighted(run)
+                count = 1 if run.is_sampled else self.num_samples
+                yield run, count
+                bar.update(count)
+                done += count
 
     def _posterior(self) -> Variables:
         found: Variables = {}
