@@ -7,9 +7,9 @@ marginal given it:
 
 .. math::
 
-    P(x) = \prod_n P(x_n \mid \text{parents}(x_n))
-    \qquad P(e) = \sum_{x \text{ that agree with } e} P(x)
-    \qquad P(x_n \mid e) = \ ?
+    P(x) &= \prod_n P(x_n \mid \text{parents}(x_n))
+
+    P(e) &= \sum_{x \text{ that agree with } e} P(x)
 
 There is one sample site per node, in an order in which parents come first; the evidence goes in by
 ``poutine.condition``. Networks that pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other is

@@ -8,7 +8,8 @@ loss are the model's, and how many the guide's?
 .. math::
 
     P(v, u) = \prod_t P(v_t \mid v_{t-1}) \, \text{Poisson}(u_t \mid \text{rate}_{v_t})
-    \qquad u_t \text{ earthquakes in year } t, \ v_t \text{ the hidden state}
+
+:math:`u_t` is the number of earthquakes in year *t*, and :math:`v_t` the hidden state.
 
 .. math::
 

@@ -9,11 +9,12 @@ by EM from several starts each, since *F* has local minima and flat directions, 
 .. math::
 
     P(v, u) &= \prod_n \text{weight}_{v_n} \prod_i \text{Bernoulli}(u_{ni} \mid \text{profile}_{v_n i})
-    \qquad u_{ni} \text{ person } n\text{'s answer to item } i
 
     \text{AIC} &= 2 \, \text{surprise} + 2 k
-    \qquad \text{BIC} = 2 \, \text{surprise} + k \log N
-    \qquad k \text{ free parameters, } N \text{ people}
+
+    \text{BIC} &= 2 \, \text{surprise} + k \log N
+
+:math:`u_{ni}` is person *n*'s answer to item *i*, *k* the number of free parameters, and *N* that of people.
 
 References:
 

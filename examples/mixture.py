@@ -7,8 +7,9 @@ covariances:
 
 .. math::
 
-    P(v, u) = \prod_n \text{weight}_{v_n} \, \text{Normal}(u_n \mid \text{loc}_{v_n}, \text{covariance}_{v_n})
-    \qquad u_n = (\text{duration}, \text{waiting time})
+    P(v, u) &= \prod_n \text{weight}_{v_n} \, \text{Normal}(u_n \mid \text{loc}_{v_n}, \text{covariance}_{v_n})
+
+    u_n &= (\text{duration}, \text{waiting time}) \text{ of eruption } n
 
 *F* has many local minima, so EM is run from several random starts, and the best end is kept. And *F* has no lower
 bound: a component that sits on one eruption alone can become as narrow as it likes. The run stops there, and says what
