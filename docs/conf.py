@@ -13,7 +13,7 @@ sys.path.insert(0, str(DOCS / "_extensions"))
 # The pages speak of these sources, and not of another copy that may be installed.
 sys.path.insert(0, str(ROOT))
 
-from gallery_pictures import ExampleArguments, FreshStart, SavedPictures  # noqa: E402
+from gallery_pictures import ExampleArguments, FreshStart  # noqa: E402
 
 import pyro_vfe  # noqa: E402
 
@@ -76,7 +76,6 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "reset_argv": ExampleArguments(str(DOCS / "_build" / "pictures")),
     "reset_modules": ("matplotlib", FreshStart()),
-    "image_scrapers": ("matplotlib", SavedPictures(str(DOCS / "_build" / "pictures"))),
     "download_all_examples": False,
     "show_signature": False,
     "write_computation_times": False,

@@ -7,9 +7,9 @@ marginal given it:
 
 .. math::
 
-    P(x) = \prod_n P(x_n \mid \text{parents}(x_n))
-    \qquad P(e) = \sum_{x \text{ that agree with } e} P(x)
-    \qquad P(x_n \mid e) = \ ?
+    P(x) &= \prod_n P(x_n \mid \text{parents}(x_n))
+
+    P(e) &= \sum_{x \text{ that agree with } e} P(x)
 
 There is one sample site per node, in an order in which parents come first; the evidence goes in by
 ``poutine.condition``. Networks that pgmpy carries are named (asia, alarm, andes, pigs, link, munin, ...); any other is
@@ -32,6 +32,7 @@ import argparse
 import csv
 import gzip
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ def main() -> None:
     )
     parser.add_argument("--evidence", action="append", metavar="NODE=STATE", help="an observed node; may be repeated")
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for the marginals and pictures"
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the marginals and pictures"
     )
     args = parser.parse_args()
     evidence = dict(pair.split("=", 1) for pair in args.evidence) if args.evidence else None

@@ -7,9 +7,8 @@ Five sets of ten tosses, each made with one of two coins of unknown bias, and no
 .. math::
 
     P(v, u) = \prod_n \tfrac12 \, \text{Binomial}(u_n \mid 10, \text{bias}_{v_n})
-    \qquad u_n \text{ heads in set } n, \ v_n \text{ its coin}
 
-EM finds the biases, one phase at a time:
+:math:`u_n` is the number of heads in set *n*, and :math:`v_n` its coin. EM finds the biases, one phase at a time:
 
 - The E-phase sets :math:`Q(v) = P(v \mid u, \text{biases})`. The gap goes to 0, and *F* is the surprise.
 - The M-phase sets :math:`\text{bias}_k = \sum_n Q(v_n = k) \, u_n \, / \, \sum_n Q(v_n = k) \, 10`. *F* falls, and a
@@ -25,6 +24,7 @@ References:
 """
 
 import argparse
+import sys
 from pathlib import Path
 from textwrap import fill
 
@@ -140,7 +140,9 @@ def in_words(history: vfe.History, above: np.ndarray) -> str:
 def main() -> None:
     """Fits, tells, draws, and checks the numbers against the paper."""
     parser = argparse.ArgumentParser(description="Two coins of unknown bias: the phases of EM, one by one.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "coins.png"
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()

@@ -8,9 +8,9 @@ learned from and on digits that they did not:
 
 .. math::
 
-    P(v, u) = \prod_n \text{weight}_{v_n} \prod_i \text{Bernoulli}(u_{ni} \mid \text{template}_{v_n i})
-    \qquad
-    Q(v \mid u) = \prod_n \text{softmax}(\text{network}(u_n))_{v_n}
+    P(v, u) &= \prod_n \text{weight}_{v_n} \prod_i \text{Bernoulli}(u_{ni} \mid \text{template}_{v_n i})
+
+    Q(v \mid u) &= \prod_n \text{softmax}(\text{network}(u_n))_{v_n}
 
 :math:`u_{ni}` is pixel *i* of digit *n*, on or off, and :math:`v_n` is the digit's kind. Nobody says which kinds there
 are; labels are only looked at when all is done. Each kind has a template: the probability of each pixel to be on.
@@ -29,6 +29,7 @@ References:
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -424,28 +425,24 @@ def draw_pixels(axes: Axes, pixels: Tensor, title: str) -> None:
 
 
 def draw_histories(runs: dict[str, vfe.SVIRun], em: vfe.EMRun) -> Figure:
-    """Draws F while each network learned, as surprise and gap, beside where EM ended."""
-    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
+    """Draws F while each network learned, as surprise and gap."""
+    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
     for axes, (name, run) in zip(all_axes, runs.items(), strict=True):
         shown = tuple(row for row in run.history.rows if row.iteration >= FIRST_SHOWN)
         vfe.plot_free_energy(vfe.History(shown, run.history.num_data).per_datum, ax=axes)
-        axes.axhline(em.free_energy / NUM_TRAINED, color=LIGHT, linestyle="--")
-        axes.text(
-            FIRST_SHOWN, em.free_energy / NUM_TRAINED, " EM ended here", color="white", va="top", fontsize="small"
-        )
-        axes.set(title=name, ylabel="nats per digit")
+        above = (run.free_energy - em.free_energy) / NUM_TRAINED
+        axes.set(title=f"{name}:\nF ends {above:.2f} nats per digit above EM's", ylabel="nats per digit")
     return figure
 
 
 def draw_gap(one: Score, digits: Digits) -> Figure:
     """Draws the gap of each held-out digit, and the costliest with the templates that posterior and network take."""
-    figure = plt.figure(figsize=(11, 7), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 3))
-    axes = top.subplots()
-    vfe.plot_gap(one.held_out, ax=axes)
-    figure.suptitle(f"Held-out digits, {one.name}")
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    grid = figure.add_gridspec(4, NUM_WORST, height_ratios=(5, 3, 3, 3))
+    axes = vfe.plot_gap(one.held_out, ax=figure.add_subplot(grid[0, :]))
+    axes.set_title(f"{one.name}, held-out digits. {axes.get_title()}")
     beliefs = one.held_out.posterior_marginals()["kind"], one.held_out.q_marginals()["kind"]
-    columns = bottom.subplots(3, NUM_WORST)
+    columns = np.array([[figure.add_subplot(grid[row, i]) for i in range(NUM_WORST)] for row in (1, 2, 3)])
     for column, n in zip(columns.T, one.held_out.gap.argsort(descending=True)[:NUM_WORST], strict=True):
         draw_pixels(column[0], digits.held_out[n], f"digit {n}: {one.held_out.gap[n]:.1f} nats")
         for axes, probabilities, who in zip(column[1:], beliefs, ("posterior", "network"), strict=True):
@@ -558,7 +555,9 @@ def save(figures: dict[str, Figure], folder: Path) -> None:
 def main() -> None:
     """Fits, compares, draws, tells, and checks the numbers."""
     parser = argparse.ArgumentParser(description="Mixtures of Bernoullis of handwritten digits, by EM and by SVI.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the pictures")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the pictures"
+    )
     folder = parser.parse_args().output
     torch.set_default_dtype(torch.float64)
     digits = binary_digits()

@@ -8,7 +8,8 @@ loss are the model's, and how many the guide's?
 .. math::
 
     P(v, u) = \prod_t P(v_t \mid v_{t-1}) \, \text{Poisson}(u_t \mid \text{rate}_{v_t})
-    \qquad u_t \text{ earthquakes in year } t, \ v_t \text{ the hidden state}
+
+:math:`u_t` is the number of earthquakes in year *t*, and :math:`v_t` the hidden state.
 
 .. math::
 
@@ -29,6 +30,7 @@ References:
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
@@ -205,7 +207,9 @@ def in_words(two: vfe.EMRun, three: vfe.EMRun, mean_field: Tensor, chain: Tensor
 def main() -> None:
     """Fits, takes apart, draws, tells, and checks the numbers against the book."""
     parser = argparse.ArgumentParser(description="A hidden Markov model of the earthquake counts, taken apart.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "earthquakes.png"
     torch.set_default_dtype(torch.float64)
     u = torch.tensor(COUNTS, dtype=torch.float64)

@@ -9,11 +9,12 @@ by EM from several starts each, since *F* has local minima and flat directions, 
 .. math::
 
     P(v, u) &= \prod_n \text{weight}_{v_n} \prod_i \text{Bernoulli}(u_{ni} \mid \text{profile}_{v_n i})
-    \qquad u_{ni} \text{ person } n\text{'s answer to item } i
 
     \text{AIC} &= 2 \, \text{surprise} + 2 k
-    \qquad \text{BIC} = 2 \, \text{surprise} + k \log N
-    \qquad k \text{ free parameters, } N \text{ people}
+
+    \text{BIC} &= 2 \, \text{surprise} + k \log N
+
+:math:`u_{ni}` is person *n*'s answer to item *i*, *k* the number of free parameters, and *N* that of people.
 
 References:
 
@@ -24,6 +25,7 @@ References:
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -218,7 +220,9 @@ def fit(num_classes: int, u: Tensor) -> tuple[Fit, vfe.EMRun]:
 def main() -> None:
     """Fits, compares, draws, tells, and checks the log-likelihoods against the literature."""
     parser = argparse.ArgumentParser(description="Latent classes in a survey, fitted by EM from many starts.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "latent_classes.png"
     torch.set_default_dtype(torch.float64)
     u = survey()

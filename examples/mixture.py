@@ -7,8 +7,9 @@ covariances:
 
 .. math::
 
-    P(v, u) = \prod_n \text{weight}_{v_n} \, \text{Normal}(u_n \mid \text{loc}_{v_n}, \text{covariance}_{v_n})
-    \qquad u_n = (\text{duration}, \text{waiting time})
+    P(v, u) &= \prod_n \text{weight}_{v_n} \, \text{Normal}(u_n \mid \text{loc}_{v_n}, \text{covariance}_{v_n})
+
+    u_n &= (\text{duration}, \text{waiting time}) \text{ of eruption } n
 
 *F* has many local minima, so EM is run from several random starts, and the best end is kept. And *F* has no lower
 bound: a component that sits on one eruption alone can become as narrow as it likes. The run stops there, and says what
@@ -22,6 +23,7 @@ References:
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +285,9 @@ def in_words(two: Fit, three: Fit, message: str, floored: vfe.EMRun, priors: vfe
 def main() -> None:
     """Fits, draws, lets a component collapse, tells, and checks the numbers."""
     parser = argparse.ArgumentParser(description="Mixtures of Gaussians of the eruptions of Old Faithful, by EM.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the picture"
+    )
     picture = parser.parse_args().output / "mixture.png"
     torch.set_default_dtype(torch.float64)
     u = eruptions()
