@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_vfe as vfe
-from examples.earthquakes import COUNTS
+from examples.earthquakes import COUNTS as EARTHQUAKES
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.parameters import unconstrained
 
@@ -469,7 +469,7 @@ def test_a_start_below_the_floor_is_raised_without_a_warning() -> None:
 
 def test_a_share_that_single_precision_cannot_hold_is_no_rise() -> None:
     torch.set_default_dtype(torch.float32)
-    counts = torch.tensor(COUNTS, dtype=torch.float32)
+    counts = torch.tensor(EARTHQUAKES, dtype=torch.float32)
 
     def model(u: Tensor) -> None:
         initial = pyro.param("initial", torch.ones(2) / 2, constraint=constraints.simplex)

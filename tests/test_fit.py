@@ -16,7 +16,7 @@ from programs.sampled import SAMPLED_PROGRAMS
 from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 from torch.distributions import constraints
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_vfe as vfe
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError, VFEWarning
@@ -273,6 +273,22 @@ def test_readings_of_unequal_batches_know_their_sizes() -> None:
     np.testing.assert_allclose(run.history.per_datum.free_energy, run.history.free_energy / [3, 1, 3, 1])
     assert str(run.history).splitlines()[0].split()[:5] == ["step", "F", "surprise", "gap", "N"]
     assert "N=1" not in str(run)
+
+
+def test_readings_do_not_meet_the_same_batch_of_every_epoch() -> None:
+    batches = [*COUNTS.repeat(7).split(3)][:10]
+    run = fitted(mixture, empty, optim=adam(), num_steps=63, batches=[*batches, COUNTS[:1], *batches[:9]])
+    assert run.history.iteration.tolist() == [1, 21, 42, 63]
+    stream = DataLoader(Stream(), batch_size=2)
+    run = fitted(mixture, empty, optim=adam(), num_steps=21, batches=stream)
+    assert run.history.iteration.tolist() == [1, 20, 21]
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Data of unknown number."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(COUNTS)
 
 
 def test_a_subsampled_plate_has_the_whole_data_in_its_readings() -> None:

@@ -13,7 +13,7 @@ from programs.case import bernoulli, categorical, empty, simplex, tensor, unit
 from torch import Tensor
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import VFEError, VFEWarning
 
 RATES = tensor([1.0, 5.0, 9.0])
 SAMPLED: dict[str, Any] = {"enumerate": None}
@@ -143,6 +143,28 @@ def test_reading_other_elements_of_a_plate_is_refused_however_far_they_are(reade
     torch.manual_seed(seed)
     with pytest.raises(VFEError, match="'u'"):
         loss_of(model)
+
+
+@pytest.mark.parametrize("changed", ["mask", "rates", "data"])
+def test_what_a_site_was_given_may_not_change_in_place_after_it(changed: str) -> None:
+    def model(in_place: bool) -> None:
+        given = {"mask": torch.tensor([True, False, True]), "rates": tensor([1.0, 4.0]), "data": torch.ones(3)}
+        with pyro.plate("data", 3):
+            for step in range(2):
+                z = categorical(f"z_{step}", tensor([0.7, 0.3]))
+                with pyro.poutine.mask(mask=given["mask"]):
+                    pyro.sample(f"u_{step}", dist.Poisson(given["rates"][z]), obs=given["data"])
+                if in_place:
+                    given[changed].logical_not_() if changed == "mask" else given[changed].add_(1)
+                else:
+                    given[changed] = ~given[changed] if changed == "mask" else given[changed] + 1
+
+    assert vfe.FreeEnergy().loss(model, empty, False) > 0
+    if changed == "rates":  # `rates[z]` is a new tensor
+        assert vfe.FreeEnergy().loss(model, empty, True) == vfe.FreeEnergy().loss(model, empty, False)
+        return
+    with pytest.raises(VFEError, match=r"'u_\d'.*in place"):
+        vfe.FreeEnergy().loss(model, empty, True)
 
 
 def test_a_path_that_arguments_open_later_is_looked_at_anew() -> None:
@@ -335,3 +357,17 @@ def test_a_constant_that_broadcasting_hands_back_is_of_no_latent() -> None:
     series = torch.tensor([0.3, -0.4, 2.0])
     expected = oracle(model, lambda series: None, series).terms["surprise"]
     torch.testing.assert_close(-vfe.posterior(model, series).log_evidence, expected.double())
+
+
+def test_a_misspelt_latent_of_the_guide_is_told() -> None:
+    def model() -> None:
+        z = categorical("z", tensor([0.2, 0.8]))
+        pyro.sample("u", dist.Poisson(tensor([2.0, 9.0])[z]), obs=tensor(4.0))
+
+    def guide() -> None:
+        categorical("zz", tensor([0.5, 0.5]))
+
+    with pytest.warns(VFEWarning, match="'zz', which the model lacks.*spelling"):
+        terms = vfe.FreeEnergy().decompose(model, guide)
+    without = vfe.FreeEnergy().decompose(model, None)
+    assert float(terms.free_energy) == pytest.approx(float(without.surprise), abs=1e-12)

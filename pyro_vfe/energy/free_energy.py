@@ -29,7 +29,7 @@ from pyro_vfe.engine.expectation import Expectation
 from pyro_vfe.engine.factors import Factor, Table, total
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
-from pyro_vfe.program.layout import Program
+from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.programs import Check, Programs
 
 
@@ -139,12 +139,12 @@ class FreeEnergy(ELBO):
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
-    def decompose(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Decomposition:
+    def decompose(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Decomposition:
         """Returns F taken apart into the model's share and the guide's, in float64 and without gradients.
 
         Args:
             model: The generative model.
-            guide: The guide.
+            guide: The guide; None for the exact posterior, which makes F the surprise.
             *args: Arguments of both programs.
             **kwargs: Keyword arguments of both programs.
 
@@ -156,7 +156,10 @@ class FreeEnergy(ELBO):
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
         with torch.no_grad():
-            runs = [self._programs.enumerate_given_draws(model, guide, args, kwargs) for _ in range(self.num_particles)]
+            runs = [
+                self._programs.enumerate_given_draws(model, guide or no_guide, args, kwargs)
+                for _ in range(self.num_particles)
+            ]
             return decomposition(runs, self.max_bytes)
 
     def compute_marginals(

@@ -21,7 +21,7 @@ from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, expected_tables, marginals
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.layout import Program
+from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.tables import batch_axes, over_dims
 
@@ -45,12 +45,8 @@ def posterior(
     """
     programs = Programs(check=check, max_bytes=max_bytes)
     with torch.no_grad():
-        enumeration = programs.enumerate(model, _no_guide, args, kwargs)
+        enumeration = programs.enumerate(model, no_guide, args, kwargs)
     return Posterior(enumeration, max_bytes=max_bytes)
-
-
-def _no_guide(*args: Any, **kwargs: Any) -> None:
-    """A guide without sites: every latent is summed inside the model."""
 
 
 class Posterior:

@@ -55,7 +55,7 @@ from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.learning.rounding import Rounding, resolution
 from pyro_vfe.learning.squarem import Squarem
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.layout import Program
+from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.parameters import Parameters, restored_on_error, snapshot
 from pyro_vfe.program.programs import Check, Programs
 
@@ -128,7 +128,7 @@ class EM:
         self._programs = Programs(check=check, max_bytes=max_bytes, pin_masked=True)
         self._parameters = Parameters()
         self._watched_model = self._parameters.watched(model, "model")
-        self._watched_guide = self._parameters.watched(guide or _no_guide, "guide")
+        self._watched_guide = self._parameters.watched(guide or no_guide, "guide")
         self._default_e_phase: EPhase | None = None
         self._last: _Last | None = None
         self._m_phases = 0
@@ -336,10 +336,6 @@ class _Last:
             return False
         same = [ours is theirs for ours, theirs in zip(self.pair.args, args, strict=True)]
         return all(same) and all(self.pair.kwargs[name] is value for name, value in kwargs.items())
-
-
-def _no_guide(*args: Any, **kwargs: Any) -> None:
-    """A guide without sites: every latent is summed inside the model."""
 
 
 def _steps_of_adam() -> Gradient:

@@ -73,7 +73,8 @@ class Monitor:
         model: The generative model.
         guide: The guide.
         every: The number of steps from one reading to the next. The first step is read too, and the last one on
-            `close`.
+            `close`. Where batches are cycled, let it share no divisor with their number: otherwise the same few are
+            read in every epoch.
         held_out: The arguments to read F at: a tensor (the only argument), a tuple or list of arguments, a mapping of
             keyword arguments. By default those of the step. A guide with parameters for every datum has none for
             others; readings of held-out data are for guides that compute Q from the data.

@@ -6,8 +6,9 @@ References:
     Hoffman, Blei, Wang and Paisley (2013), Stochastic variational inference.
 """
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
@@ -165,7 +166,7 @@ def fit(
     loss = FreeEnergy() if elbo is None else elbo
     check_elbo(loss)
     source = arguments_of_steps(args, kwargs, batches)
-    watch = _watch(model, guide, loss, monitor, callback, stop, num_steps)
+    watch = _watch(model, guide, loss, monitor, callback, stop, _every(num_steps, stop != (), batches))
     stepper, losses, stopped, done = Stepper(model, guide, optim, loss), [], None, False
     watch.start(num_steps, progress_bar)
     try:
@@ -196,12 +197,10 @@ def _watch(
     monitor: object,
     callback: SVICallback | None,
     stop: StopRule | Iterable[StopRule],
-    num_steps: int,
+    every: int,
 ) -> Monitor | Unmonitored:
     """What looks on: the user's, or one that reads F about as often as it is worth."""
     if monitor is None:
-        every = max(_LEAST_EVERY, -(-num_steps // _READINGS))
-        every = every if stop == () else min(every, _MOST_EVERY)
         own = elbo if isinstance(elbo, FreeEnergy) else None
         return Monitor(model, guide, every=every, elbo=own, callback=callback, stop=stop)
     if monitor is not False and not isinstance(monitor, Monitor):
@@ -215,6 +214,19 @@ def _watch(
         way_out = "Leave monitor= out." if monitor is False else f"Give {option} to the Monitor."
         raise VFEError(f"fit was given {option}, which is for readings, and a monitor= that {problem}.", hint=way_out)
     return monitor or Unmonitored()
+
+
+def _every(num_steps: int, rules_wait: bool, batches: object) -> int:
+    """The number of steps between readings, which come to every batch: not to the last one of each epoch again."""
+    every = max(_LEAST_EVERY, -(-num_steps // _READINGS))
+    every = min(every, _MOST_EVERY) if rules_wait else every
+    try:
+        num_batches = len(batches) if isinstance(batches, Sized) else 1
+    except TypeError:  # A DataLoader of a stream.
+        num_batches = 1
+    while math.gcd(every, num_batches) > 1:
+        every += 1
+    return every
 
 
 def _nothing_to_learn() -> VFEError:

@@ -72,7 +72,7 @@ class Stepper:
                 self.check_update(number - 1, error)
             raise
         self._before = _copied(used, self._before)
-        self._update(list(dict.fromkeys(used.values())))  # A tensor with two names is updated once.
+        self._update(list(set(used.values())))  # A tensor with two names is updated once.
         self._step_scheduler(loss)
         return loss
 

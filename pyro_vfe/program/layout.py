@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError
+from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError, VFEWarning
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.chain_sites import time_plate
 from pyro_vfe.program.equal_sites import reads_itself
@@ -25,6 +25,11 @@ from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_sit
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
 Program = Callable[..., Any]
+
+
+def no_guide(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites: every latent is summed out inside the model."""
+
 
 _OWN_DIMS = 12
 """Up to so many latents get a dim each."""
@@ -126,11 +131,8 @@ def discrete_latents(program: Program, args: tuple[Any, ...], kwargs: Mapping[st
         args: Its arguments.
         kwargs: Its keyword arguments.
     """
-    findings, _ = _explored(_without_sites, program, args, kwargs)
+    findings, _ = _explored(no_guide, program, args, kwargs)
     return {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}
-
-
-def _without_sites(*args: Any, **kwargs: Any) -> None: ...
 
 
 def _explored(
@@ -278,7 +280,10 @@ def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
 def _check_guide_only(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
     """A draw or factor of the guide counts in log Q with nothing beside it in the model."""
     for site in sites.values():
-        if site.role != "guide" or ("model", site.name) in sites or site.kind == "enumerated":
+        if site.role != "guide" or ("model", site.name) in sites:
+            continue
+        if site.kind == "enumerated":
+            _warn_of_auxiliary(site)
             continue
         read = sorted(name for name in site.scope if name in {other.name for other in sites.values() if other.size > 1})
         if site.kind == "observed" and read:
@@ -293,6 +298,17 @@ def _check_guide_only(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
                 "beside it. If that is meant, mark it with infer={'is_auxiliary': True}.",
                 stacklevel=2,
             )
+
+
+def _warn_of_auxiliary(site: SiteStructure) -> None:
+    if not site.auxiliary:
+        warnings.warn(
+            f"The guide has a discrete latent '{site.name}', which the model lacks: it is summed out of the guide, and "
+            "a latent of the model that it was meant for is summed out of the model. Compare the spelling of the names; "
+            "if it is meant so, mark it with infer={'is_auxiliary': True}.",
+            VFEWarning,
+            stacklevel=2,
+        )
 
 
 def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:

@@ -98,6 +98,7 @@ class Recorder(Messenger):
         unread: frozenset[str] | None = None,
         check_given: Callable[[str, Any], None] | None = None,
         provenance: Provenance | None = None,
+        look: Callable[["Site"], None] | None = None,
     ) -> None:
         """Args:
         role: Which program this is; a model may not sample what the guide lacks.
@@ -109,6 +110,7 @@ class Recorder(Messenger):
         unread: Latents that a model may sample though the guide lacks them, because nothing reads them; None for any.
         check_given: Called with the name and distribution of each given latent that is enumerated.
         provenance: Marks values with their sites, where the run is tracked.
+        look: Called with each site at its statement, before the program can change anything in place.
         """
         super().__init__()
         self.role = role
@@ -120,6 +122,7 @@ class Recorder(Messenger):
         self.unread = unread
         self.check_given = check_given
         self.provenance = provenance
+        self.look = look
         self.sites: dict[str, Site] = {}
         self.returned: Any = None
         self._names: dict[str, str] = {}
@@ -210,6 +213,8 @@ class Recorder(Messenger):
             controls=NO_SITES if self.provenance is None else self.provenance.controls,
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
         )
+        if self.look is not None:
+            self.look(self.sites[name])
 
     def _around(self, msg: Any) -> tuple[tuple[Plate, ...], dict[str, int]]:
         """The vectorised plates around a site, and which step it is of the sequential ones; made once for each."""
@@ -253,10 +258,17 @@ def record_both(
     unread: frozenset[str] | None = None,
     check_given: Callable[[str, Any], None] | None = None,
     provenance: Provenance | None = None,
+    look: Callable[[Site], None] | None = None,
 ) -> tuple[Recorder, Recorder]:
     """Runs the guide, then the model against it, and returns both records; the arguments are those of `Recorder`."""
     first = Recorder(
-        "guide", latent_value, given=given, subsamples=subsamples, sequential=sequential, provenance=provenance
+        "guide",
+        latent_value,
+        given=given,
+        subsamples=subsamples,
+        sequential=sequential,
+        provenance=provenance,
+        look=look,
     )
     first.run(guide, args, kwargs)
     second = Recorder(
@@ -269,6 +281,7 @@ def record_both(
         unread=unread,
         check_given=check_given,
         provenance=provenance,
+        look=look,
     )
     second.run(model, args, kwargs)
     return first, second

@@ -18,7 +18,7 @@ from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
-from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.masks import absences
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -68,12 +68,13 @@ def spot_check(
         assignment = _assignment(enumeration, first, number, rounds)
         set_random_state(state)
         ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
-        _compare(enumeration, ordinary, assignment, layout.nesting)
+        _compare(enumeration, *ordinary, assignment, layout.nesting)
 
 
 def _compare(
     enumeration: Enumeration,
     ordinary: Mapping[tuple[Role, str], Site],
+    log_probs: Mapping[tuple[Role, str], Tensor],
     assignment: Mapping[str, Table],
     nesting: int,
 ) -> None:
@@ -83,7 +84,7 @@ def _compare(
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
             continue  # The model lacks the guide's latent in this branch: it is pinned there.
         enumerated = _entries(enumeration, key, site, assignment)
-        expected = _ordinary_log_prob(site)
+        expected = log_probs[key]
         if key in enumeration.sites and scale_reads_latents(enumeration.sites[key], nesting):
             expected = expected * site.scale
         if site.name in absent and enumerated is not None:
@@ -145,15 +146,25 @@ def _ordinary_run(
     draws: Mapping[str, Tensor],
     layout: Layout,
     subsamples: Mapping[str, Tensor],
-) -> dict[tuple[Role, str], Site]:
+) -> tuple[dict[tuple[Role, str], Site], dict[tuple[Role, str], Tensor]]:
+    """The sites of an ordinary run, and what each said of its value when it was reached.
+
+    A program may change a mask, a parameter or data in place after the statement that they were for.
+    """
+    log_probs: dict[tuple[Role, str], Tensor] = {}
+
+    def look(site: Site) -> None:
+        if site.kind != "unread":
+            log_probs[site.role, site.name] = _ordinary_log_prob(site)
+
     def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         index = over_dims(assignment[name], plates)
         return enumeration.supports[name][index.to(enumeration.supports[name].device)]
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
-    first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples)
+    first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples, look=look)
     sites = (*first.sites.values(), *second.sites.values())
-    return {(site.role, site.name): site for site in sites if site.kind != "unread"}
+    return {(site.role, site.name): site for site in sites if site.kind != "unread"}, log_probs
 
 
 def _at(value: Tensor, name: str, enumeration: Enumeration, assignment: Mapping[str, Table], layout: Layout) -> Tensor:
@@ -193,7 +204,7 @@ def _entries(
 
 def _ordinary_log_prob(site: Site) -> Tensor:
     fn, mask = unmasked(site)
-    values = log_prob(fn, site.value)
+    values = log_prob(fn, without_gaps(site))
     if site.kind != "enumerated":
         values = masked(values, mask)
     return values
@@ -219,8 +230,9 @@ def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> Spot
         f"Site '{site.name}' of the {site.role} has log-probability {_shown(expected)} in an ordinary run and "
         f"{_shown(enumerated)} when enumerated, at the same values of all latents.",
         hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
-        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0; or it "
-        "uses randomness outside of pyro.sample. If you are sure, pass check=False.",
+        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0. Or it "
+        "changes a tensor in place that the site was given (write `mask = mask | new`, not `mask |= new`), or uses "
+        "randomness outside of pyro.sample. If you are sure, pass check=False.",
     )
 
 

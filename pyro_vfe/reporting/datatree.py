@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.history import History
-from pyro_vfe.program.layout import Program
+from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.reporting.arviz_schema import tree_of
 from pyro_vfe.reporting.gathering import Gatherer
 from pyro_vfe.reporting.inference_data import inference_data_of
@@ -85,9 +85,7 @@ def to_datatree(
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise VFEError(f"num_samples is {num_samples!r}.", hint="Ask for at least one draw.")
-    gatherer = Gatherer(
-        model, _no_guide if guide is None else guide, args, kwargs, num_samples, max_bytes, progress_bar
-    )
+    gatherer = Gatherer(model, no_guide if guide is None else guide, args, kwargs, num_samples, max_bytes, progress_bar)
     gathered = gatherer.gather(prior, posterior_predictive, _history_of(history))
     stats = gathered.groups["sample_stats"]
     warn_if_unreliable(stats["log_weight"].values)
@@ -107,10 +105,6 @@ def to_inference_data(model: Program, guide: Program | None = None, *args: Any, 
         VFEError: As `to_datatree`.
     """
     return inference_data_of(to_datatree(model, guide, *args, **kwargs))
-
-
-def _no_guide(*args: Any, **kwargs: Any) -> None:
-    """A guide without sites: every latent is drawn from the exact posterior."""
 
 
 def _history_of(source: Any) -> History | None:
