@@ -697,7 +697,8 @@ def test_twenty_states_of_ten_thousand_data_are_a_few_collections() -> None:
 def test_the_legend_covers_no_data(picture: str) -> None:
     probs = (noise(300, 12, seed=1) * 4).softmax(-1)
     if picture == "states":
-        ax = vfe.plot_states(probs, "v", noise(300, seed=2).sign())
+        small = pyplot.subplots(figsize=(4.5, 3.5), layout="constrained")[1]
+        ax = vfe.plot_states(probs, "v", noise(300, seed=2).sign(), ax=small)
     else:
         ax = vfe.plot_responsibilities(probs, "v", noise(300, 2, seed=2).sign())
     drawn(ax)

@@ -214,7 +214,8 @@ def legend_above(
         return
     points_wide, points_high = _size_in_points(ax)
     size = _SMALL + 1
-    columns = _columns(labels, points_wide / size)
+    # A layout that comes later makes the axes smaller than they are now.
+    columns = _columns(labels, 0.82 * points_wide / size)
     rows = math.ceil(len(labels) / columns)
     needed = (rows * 1.45 + 1.2) * size / (points_high * share_of_height)
     share = min(0.6, needed)
