@@ -45,7 +45,7 @@ GUIDED = (
 )
 """Guides of all latents."""
 
-PARTLY_GUIDED = ("nested_outer_guided", "global_guided", "collider_guide_of_the_child", "crossing_one_edge_guided")
+PARTLY_GUIDED = ("nested_outer_guided", "global_guided", "collider_guide_of_the_child", "chain_guide_of_the_middle")
 """Guides that leave latents to the model."""
 
 EXACT = (

@@ -370,6 +370,20 @@ def test_one_element_that_carries_the_gap_is_named() -> None:
     assert "Element 11 of plate 'data'" in finding.problem
 
 
+def test_few_elements_among_many_are_named_together() -> None:
+    u = U.repeat(6)
+    exact = posterior_by_hand(u)
+    probs = exact.clone()
+    probs[[29, 11]] = tensor([0.01, 0.98, 0.01])
+    finding = only(of_mixture(probs, u), "plate-element")
+    gaps = kl(probs, exact)[[29, 11]]
+    assert set(finding.indices) == {11, 29}
+    assert finding.severity == pytest.approx(float(gaps.sum()))
+    assert "2 elements of plate 'data'" in finding.problem
+    probs[[47, 65, 83, 101]] = tensor([0.01, 0.98, 0.01])
+    assert not of_mixture(probs, u).of("plate-element")
+
+
 def test_a_gap_that_all_elements_share_is_no_elements_own() -> None:
     assert not of_mixture(0.5 * posterior_by_hand(U) + 0.5 / 3).of("plate-element")
 
@@ -379,6 +393,16 @@ def test_a_plate_whose_elements_are_tied_is_said_to_be_left_out() -> None:
     terms = vfe.FreeEnergy().decompose(program.model, program.guide, *program.args)
     (left_out,) = vfe.diagnose(terms).not_looked_at
     assert "plate 'data'" in left_out and "'g'" in left_out
+
+
+def test_a_gap_without_shares_by_site_is_said_to_be_left_out() -> None:
+    program = PROGRAMS["factorial_markov_chain_with_half_mean_field"]
+    terms = vfe.FreeEnergy().decompose(program.model, program.guide, *program.args)
+    with pytest.raises(VFEError, match="no shares by site"):
+        terms.gap_by_site()
+    diagnosis = vfe.diagnose(terms)
+    assert only(diagnosis, "guide-bottleneck").site is None
+    assert any(line.startswith("the gap of each latent. ") for line in diagnosis.not_looked_at)
 
 
 # Infinite, and sampled
@@ -519,9 +543,9 @@ def test_readings_of_few_particles_are_judged_like_decompositions() -> None:
 def test_a_run_of_svi_that_was_too_short_still_falls_and_a_long_one_rests() -> None:
     def ending_after(num_steps: int, rate: float) -> Diagnosis:
         pyro.clear_param_store()
-        guide = vfe.AutoMeanField(mixture_to_learn)
-        optim = pyro.optim.Adam({"lr": rate})
-        return vfe.diagnose(vfe.fit(mixture_to_learn, guide, U, optim=optim, num_steps=num_steps, progress_bar=False))
+        model, optim = mixture(), pyro.optim.Adam({"lr": rate})
+        guide = vfe.AutoMeanField(model)
+        return vfe.diagnose(vfe.fit(model, guide, U, optim=optim, num_steps=num_steps, progress_bar=False))
 
     assert kinds(ending_after(100, 0.01)) == {"not-settled"}
     assert kinds(ending_after(400, 0.1)) == {"model-bottleneck"}

@@ -99,7 +99,11 @@ def test_the_page_of_tasks_names_every_public_name() -> None:
 def test_every_page_is_in_the_table_of_contents() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     api = (DOCS / "api" / "index.md").read_text(encoding="utf-8")
-    listed = [pattern for tree in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for pattern in tree.split()]
+    listed = [
+        pattern
+        for tree in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL)
+        for pattern in re.findall(r"[\w*/]+(?=>?$)", tree, re.MULTILINE)
+    ]
     for page in PAGES[1:]:
         name = page.relative_to(DOCS).with_suffix("")
         where = listed if name.parent == Path() else re.findall(r"^\w+$", api, re.MULTILINE)

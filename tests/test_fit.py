@@ -408,6 +408,23 @@ def test_a_gradient_that_is_not_finite_names_the_parameter_and_changes_nothing(e
         assert leaf.grad is None or not leaf.grad.any()
 
 
+def test_a_tensor_with_two_names_is_updated_once() -> None:
+    net = torch.nn.Linear(1, 3, dtype=torch.float64)
+    start = {name: value.detach().clone() for name, value in net.named_parameters()}
+
+    def guide(counts: Tensor) -> None:
+        once, again = pyro.module("once", net), pyro.module("again", net)
+        with pyro.plate("data", len(counts)):
+            pyro.sample("z", dist.Categorical(logits=once(counts[:, None]) + again(counts[:, None])))
+
+    losses, values = by_hand(mixture, guide, iter([(COUNTS,)] * 4), adam(), vfe.FreeEnergy())
+    net.load_state_dict(start)
+    run = fitted(mixture, guide, COUNTS, optim=adam(), num_steps=4)
+    assert run.losses.tolist() == losses
+    torch.testing.assert_close(run.params, values, rtol=0, atol=0)
+    torch.testing.assert_close(run.params["once$$$weight"], run.params["again$$$weight"])
+
+
 def test_a_large_gradient_is_no_failure() -> None:
     def model() -> None:
         a, b = (pyro.param(name, torch.tensor(1e20, dtype=torch.float32)) for name in "ab")
@@ -433,7 +450,7 @@ def test_an_update_that_spoils_parameters_is_taken_back(monitor: Any) -> None:
         )
 
     run = fitted(mixture, mixture_guide, COUNTS, optim=optim(), num_steps=2)
-    with pytest.raises(NotFiniteError, match=r"^In step 3: the update by SGD made parameter '.*pyro.optim.ClippedAdam"):
+    with pytest.raises(NotFiniteError, match=r"^In step 3: The update by SGD made parameter '.*pyro.optim.ClippedAdam"):
         fitted(mixture, mixture_guide, COUNTS, optim=optim(), num_steps=5, monitor=monitor)
     torch.testing.assert_close(parameters(), dict(run.params), rtol=0, atol=0)
 
@@ -442,7 +459,7 @@ def test_an_update_that_spoils_parameters_in_the_last_step_is_taken_back() -> No
     def optim(rate: float) -> Any:
         return pyro.optim.SGD({"lr": rate})
 
-    with pytest.raises(NotFiniteError, match=r"^In step 1: the update by SGD"):
+    with pytest.raises(NotFiniteError, match=r"^In step 1: The update by SGD"):
         fitted(mixture, mixture_guide, COUNTS, optim=optim(1e6), num_steps=1, monitor=False)
     values = parameters()
     pyro.clear_param_store()

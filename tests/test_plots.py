@@ -151,6 +151,28 @@ def test_a_picture_goes_into_a_part_of_a_figure(name: str) -> None:
     drawn(pictures()[name](ax=part.subplots()))
 
 
+@pytest.mark.parametrize("name", pictures())
+def test_a_layout_of_many_pictures_leaves_room_for_each(name: str) -> None:
+    _, grid = pyplot.subplots(2, 3, figsize=(10, 5.5), layout="constrained")
+    for ax in grid.flat:
+        pictures()[name](ax=ax)
+    drawn(grid[0, 0])
+    for ax in grid.flat:
+        assert ax.get_position().width > 0.18 and ax.get_position().height > 0.25
+
+
+@pytest.mark.parametrize("name", pictures())
+def test_on_a_dark_page_no_line_is_black(name: str) -> None:
+    with pyplot.style.context("dark_background"):
+        ax = pictures()[name]()
+        drawn(ax)
+    for line in ax.lines:
+        assert to_rgba(line.get_color()) != to_rgba("black") or to_rgba(line.get_markeredgecolor()) != to_rgba("black")
+    for text in ax.texts:
+        if text.get_bbox_patch() is not None:
+            assert to_rgba(text.get_color()) != to_rgba(text.get_bbox_patch().get_facecolor())
+
+
 @pytest.mark.parametrize("name", ["free_energy", "decomposition"])
 def test_what_is_in_nats_says_so(name: str) -> None:
     ax = pictures()[name]()
@@ -675,9 +697,9 @@ def test_twenty_states_of_ten_thousand_data_are_a_few_collections() -> None:
 def test_the_legend_covers_no_data(picture: str) -> None:
     probs = (noise(300, 12, seed=1) * 4).softmax(-1)
     if picture == "states":
-        ax = vfe.plot_states(probs, "v", noise(300, seed=2))
+        ax = vfe.plot_states(probs, "v", noise(300, seed=2).sign())
     else:
-        ax = vfe.plot_responsibilities(probs, "v", noise(300, 2, seed=2))
+        ax = vfe.plot_responsibilities(probs, "v", noise(300, 2, seed=2).sign())
     drawn(ax)
     box = ax.get_legend().get_window_extent()
     points = np.concatenate([np.asarray(group.get_offsets()) for group in ax.collections])

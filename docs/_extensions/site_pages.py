@@ -28,6 +28,7 @@ PYTHON_BLOCK = re.compile(r"^```python[ \t]*$", re.MULTILINE)
 NOT_RUN = re.compile(r"^```python no-run[ \t]*$", re.MULTILINE)
 INCLUDE = re.compile(r"\A```\{include\} (?P<path>\S+)\n```\s*\Z")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)#\s]+)")
+YEAR = re.compile(r"\(\d{4}\)")
 SECTION = re.compile(r"^(Args|Returns|Raises|References|Yields):$")
 
 
@@ -107,6 +108,25 @@ def indent_arguments(app: Sphinx, what: str, name: str, item: object, options: A
         lines[at] = f"    {lines[at]}" if lines[at] else ""
 
 
+def list_references(app: Sphinx, what: str, name: str, item: object, options: Any, lines: list[str]) -> None:
+    """Makes a list of the works that a docstring refers to; each begins with authors and year.
+
+    Args:
+        app: Sphinx.
+        what: The kind of thing.
+        name: Its name.
+        item: The thing.
+        options: Of the directive.
+        lines: Its docstring, to be changed in place.
+    """
+    if "References:" not in lines:
+        return
+    for at in range(lines.index("References:") + 1, len(lines)):
+        if not lines[at].startswith("    "):
+            break
+        lines[at] = f"    {'* ' if YEAR.search(lines[at]) else '  '}{lines[at].strip()}"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connects the above.
 
@@ -116,4 +136,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", prepare)
     # Before napoleon reads the sections.
     app.connect("autodoc-process-docstring", indent_arguments, priority=100)
+    app.connect("autodoc-process-docstring", list_references, priority=101)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -6,13 +6,13 @@ r"""One step of SVI that either succeeds or changes nothing.
 gradients are looked at before they are used, and parameters that an update has spoilt are put back.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI
-from pyro.infer.util import zero_grads
+from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.distributions import transform_to
@@ -41,10 +41,10 @@ class Stepper:
         """The names of those that ever had a gradient."""
         self._before: dict[str, Tensor] = {}
         """Copies of the unconstrained values from before the last update."""
-        self._is_updating = False
+        self._model = model
+        self._guide = guide
         self._optim = optim
         self._elbo = elbo
-        self._svi = SVI(model, guide, optim, loss=elbo.loss, loss_and_grads=self._loss_and_grads)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -65,16 +65,14 @@ class Stepper:
         """
         try:
             with located(f"step {number}"):
-                loss: Loss = self._svi.step(*args, **kwargs)
+                loss, used = self._loss_and_grads(args, kwargs)
         except BaseException as error:
             zero_grads(self.leaves.values())
-            if self._is_updating:
-                self._restore(self._before)
-            elif isinstance(error, Exception):
+            if isinstance(error, Exception):
                 self.check_update(number - 1, error)
             raise
-        finally:
-            self._is_updating = False
+        self._before = _copied(used, self._before)
+        self._update(set(used.values()))  # A tensor with two names is updated once.
         self._step_scheduler(loss)
         return loss
 
@@ -92,11 +90,13 @@ class Stepper:
         if not spoilt:
             return
         self._restore(self._before)
-        raise NotFiniteError(
-            f"In step {number}: the update by {self.optimiser} made parameter {_quoted(spoilt)} infinite or NaN; all "
+        error = NotFiniteError(
+            f"The update by {self.optimiser} made parameter {_quoted(spoilt)} infinite or NaN; all "
             "parameters are as they were before that step.",
             hint="Use a smaller learning rate, or an optimiser that limits its steps, such as pyro.optim.ClippedAdam.",
-        ) from cause
+        )
+        with located(f"step {number}"):
+            raise error from cause
 
     @property
     def optimiser(self) -> str:
@@ -104,20 +104,28 @@ class Stepper:
         constructor = self._optim.pt_optim_constructor
         return getattr(constructor, "__name__", type(constructor).__name__)
 
-    def _loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Loss:
-        """What SVI calls for loss and gradients, which it gets when they can be used."""
+    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Loss, dict[str, Tensor]]:
+        """The loss as numbers, and the leaves of the parameters that were read, with gradients that can be used."""
         with pyro.poutine.trace(param_only=True) as capture:
             try:
-                loss: Loss = self._elbo.loss_and_grads(model, guide, *args, **kwargs)
+                loss: Any = self._elbo.loss_and_grads(self._model, self._guide, *args, **kwargs)
             finally:
                 used = self._meet(capture.trace.nodes)
         _check_shared(capture.trace.nodes.keys() - used.keys())
         gradients = {name: leaf.grad for name, leaf in used.items() if leaf.grad is not None}
         self.reached.update(gradients)
-        _check_finite(loss, gradients)
-        self._before = _copied(used, self._before)
-        self._is_updating = True
-        return loss
+        numbers = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
+        _check_finite(numbers, gradients)
+        return numbers, used
+
+    def _update(self, leaves: set[Tensor]) -> None:
+        try:
+            self._optim(leaves)
+        except BaseException:
+            self._restore(self._before)
+            raise
+        finally:
+            zero_grads(leaves)
 
     def _meet(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The leaves of the parameters of a run, which are noted."""
@@ -151,10 +159,9 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
     Raises:
         NotFiniteError: The loss or a gradient is not finite.
     """
-    value = torch.as_tensor(loss).detach()
-    if not bool(value.isfinite().all()):
+    if not all(math.isfinite(part) for part in (loss if isinstance(loss, tuple) else (loss,))):
         raise NotFiniteError(
-            f"The loss is {value.tolist()}.",
+            f"The loss is {loss}.",
             hint="Look for data or draws of probability zero, and for a parameter at the end of its range; train with "
             "vfe.FreeEnergy(), which names the site. This step changed nothing.",
         )
@@ -164,7 +171,7 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
     bad = [name for name, gradient in gradients.items() if not bool(_entries(gradient).isfinite().all())]
     if bad:
         raise NotFiniteError(
-            f"The gradient of parameter {_quoted(bad)} is not finite, while the loss is {value.tolist()}.",
+            f"The gradient of parameter {_quoted(bad)} is not finite, while the loss is {loss}.",
             hint="Look for an operation without a finite derivative there, such as the square root or logarithm of 0, "
             "or a torch.where around one; move the parameter off that point. This step changed nothing.",
         )

@@ -28,6 +28,16 @@ _VERY_SURE = 6.0
 _RISEN = 10.0
 """F has risen if it did by so many times what counts as flat."""
 
+_RISES = (
+    "Exact phases never raise F. Annealed, Hard, MonteCarlo and Gradient E-phases, numerical M-phases and floors may. "
+    "Without one of those, look for a parameter that the program detaches or changes itself, and for data that change "
+    "from call to call."
+)
+_INFINITE_RISES = (
+    "A parameter came to the end of its range: a scale of 0, or a probability that underflows to 0, as it soon does in "
+    "single precision. Learn in float64 (torch.set_default_dtype(torch.float64)), or give the parameter a floor."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Series:
@@ -123,19 +133,19 @@ def _look_at_phases(history: History, rounding: float | None, notebook: Notebook
     if not len(beyond):
         return
     worst = int(rises.argmax())
-    row = rows[worst + 1]
+    row, rise = rows[worst + 1], float(rises[worst])
     often = "once" if len(beyond) == 1 else f"{len(beyond)} times"
+    is_finite = bool(np.isfinite(rise))
+    size = f"by {nats(rise)}, where rounding explains {nats(limit)}" if is_finite else "F was infinite after it"
     notebook.find(
         "phase-raised",
         row.phase,
-        rises[worst],
-        f"F rose {often} from one phase to the next, most in the {row.phase}-phase of iteration {row.iteration}: by "
-        f"{nats(float(rises[worst]))}, where rounding explains {nats(limit)}.",
-        "Exact phases never raise F. Annealed, Hard, MonteCarlo and Gradient E-phases, numerical M-phases and floors "
-        "may. Without one of those, look for a parameter that the program detaches or changes itself, and for data "
-        "that change from call to call.",
+        rise,
+        f"F rose {often} from one phase to the next, most in the {row.phase}-phase of iteration {row.iteration}: "
+        f"{size}.",
+        _RISES if is_finite else _INFINITE_RISES,
         # What was infinite for a moment is lost no longer: the end says whether F is.
-        rises[worst] if np.isfinite(rises[worst]) else 0.0,
+        rise if is_finite else 0.0,
         (int(row.iteration),),
     )
 

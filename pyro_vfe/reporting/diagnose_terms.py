@@ -112,7 +112,7 @@ def _advice(terms: Decomposition, worst: str | None) -> str:
     site = "the latents" if worst is None else f"'{worst}'"
     return (
         f"Train the guide further while the gap falls. Where it stays, let {site} in the guide depend on the data and "
-        "on other latents, as the posterior does; or leave them out of the guide, to be summed out exactly. For "
+        f"on other latents, as the posterior does; or leave {site} out of the guide, to be summed out exactly. For "
         "vfe.AutoMeanField, init='posterior' is a good start, and vfe.EM(model, guide, e_phase=vfe.Coordinate()) finds "
         "its best values in closed form."
     )
@@ -214,6 +214,6 @@ def look_at_spread(terms: Decomposition, notebook: Notebook) -> None:
         stderr,
         f"F = {float(terms.free_energy):,.4g} nats has a standard error of {nats(stderr)} over {particles} particles"
         f"{beside}: differences of that size mean nothing, and the same goes for the surprise.",
-        f"Take about num_particles={needed:,}. (The gap is exact for each draw, and can be trusted more.)",
+        f"Take about num_particles={needed:,}.",
         stderr,
     )

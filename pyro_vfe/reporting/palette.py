@@ -90,6 +90,15 @@ def figure_of(ax: "Axes") -> "Figure | SubFigure":
     return figure
 
 
+def ink(ax: "Axes") -> Any:
+    """Returns the colour of lines that must be seen, on a dark page too: that of the axes' labels.
+
+    Args:
+        ax: The axes.
+    """
+    return ax.xaxis.label.get_color()
+
+
 def article(thing: object) -> str:
     """Returns a thing's type with its article, for errors.
 
@@ -211,7 +220,7 @@ def legend_above(
     share = min(0.6, needed)
     low, high = ax.get_ylim()
     ax.set_ylim(low, low + (high - low) / (1 - share))
-    ax.legend(
+    legend = ax.legend(
         handles,
         # matplotlib leaves out what begins with an underscore, and names of sites may.
         [f" {label}" if label.startswith("_") else label for label in labels],
@@ -223,6 +232,8 @@ def legend_above(
         columnspacing=1.2,
         **options,
     )
+    # It lies inside the axes: a layout of many axes shall not make room for it.
+    legend.set_in_layout(False)
 
 
 def _columns(labels: Sequence[str], room: float) -> int:

@@ -17,6 +17,7 @@ from pyro_vfe.reporting.palette import (
     array,
     axes_or_new,
     figure_of,
+    ink,
     lines_of_text,
     state_color,
     state_hatch,
@@ -75,7 +76,7 @@ def plot_states(
     areas = len(found.labels) <= _FEW_STATES and len(series) <= _FEW_STEPS
     above = 1 - _BAND - _ROOM
     legend_of_states(
-        ax, state_labels(found), states, share_of_height=above, areas=areas, further=_differs(path != states)
+        ax, state_labels(found), states, share_of_height=above, areas=areas, further=_differs(ax, path != states)
     )
     _make_room_below(ax, series)
     draw_strip = _stacked_strip if areas else _image_strip
@@ -140,13 +141,13 @@ def _make_room_below(ax: "Axes", series: Numbers) -> None:
     ax.set_ylim(high - (high - low) / (1 - _BAND - _ROOM), high)
 
 
-def _differs(differs: NDArray[np.bool_]) -> list[tuple[Any, str]]:
+def _differs(ax: "Axes", differs: NDArray[np.bool_]) -> list[tuple[Any, str]]:
     """The legend's entry for steps where the most probable path takes another state."""
     from matplotlib.lines import Line2D
 
     if not differs.any():
         return []
-    return [(Line2D([], [], color="black", linewidth=3), "the most probable path differs")]
+    return [(Line2D([], [], color=ink(ax), linewidth=3), "the most probable path differs")]
 
 
 def _stacked_strip(ax: "Axes", strip: "Axes", found: Probabilities, differs: NDArray[np.bool_]) -> None:
@@ -181,4 +182,4 @@ def _finish_strip(strip: "Axes", differs: NDArray[np.bool_], foot: float, top: f
     strip.tick_params(axis="x", bottom=False, labelbottom=False)
     strip.set_ylim(foot, top + 0.14 * (top - foot))
     at = np.flatnonzero(differs)
-    strip.hlines(np.full(len(at), top + 0.07 * (top - foot)), at - 0.5, at + 0.5, color="black", linewidth=3)
+    strip.hlines(np.full(len(at), top + 0.07 * (top - foot)), at - 0.5, at + 0.5, color=ink(strip), linewidth=3)

@@ -17,6 +17,7 @@ from pyro_vfe.reporting.palette import (
     array,
     article,
     axes_or_new,
+    ink,
     number,
     text_share,
     unit,
@@ -87,10 +88,10 @@ def plot_decomposition(terms: Decomposition, *, ax: "Axes | None" = None) -> "Ax
         _draw_bar(ax, step, low, high)
         _write(ax, step, free_energy + (spread if step is steps[0] and np.isfinite(spread) else 0.0), low, high)
     if np.isfinite(free_energy):
-        ax.axvline(free_energy, color="black", linewidth=1.2, linestyle="--", zorder=3)
+        ax.axvline(free_energy, color=ink(ax), linewidth=1.2, linestyle="--", zorder=3)
     if np.isfinite(spread) and spread > 0 and np.isfinite(free_energy):
-        ax.errorbar(free_energy, steps[0].row, xerr=spread, color="black", capsize=4, zorder=4)
-    ax.axvline(0.0, color="black", linewidth=0.8, zorder=3)
+        ax.errorbar(free_energy, steps[0].row, xerr=spread, color=ink(ax), capsize=4, zorder=4)
+    ax.axvline(0.0, color=ink(ax), linewidth=0.8, zorder=3)
     ax.set_yticks([step.row for step in steps], [step.name for step in steps])
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(low, high), ylim=(steps[-1].row + 0.6, -0.6), xlabel=unit(terms.num_data), title=_title(terms, spread))
@@ -147,9 +148,9 @@ def _draw_bar(ax: "Axes", step: _Step, low: float, high: float) -> None:
     style: Any = {"color": LIGHT, "hatch": LIGHT_HATCH} if step.is_second else {"color": DARK}
     ax.barh(step.row, end - start, _BAR, left=start, edgecolor="black", linewidth=0.8, zorder=2, **style)
     if np.isinf(step.end):
-        ax.plot(end, step.row, ">" if step.end > 0 else "<", color="black", markersize=9, clip_on=False, zorder=5)
+        ax.plot(end, step.row, ">" if step.end > 0 else "<", color=ink(ax), markersize=9, clip_on=False, zorder=5)
     if step.is_second:
-        ax.plot([start, start], [step.row - 1, step.row], color="black", linewidth=0.8, zorder=1)
+        ax.plot([start, start], [step.row - 1, step.row], color=ink(ax), linewidth=0.8, zorder=1)
 
 
 def _write(ax: "Axes", step: _Step, line: float, low: float, high: float) -> None:
@@ -167,9 +168,9 @@ def _write(ax: "Axes", step: _Step, line: float, low: float, high: float) -> Non
         va="center",
         ha="right" if inside else "left",
         fontsize="small",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 0.8},
         zorder=4,
-    )
+    ).set_in_layout(False)  # there is room for it inside the axes
 
 
 def _title(terms: Decomposition, spread: float) -> str:

@@ -18,6 +18,7 @@ from pyro_vfe.reporting.palette import (
     array,
     article,
     axes_or_new,
+    ink,
     legend_above,
     number,
     thinned,
@@ -144,17 +145,9 @@ def _marks_at_top(ax: "Axes", order: NDArray[np.int64], gap: Numbers, high: floa
     """An arrow where a gap is infinite, and a cross where it is unknown."""
     for found, marker, y in ((np.isposinf(gap[order]), "^", high), (np.isnan(gap[order]), "X", 0.0)):
         at = np.flatnonzero(found)
-        ax.plot(
-            at,
-            np.full(len(at), y),
-            marker,
-            color="black",
-            markersize=7,
-            markeredgecolor="white",
-            clip_on=False,
-            zorder=4,
-            linestyle="none",
-        )
+        if len(at):
+            style: Any = {"color": ink(ax), "markeredgecolor": ax.get_facecolor(), "markersize": 7}
+            ax.plot(at, np.full(len(at), y), marker, linestyle="none", clip_on=False, zorder=4, **style)
 
 
 def _what_is_sorted(terms: Decomposition, gap: Numbers, order: NDArray[np.int64]) -> str:

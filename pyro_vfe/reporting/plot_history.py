@@ -16,6 +16,7 @@ from pyro_vfe.reporting.palette import (
     Numbers,
     article,
     axes_or_new,
+    ink,
     legend_above,
     number,
     unit,
@@ -48,9 +49,10 @@ _FEW_MARKS = 30
 def plot_free_energy(history: History, *, ax: "Axes | None" = None) -> "Axes":
     """Returns axes with F over the iterations, as the surprise and, stacked on it, the gap; in nats.
 
-    The surprise's area is cut at the axis where its fall would be too small to see from zero. Where surprise and gap
-    are unknown (NaN), F is a line alone; a standard error is a band around it. Rows that sum over different numbers of
-    data are shown per datum.
+    A mark says where a phase ended: an E-phase at its iteration, an M-phase half an iteration before. The surprise's
+    area is cut at the axis where its fall would be too small to see from zero. Where surprise and gap are unknown
+    (NaN), F is a line alone; a standard error is a band around it. Rows that sum over different numbers of data are
+    shown per datum.
 
     >>> from pyro_vfe.learning.history import History, Row
     >>> rows = Row(0, "start", 12.0, 10.0, 2.0), Row(0, "E", 10.0, 10.0, 0.0), Row(1, "M", 9.0, 8.5, 0.5)
@@ -72,7 +74,7 @@ def plot_free_energy(history: History, *, ax: "Axes | None" = None) -> "Axes":
     low, high, from_zero = _limits(np.concatenate([free_energy, rows.surprise, *_band(rows)]))
     handles = _areas(ax, x, rows, low, from_zero)
     handles += _spread(ax, x, rows)
-    handles += ax.plot(*_wide(x, free_energy), color="black", linewidth=1.4, label="F", zorder=3)
+    handles += ax.plot(*_wide(x, free_energy), color=ink(ax), linewidth=1.4, label="F", zorder=3)
     handles += _phases(ax, x, rows, high)
     ax.set_ylim(low, high)
     ax.margins(x=0.02)
@@ -88,7 +90,7 @@ def _check_history(history: History) -> None:
         hint = (
             "Pass its history: plot_free_energy(run.history)."
             if hasattr(history, "history")
-            else ("Pass the history of a run of EM, of vfe.fit or of a vfe.Monitor.")
+            else "Pass the history of a run of EM, of vfe.fit or of a vfe.Monitor."
         )
         raise VFEError(f"F is drawn over the rows of a History, and this is {article(history)}.", hint=hint)
     if not len(history):
@@ -184,8 +186,8 @@ def _phases(ax: "Axes", x: Numbers, history: History, high: float) -> list[Any]:
             x[some],
             history.free_energy[some],
             _MARKS.get(phase, "o"),
-            color="white" if phase == "M" else "black",
-            markeredgecolor="black",
+            color=ax.get_facecolor() if phase == "M" else ink(ax),
+            markeredgecolor=ink(ax),
             markersize=10 if phase == "final" else 4.5,
             label=f"{name} (1 in {step})" if step > 1 else name,
             zorder=4,
@@ -195,7 +197,7 @@ def _phases(ax: "Axes", x: Numbers, history: History, high: float) -> list[Any]:
     if infinite.any():
         at_top = np.full(int(infinite.sum()), high)
         marks += ax.plot(
-            x[infinite], at_top, "^", color="black", markersize=8, clip_on=False, label="F infinite", zorder=4
+            x[infinite], at_top, "^", color=ink(ax), markersize=8, clip_on=False, label="F infinite", zorder=4
         )
     return marks
 

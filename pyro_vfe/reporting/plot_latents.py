@@ -20,6 +20,7 @@ from pyro_vfe.reporting.palette import (
     array,
     axes_or_new,
     figure_of,
+    ink,
     legend_above,
     lines_of_text,
     mixed_colors,
@@ -121,7 +122,7 @@ def _rows_of_bars(ax: "Axes", sets: tuple[Probabilities, ...]) -> None:
             bars = ax.bar(at + shift, probs, width, bottom=foot, **_style(found))
         handles.append(bars)
     for foot in feet:
-        ax.axhline(foot, color="black", linewidth=0.8)
+        ax.axhline(foot, color=ink(ax), linewidth=0.8)
         ax.axhline(foot + 1, color="0.6", linewidth=0.6, linestyle=":")
     ax.set_yticks(feet + 0.5, sets[0].labels)
     ax.tick_params(axis="y", length=0)
@@ -173,7 +174,7 @@ def _element_ticks(ax: "Axes", found: Probabilities) -> None:
     ax.set_xticks([(i + 0.5) * inner - 0.5 for i in shown], [str(i) for i in shown])
     ax.set_xlabel(f"{', '.join(found.plates[:-1])}; inside each of them {found.plates[-1]} (0 to {inner - 1})")
     for i in range(1, num_outer) if num_outer <= _FEW_BARS else ():
-        ax.axvline(i * inner - 0.5, color="black", linewidth=0.8)
+        ax.axvline(i * inner - 0.5, color=ink(ax), linewidth=0.8)
 
 
 def plot_responsibilities(
@@ -212,7 +213,7 @@ def plot_responsibilities(
             _scatter(ax, points[here], mixed_colors(probs[here]), int(state), hollow=unsure, count=len(points))
     name = f"States of {len(points):,} data by '{found.site}': {int(uncertain.sum()):,} uncertain"
     ax.set(title=name, xlabel="first dim of the data", ylabel="second dim of the data")
-    legend_of_states(ax, state_labels(found), states, further=_hollow(uncertain))
+    legend_of_states(ax, state_labels(found), states, further=_hollow(ax, uncertain))
     return ax
 
 
@@ -235,18 +236,19 @@ def _scatter(ax: "Axes", points: Numbers, colors: Numbers, state: int, *, hollow
         points[:, 1],
         s=size,
         marker=state_marker(state),
-        facecolors="white" if hollow else colors,
+        facecolors=ax.get_facecolor() if hollow else colors,
         edgecolors=list(map(tuple, colors)) if hollow else "black",
         linewidths=0.25 * np.sqrt(size) if hollow else 0.3,
         rasterized=count > MANY,
     )
 
 
-def _hollow(uncertain: NDArray[np.bool_]) -> list[tuple[Any, str]]:
+def _hollow(ax: "Axes", uncertain: NDArray[np.bool_]) -> list[tuple[Any, str]]:
     """The legend's entry for hollow markers, where there are any."""
     from matplotlib.lines import Line2D
 
     if not uncertain.any():
         return []
-    mark = Line2D([], [], marker="o", linestyle="none", color="white", markeredgecolor="black", markeredgewidth=1.3)
+    style: Any = {"color": ax.get_facecolor(), "markeredgecolor": ink(ax), "markeredgewidth": 1.3}
+    mark = Line2D([], [], marker="o", linestyle="none", **style)
     return [(mark, f"hollow: below {_UNCERTAIN:g}")]
