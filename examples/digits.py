@@ -63,7 +63,7 @@ NUM_TRAINED = 1200
 NUM_KINDS, NUMBERS_OF_KINDS = 20, (10, 20, 40)
 CONCENTRATION = 1.5
 """Of all priors: as if half a digit of each kind, and half a pixel on and half a pixel off in it, had been seen."""
-NUM_STARTS, NUM_STEPS, HIDDEN = 3, 400, 128
+NUM_STARTS, NUM_STEPS, HIDDEN = 3, 300, 128
 FIRST_SHOWN = 60
 """Of the steps of SVI; F falls from far above before."""
 NUM_ITERATIONS = 5
@@ -508,7 +508,8 @@ def in_words(em: Score, networks: list[Score], named: float) -> str:
         "are of a kind whose most frequent label is theirs, and EM saw no label.",
         f"The network that learns together with its templates has a gap of {gaps[0]:.3f} nats per digit, as if it were "
         f"exact. But the surprise is {costs[0]:.2f} nats above EM's: the templates have come to where this network can "
-        f"follow, and {NUM_KINDS - networks[0].num_used} of its kinds found no digits. On EM's templates, which do not move, the same network trained as long has a gap of {gaps[2]:.2f}. "
+        f"follow, and {NUM_KINDS - networks[0].num_used} of its kinds found no digits. On EM's templates, which do not "
+        f"move, the same network trained as long has a gap of {gaps[2]:.2f}. "
         f"F is {per_digit(networks[0].trained.free_energy):.2f} and {per_digit(networks[2].trained.free_energy):.2f}, "
         "and does not say that the one is a matter of the model and the other of the guide.",
         f"No network needs to have a gap here: the linear one that is written down has none. Learned together with "
