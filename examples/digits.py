@@ -432,7 +432,9 @@ def draw_histories(runs: dict[str, vfe.SVIRun], em: vfe.EMRun) -> Figure:
         shown = tuple(row for row in run.history.rows if row.iteration >= FIRST_SHOWN)
         vfe.plot_free_energy(vfe.History(shown, run.history.num_data).per_datum, ax=axes)
         above = (run.free_energy - em.free_energy) / NUM_TRAINED
-        axes.set(title=f"{name}:\nF ends {above:.2f} nats per digit above EM's", ylabel="nats per digit")
+        axes.set(
+            title=f"{name}:\nF ends {above:.2f} nats per digit above EM's", ylabel="nats per digit, with the priors"
+        )
     return figure
 
 
