@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_vfe as vfe
+from examples.earthquakes import COUNTS
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.parameters import unconstrained
 
@@ -464,3 +465,21 @@ def test_a_start_below_the_floor_is_raised_without_a_warning() -> None:
     run = vfe.EM(model, floor={"spread": 0.5}).run(tensor([0.0, 0.1, 3.0]), progress_bar=False)
     torch.testing.assert_close(run.params["spread"], tensor([0.5, 0.5]))
     assert run.notes == ("At the floor: 'spread'[0], 'spread'[1].",)
+
+
+def test_a_share_that_single_precision_cannot_hold_is_no_rise() -> None:
+    torch.set_default_dtype(torch.float32)
+    counts = torch.tensor(COUNTS, dtype=torch.float32)
+
+    def model(u: Tensor) -> None:
+        initial = pyro.param("initial", torch.ones(2) / 2, constraint=constraints.simplex)
+        transition = pyro.param("transition", torch.tensor([[0.9, 0.1], [0.1, 0.9]]), constraint=constraints.simplex)
+        rates = pyro.param("rates", torch.tensor([10.0, 30.0]), constraint=constraints.positive)
+        with pyro.plate("time", len(u)):
+            z = pyro.sample("z", vfe.MarkovChain(initial, transition))
+            pyro.sample("u", dist.Poisson(rates[z]), obs=u)
+
+    run = vfe.EM(model).run(counts, progress_bar=False)
+    assert run.params["initial"].min() == 0
+    assert bool(torch.isfinite(torch.as_tensor(run.history.free_energy)).all())
+    assert not [note for note in run.notes if "raised F" in note]

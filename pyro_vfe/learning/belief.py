@@ -42,6 +42,9 @@ class Belief:
 def expected_log_joint(weights: Weights, enumeration: Enumeration) -> Tensor:
     """E_Q log P(v, u) in nats, a scalar, from the tables of an enumeration; -inf only where Q has weight.
 
+    A weight whose share of the whole the parameters cannot hold in their precision is none: what an M-phase learned
+    from it has become 0, and 0 times -inf would be an infinity where F has moved by nothing.
+
     Args:
         weights: Q's expected tables.
         enumeration: A run of the model, of the structure that the weights have.
@@ -55,7 +58,17 @@ def expected_log_joint(weights: Weights, enumeration: Enumeration) -> Tensor:
     if bool(plain.detach().isfinite()):
         return plain
     # 0 * inf is 0 here.
-    return torch.stack([torch.where(weight != 0, weight * values, 0.0).sum() for weight, values in pairs]).sum()
+    least = _least_share(enumeration)
+    parts = [
+        torch.where(weight.abs() > least * weight.abs().sum(), weight * values, 0.0).sum() for weight, values in pairs
+    ]
+    return torch.stack(parts).sum()
+
+
+def _least_share(enumeration: Enumeration) -> float:
+    """The smallest probability that every parameter can hold, in its precision."""
+    dtypes = {value.dtype for value in enumeration.parameters.values() if value.is_floating_point()}
+    return max((torch.finfo(dtype).tiny for dtype in dtypes), default=0.0)
 
 
 def _dot(weight: Tensor, values: Tensor) -> Tensor:

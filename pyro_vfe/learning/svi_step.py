@@ -72,7 +72,7 @@ class Stepper:
                 self.check_update(number - 1, error)
             raise
         self._before = _copied(used, self._before)
-        self._update(set(used.values()))  # A tensor with two names is updated once.
+        self._update(list(dict.fromkeys(used.values())))  # A tensor with two names is updated once.
         self._step_scheduler(loss)
         return loss
 
@@ -118,7 +118,7 @@ class Stepper:
         _check_finite(numbers, gradients)
         return numbers, used
 
-    def _update(self, leaves: set[Tensor]) -> None:
+    def _update(self, leaves: list[Tensor]) -> None:
         try:
             self._optim(leaves)
         except BaseException:

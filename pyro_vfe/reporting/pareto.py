@@ -100,8 +100,12 @@ def _tail(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _fitted(log_weights: NDArray[np.float64]) -> Any:
     """ArviZ's own fit; 1.x takes log-likelihoods, which weigh by their inverse."""
-    import arviz
     import xarray
+
+    with warnings.catch_warnings():
+        # A diagnosis does not pass on what ArviZ 0.23 announces at its import.
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)
+        import arviz
 
     library: Any = arviz
     if hasattr(library, "psislw"):
