@@ -63,7 +63,7 @@ NUM_TRAINED = 1200
 NUM_KINDS, NUMBERS_OF_KINDS = 20, (10, 20, 40)
 CONCENTRATION = 1.5
 """Of all priors: as if half a digit of each kind, and half a pixel on and half a pixel off in it, had been seen."""
-NUM_STARTS, NUM_STEPS, HIDDEN = 3, 400, 128
+NUM_STARTS, NUM_STEPS, HIDDEN = 3, 300, 128
 FIRST_SHOWN = 60
 """Of the steps of SVI; F falls from far above before."""
 NUM_ITERATIONS = 5
@@ -360,8 +360,9 @@ def unseen(fitted: Fit, digits: Digits) -> Unseen:
     """Returns the scores of a mixture on digits that it has not seen."""
     pyro.set_rng_seed(0)
     guide = conjugate_guide(fitted, digits.trained)
-    options = {"num_samples": NUM_DRAWS, "prior": False, "posterior_predictive": False}
+    options = {"num_samples": NUM_DRAWS, "prior": False, "posterior_predictive": False, "progress_bar": False}
     with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         tree = vfe.to_inference_data(fitted.model, guide, digits.trained, **options)
         loo = az.loo(tree, pointwise=True)
     drawn = (tree.posterior[name].values[0] for name in ("weights", "templates"))
@@ -431,18 +432,22 @@ def draw_histories(runs: dict[str, vfe.SVIRun], em: vfe.EMRun) -> Figure:
         shown = tuple(row for row in run.history.rows if row.iteration >= FIRST_SHOWN)
         vfe.plot_free_energy(vfe.History(shown, run.history.num_data).per_datum, ax=axes)
         above = (run.free_energy - em.free_energy) / NUM_TRAINED
-        axes.set(title=f"{name}:\nF ends {above:.2f} nats per digit above EM's", ylabel="nats per digit")
+        axes.set(
+            title=f"{name}:\nF ends {above:.2f} nats per digit above EM's", ylabel="nats per digit, with the priors"
+        )
     return figure
 
 
 def draw_gap(one: Score, digits: Digits) -> Figure:
     """Draws the gap of each held-out digit, and the costliest with the templates that posterior and network take."""
-    figure = plt.figure(figsize=(11, 8), layout="constrained")
-    grid = figure.add_gridspec(4, NUM_WORST, height_ratios=(5, 3, 3, 3))
+    figure = plt.figure(figsize=(11, 9))
+    margins = {"left": 0.08, "right": 0.98, "top": 0.95, "bottom": 0.02, "hspace": 0.35}
+    grid = figure.add_gridspec(4, NUM_WORST, height_ratios=(5, 3, 3, 3), **margins)
+    grid_of_images = figure.add_gridspec(4, NUM_WORST, height_ratios=(6.5, 3, 3, 3), **margins)
     axes = vfe.plot_gap(one.held_out, ax=figure.add_subplot(grid[0, :]))
     axes.set_title(f"{one.name}, held-out digits. {axes.get_title()}")
     beliefs = one.held_out.posterior_marginals()["kind"], one.held_out.q_marginals()["kind"]
-    columns = np.array([[figure.add_subplot(grid[row, i]) for i in range(NUM_WORST)] for row in (1, 2, 3)])
+    columns = np.array([[figure.add_subplot(grid_of_images[row, i]) for i in range(NUM_WORST)] for row in (1, 2, 3)])
     for column, n in zip(columns.T, one.held_out.gap.argsort(descending=True)[:NUM_WORST], strict=True):
         draw_pixels(column[0], digits.held_out[n], f"digit {n}: {one.held_out.gap[n]:.1f} nats")
         for axes, probabilities, who in zip(column[1:], beliefs, ("posterior", "network"), strict=True):
@@ -505,7 +510,8 @@ def in_words(em: Score, networks: list[Score], named: float) -> str:
         "are of a kind whose most frequent label is theirs, and EM saw no label.",
         f"The network that learns together with its templates has a gap of {gaps[0]:.3f} nats per digit, as if it were "
         f"exact. But the surprise is {costs[0]:.2f} nats above EM's: the templates have come to where this network can "
-        f"follow. On EM's templates, which do not move, the same network trained as long has a gap of {gaps[2]:.2f}. "
+        f"follow, and {NUM_KINDS - networks[0].num_used} of its kinds found no digits. On EM's templates, which do not "
+        f"move, the same network trained as long has a gap of {gaps[2]:.2f}. "
         f"F is {per_digit(networks[0].trained.free_energy):.2f} and {per_digit(networks[2].trained.free_energy):.2f}, "
         "and does not say that the one is a matter of the model and the other of the guide.",
         f"No network needs to have a gap here: the linear one that is written down has none. Learned together with "
