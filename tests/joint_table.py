@@ -203,7 +203,7 @@ def _row(trace: Any, assign: _Assign, pinned: set[Element]) -> Row:
             log_prob,
             is_latent,
             {frame.name: frame.dim for frame in frames if frame.vectorized},
-            {frame.name: frame.counter for frame in frames if not frame.vectorized},
+            {frame.name: frame.counter - 1 for frame in frames if not frame.vectorized},
             torch.as_tensor(node["scale"], dtype=log_prob.dtype),
         )
     return Row(assign.assignment, sites, values)

@@ -343,3 +343,17 @@ def test_to_xarray_has_the_standard_error_where_there_is_one() -> None:
     dataset = terms.to_xarray()
     assert dataset["free_energy_stderr"].item() == terms.stderr.item()
     assert dataset.attrs["exact"] == 0
+
+
+def test_a_sequential_plate_has_as_many_data_as_steps() -> None:
+    def model(u: Tensor) -> None:
+        for i in pyro.plate("data", len(u)):
+            z = categorical(f"z_{i}", tensor([0.4, 0.6]))
+            pyro.sample(f"u_{i}", dist.Poisson(tensor([1.0, 6.0])[z]), obs=u[i])
+
+    u = tensor([0.0, 3.0, 8.0])
+    terms = vfe.FreeEnergy().decompose(model, vfe.AutoMeanField(model), u)
+    assert terms.num_data == 3
+    by_step = terms.by("data").surprise
+    mixture = 0.4 * dist.Poisson(1.0).log_prob(u).exp() + 0.6 * dist.Poisson(6.0).log_prob(u).exp()
+    torch.testing.assert_close(by_step, -mixture.log())

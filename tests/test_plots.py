@@ -615,7 +615,7 @@ def test_values_of_a_joint_latent_are_written_out() -> None:
 
 def test_a_site_that_only_the_guide_has_is_summed_out_of_Q() -> None:
     def guide(u: Tensor) -> None:
-        a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.25)))
+        a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.25)), infer={"is_auxiliary": True})
         with pyro.plate("data", len(u)):
             pyro.sample("v", dist.Categorical(torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])[a.long()]))
 

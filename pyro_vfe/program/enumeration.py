@@ -125,11 +125,13 @@ class Enumeration:
 
     @property
     def num_data(self) -> int:
-        """The number of data: elements, before subsampling, of the plates that all observed sites share."""
+        """The number of data: elements of the plates that all observed sites share, before subsampling, and steps."""
         seen = [site for site in self.sites.values() if site.role == "model" and site.kind == "observed"]
         seen = [site for site in seen if type(site.fn).__name__ != "Unit"] or seen
         shared = frozenset.intersection(*(site.plate_names for site in seen)) if seen else frozenset()
-        return math.prod(self.full_plates[name] for name in shared - {PARTICLES})
+        in_steps = frozenset.intersection(*(frozenset(site.steps) for site in seen)) if seen else frozenset()
+        steps = (1 + max(site.steps[name] for site in seen) for name in in_steps)
+        return math.prod((*(self.full_plates[name] for name in shared - {PARTICLES}), *steps))
 
     @property
     def is_sampled(self) -> bool:
@@ -154,20 +156,26 @@ class Enumeration:
         Raises:
             PlateError: A latent of one step, or outside of the plate, is read in another.
         """
-        count = max((site.steps[plate] for site in self.sites.values() if plate in site.steps), default=-1) + 1
-        home = {site.name: site.steps.get(plate) for site in self.sites.values() if site.kind == "enumerated"}
+        step_of = {key: self._step(site, plate) for key, site in self.sites.items()}
+        count = max((step for step in step_of.values() if step is not None), default=-1) + 1
+        home = {site.name: step_of[key] for key, site in self.sites.items() if site.kind == "enumerated"}
         for key, factor in self.factors.items():
             for name in factor.axes:
-                if name in home and home[name] != self.sites[key].steps.get(plate):
+                if name in home and home[name] != step_of[key]:
                     raise PlateError(
                         f"Site '{factor.name}' reads latent '{name}' of another step of plate '{plate}', or "
                         f"from outside.",
                         hint="",
                     )
-        return [self._restricted(plate, step) for step in range(count)]
+        return [self._restricted({key for key, own in step_of.items() if own == step}) for step in range(count)]
 
-    def _restricted(self, plate: str, step: int) -> "Enumeration":
-        sites = {key: site for key, site in self.sites.items() if site.steps.get(plate) == step}
+    def _step(self, site: Site, plate: str) -> int | None:
+        """Which step of a sequential plate a site is of; a guide need not say it where the model does."""
+        counterpart = self.sites.get(("model", site.name), site)
+        return site.steps.get(plate, counterpart.steps.get(plate))
+
+    def _restricted(self, keys: Collection[SiteKey]) -> "Enumeration":
+        sites = {key: site for key, site in self.sites.items() if key in keys}
         return replace(self, sites=sites, factors={key: self.factors[key] for key in sites})
 
     def graph(self, *factors: Factor) -> FactorGraph:

@@ -304,8 +304,8 @@ def _warn_of_auxiliary(site: SiteStructure) -> None:
     if not site.auxiliary:
         warnings.warn(
             f"The guide has a discrete latent '{site.name}', which the model lacks: it is summed out of the guide, and "
-            "a latent of the model that it was meant for is summed out of the model. Compare the spelling of the names; "
-            "if it is meant so, mark it with infer={'is_auxiliary': True}.",
+            "a latent of the model that it was meant for is summed out of the model. Compare the spelling of the "
+            "names; if it is meant so, mark it with infer={'is_auxiliary': True}.",
             VFEWarning,
             stacklevel=2,
         )

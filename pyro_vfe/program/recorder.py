@@ -308,7 +308,8 @@ def _plates(msg: Any) -> tuple[Plate, ...]:
 
 
 def _steps(msg: Any) -> dict[str, int]:
-    return {frame.name: frame.counter for frame in msg["cond_indep_stack"] if frame.dim is None}
+    # Pyro counts the steps of a sequential plate from 1.
+    return {frame.name: frame.counter - 1 for frame in msg["cond_indep_stack"] if frame.dim is None}
 
 
 def _check_size(name: str, fn: Any, subsample: Tensor) -> None:
