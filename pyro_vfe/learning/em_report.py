@@ -1,6 +1,5 @@
 """What a person sees of EM while it runs: a progress bar, and calls of a function of their own."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -55,8 +54,7 @@ class Report:
     def _show(self, row: Row) -> None:
         if row.phase not in ("E", EPOCH):
             return
-        shown = {"F": f"{row.free_energy:,.4f}", "surprise": f"{row.surprise:,.4f}", "gap": f"{row.gap:.3g}"}
-        self.bar.set_postfix(OrderedDict(shown))  # tqdm sorts other dicts
+        self.bar.set_postfix_str(in_words(row))
         self.bar.update(row.iteration - self.bar.n)
 
     def __enter__(self) -> "Report":
@@ -77,12 +75,27 @@ def says_stop(returned: object) -> bool:
     return isinstance(returned, (bool, np.bool_)) and bool(returned)
 
 
-def _as_dict(row: Row, start: int) -> dict[str, Any]:
+def in_words(row: Row) -> str:
+    """What a bar says of a row.
+
+    Args:
+        row: Of a history.
+    """
+    return f"F={row.free_energy:,.4f}, surprise={row.surprise:,.4f}, gap={row.gap:.3g}"
+
+
+def by_tag(row: Row) -> dict[str, float]:
+    """The nats of a row by the tags that callbacks get.
+
+    Args:
+        row: Of a history.
+    """
     return {
         "free_energy/total": row.free_energy,
         "free_energy/surprise": row.surprise,
         "free_energy/gap": row.gap,
-        "phase": row.phase,
-        "iteration": row.iteration,
-        "start": start,
     }
+
+
+def _as_dict(row: Row, start: int) -> dict[str, Any]:
+    return {**by_tag(row), "phase": row.phase, "iteration": row.iteration, "start": start}

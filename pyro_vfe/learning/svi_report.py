@@ -6,6 +6,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vfe.errors import VFEError
+from pyro_vfe.learning.em_report import by_tag, in_words
 from pyro_vfe.learning.history import History, Row
 
 Loss = float | Tensor | tuple[Any, ...]
@@ -47,18 +48,17 @@ class Bar:
         self._bar.close()
 
 
-def in_words(row: Row, loss: float | None) -> str:
+def reading_in_words(row: Row, loss: float | None) -> str:
     """What a bar says of a reading.
 
     Args:
         row: The reading.
         loss: The training loss, if it is one number.
     """
-    words = f"F={row.free_energy:,.4f}, surprise={row.surprise:,.4f}, gap={row.gap:.3g}"
-    return words if loss is None else f"{words}, loss={loss:,.4f}"
+    return in_words(row) if loss is None else f"{in_words(row)}, loss={loss:,.4f}"
 
 
-def by_tag(row: Row, num_data: int, loss: float | None) -> dict[str, float]:
+def reading_by_tag(row: Row, num_data: int, loss: float | None) -> dict[str, float]:
     """The values of a reading by tag, as plain floats.
 
     Args:
@@ -66,12 +66,7 @@ def by_tag(row: Row, num_data: int, loss: float | None) -> dict[str, float]:
         num_data: The number of data that it sums over.
         loss: The training loss, if it is one number.
     """
-    values = {
-        "free_energy/total": row.free_energy,
-        "free_energy/surprise": row.surprise,
-        "free_energy/gap": row.gap,
-        "free_energy/per_datum": row.free_energy / num_data,
-    }
+    values = {**by_tag(row), "free_energy/per_datum": row.free_energy / num_data}
     return values if loss is None else {**values, "loss": loss}
 
 
