@@ -1,6 +1,6 @@
-r"""The marginal probabilities of single latents, under Q and under the exact posterior, over the same runs.
+r"""The marginal probabilities of single latents: under Q, under the exact posterior, and under the prior.
 
-    Q(v_i | w)        and        P(v_i | w, u)
+    Q(v_i | w)        P(v_i | w, u)        P(v_i | w)
 
 Latents that only the model has are part of Q too, at their posterior given what the guide provides.
 """
@@ -42,18 +42,39 @@ def posterior_marginals(runs: Sequence[Enumeration], max_bytes: float | None = N
     Raises:
         ImpossibleDataError: The data have probability zero.
     """
-    return _mean([_single(joint_graph(run), (f.name for f in run.model_latents), max_bytes) for run in runs])
+    return _mean([single_marginals(joint_graph(run), _names(run), max_bytes) for run in runs])
+
+
+def prior_marginals(run: Enumeration, max_bytes: float | None = None) -> Marginals:
+    """Returns the probabilities of each latent's values before the data, given the run's draws.
+
+    Args:
+        run: An enumeration of the programs.
+        max_bytes: The most memory that tables may take.
+    """
+    return single_marginals(run.graph(*run.model_latents, *run.model_draws), _names(run), max_bytes)
+
+
+def single_marginals(graph: FactorGraph, names: Iterable[str], max_bytes: float | None = None) -> Marginals:
+    """Returns the probabilities of some latents' values, each latent by itself, from one backward pass.
+
+    Args:
+        graph: Of the joint distribution.
+        names: The latents.
+        max_bytes: The most memory that tables may take.
+    """
+    tables = marginals(graph, [(name,) for name in names], max_bytes=max_bytes)
+    return {name: table for (name,), table in tables.items()}
 
 
 def _q_marginals(run: Enumeration, max_bytes: float | None) -> Marginals:
     own = [factor.name for factor in run.model_latents if factor.name not in run.guided]
-    found = _single(guide_graph(run), (f.name for f in run.guide_latents if f.name in run.guided), max_bytes)
-    return {**found, **(_single(responsibility_graph(run), own, max_bytes) if own else {})}
+    found = single_marginals(guide_graph(run), (f.name for f in run.guide_latents if f.name in run.guided), max_bytes)
+    return {**found, **(single_marginals(responsibility_graph(run), own, max_bytes) if own else {})}
 
 
-def _single(graph: FactorGraph, names: Iterable[str], max_bytes: float | None) -> Marginals:
-    tables = marginals(graph, [(name,) for name in names], max_bytes=max_bytes)
-    return {name: table for (name,), table in tables.items()}
+def _names(run: Enumeration) -> list[str]:
+    return [factor.name for factor in run.model_latents]
 
 
 def _mean(found: Sequence[Mapping[str, Table]]) -> Marginals:

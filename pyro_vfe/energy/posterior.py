@@ -6,7 +6,7 @@ References:
     Koller and Friedman (2009), Probabilistic Graphical Models, chapters 9 and 13 (marginals, mode, samples).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.draws import log_prob_at
 from pyro_vfe.energy.impossible import impossible_data
+from pyro_vfe.energy.marginals import Marginals, single_marginals
 from pyro_vfe.energy.parts import joint_graph, normalized
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
@@ -60,13 +61,14 @@ class Posterior:
         Raises:
             ImpossibleDataError: The data have probability zero.
         """
-        self._enumeration = normalized(enumeration, torch.float64).numbers()
+        self.enumeration: Enumeration = normalized(enumeration, torch.float64).numbers()
+        """The model's factors, in float64."""
         self._max_bytes = max_bytes
-        self._graph: FactorGraph = joint_graph(self._enumeration)
+        self._graph: FactorGraph = joint_graph(self.enumeration)
         self.log_evidence: Tensor = evidence(self._graph, max_bytes=max_bytes)
         """log p(u), a scalar in nats."""
         if bool(self.log_evidence.isneginf()):
-            raise impossible_data(self._enumeration)
+            raise impossible_data(self.enumeration)
 
     def __repr__(self) -> str:
         return f"Posterior(log_evidence={float(self.log_evidence):.4f} nats, latents={list(self.sites)})"
@@ -74,7 +76,7 @@ class Posterior:
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the latents, in program order."""
-        return tuple(factor.name for factor in self._enumeration.model_latents)
+        return tuple(factor.name for factor in self.enumeration.model_latents)
 
     def support(self, name: str) -> Tensor:
         """Returns the values of a latent, shape `(K, *event_shape)`.
@@ -83,7 +85,7 @@ class Posterior:
             name: The latent's site.
         """
         self._check_known((name,))
-        return self._enumeration.supports[name]
+        return self.enumeration.supports[name]
 
     def marginal(self, *names: str) -> Tensor:
         """Returns the joint posterior probabilities of some latents, shape `(*plates, K_1, K_2, ...)`.
@@ -109,8 +111,17 @@ class Posterior:
 
     def marginals(self) -> dict[str, Tensor]:
         """Returns the posterior probabilities of every latent, each of shape `(*plates, K)`, from one backward pass."""
-        tables = marginals(self._graph, [(name,) for name in self.sites], max_bytes=self._max_bytes)
-        return {name: tables[name,].values for name in self.sites}
+        return {name: table.values for name, table in self.marginal_tables(self.sites).items()}
+
+    def marginal_tables(self, names: Iterable[str]) -> Marginals:
+        """Returns what `marginals` does for some latents, with a name for each axis.
+
+        Args:
+            names: The latents' sites.
+        """
+        sites = tuple(names)
+        self._check_known(sites)
+        return single_marginals(self._graph, sites, self._max_bytes)
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Returns joint draws of all latents, each of shape `(num_samples, *batch_shape, *event_shape)`.
@@ -147,15 +158,15 @@ class Posterior:
         Raises:
             VFEError: A latent is missing, or a value is not in its support.
         """
-        optional = self._enumeration.optional
+        optional = self.enumeration.optional
         missing = [name for name in self.sites if name not in assignment and name not in optional]
         if missing:
             raise VFEError(f"The assignment lacks latent '{missing[0]}'.", hint="Give a value for every latent.")
         self._check_unscaled()
-        first = {name: self._enumeration.supports[name][0] for name in optional}
+        first = {name: self.enumeration.supports[name][0] for name in optional}
         indices = {name: self._index(name, torch.as_tensor({**first, **assignment}[name])) for name in self.sites}
         counts = [table.sizes[SAMPLE] for table in indices.values() if SAMPLE in table.axes]
-        total = log_prob_at(self._enumeration, self._graph.factors, indices, max(counts, default=1))
+        total = log_prob_at(self.enumeration, self._graph.factors, indices, max(counts, default=1))
         log_prob = total - self.log_evidence
         return log_prob if counts else log_prob.reshape(())
 
@@ -176,16 +187,16 @@ class Posterior:
 
     def _values(self, name: str, index: Table, *, leading: int) -> Tensor:
         """Values for indices over plates: batch dims lie where the model has them, draws lead."""
-        site = self._enumeration.sites["model", name]
+        site = self.enumeration.sites["model", name]
         over_plates = over_dims(index, site.plates)
         if leading:
             over_plates = over_plates.movedim(-1, 0)
-        return self._enumeration.supports[name][over_plates]
+        return self.enumeration.supports[name][over_plates]
 
     def _index(self, name: str, value: Tensor) -> Table:
         """The indices of values in a latent's support, over draws and plates."""
-        site = self._enumeration.sites["model", name]
-        support = self._enumeration.supports[name]
+        site = self.enumeration.sites["model", name]
+        support = self.enumeration.supports[name]
         event_dims = support.dim() - 1
         same = value.unsqueeze(-1 - event_dims) == support
         hit = same.all(tuple(range(-event_dims, 0))) if event_dims else same

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from pyro_vfe.energy.decomposition import Decomposition
-from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
+from pyro_vfe.energy.marginals import posterior_marginals, prior_marginals, q_marginals
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import VFEError
@@ -25,7 +25,7 @@ from pyro_vfe.reporting.diagnose_terms import (
     look_at_spread,
     look_at_support,
 )
-from pyro_vfe.reporting.diagnose_views import prior_marginals, views_of
+from pyro_vfe.reporting.diagnose_views import views_of
 from pyro_vfe.reporting.findings import Diagnosis
 
 _PROBED = 10.0

@@ -17,7 +17,6 @@ from pyro.distributions import BetaBinomial, Binomial
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Table
-from pyro_vfe.engine.inference import marginals
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.supports import unwrapped
 
@@ -61,18 +60,6 @@ class View:
     def count(self) -> float:
         """How many elements there are, by weight."""
         return float(self.weights.sum())
-
-
-def prior_marginals(run: Enumeration, max_bytes: float | None = None) -> dict[str, Table]:
-    """Returns the probabilities of each latent's values before the data, given what the guide draws.
-
-    Args:
-        run: The factors.
-        max_bytes: The most memory that tables may take.
-    """
-    graph = run.graph(*run.model_latents, *run.model_draws)
-    tables = marginals(graph, [(factor.name,) for factor in run.model_latents], max_bytes=max_bytes)
-    return {name: table for (name,), table in tables.items()}
 
 
 def views_of(

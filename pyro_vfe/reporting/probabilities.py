@@ -7,7 +7,7 @@ read as one latent along the steps.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,11 +82,9 @@ def known_sets(source: object, site: Sites) -> tuple[Probabilities, ...]:
             f"Marginals are those of a Decomposition or of a Posterior, and this is {article(source)}.",
             hint="Pass vfe.FreeEnergy().decompose(model, guide, ...) or vfe.posterior(model, ...).",
         )
-    of_q = _guided(source, q_marginals(source.runs, source.max_bytes) if source.runs else {})
-    run = source.runs[0]
-    found = _named(of_q, run, site, Q_NAME)
+    of_q = _of_q(source, site)
     exact = posterior_marginals(source.runs, source.max_bytes)
-    return found, _named(exact, run, site, POSTERIOR_NAME)
+    return of_q, _named(exact, source.runs[0], site, POSTERIOR_NAME)
 
 
 def probabilities(source: object, site: Sites) -> Probabilities:
@@ -104,8 +102,7 @@ def probabilities(source: object, site: Sites) -> Probabilities:
     if isinstance(source, Posterior):
         return _of_posterior(source, site)
     if isinstance(source, Decomposition):
-        tables = _guided(source, q_marginals(source.runs, source.max_bytes) if source.runs else {})
-        return _named(tables, source.runs[0], site, Q_NAME)
+        return _of_q(source, site)
     if not isinstance(source, Tensor | np.ndarray | list | tuple):
         raise VFEError(
             f"Probabilities are those of a Posterior, a Decomposition or a tensor, and this is {article(source)}.",
@@ -148,29 +145,20 @@ def elements(probs: Probabilities) -> Numbers:
 
 
 def _of_posterior(posterior: Posterior, site: Sites) -> Probabilities:
-    sites = _sites(dict.fromkeys(posterior.sites), site)
-    if len(sites) == 1:
-        tables = {sites[0]: posterior.marginal_table(sites[0])}
-    else:
-        # One backward pass for all steps; their axes, which only one table alone names, are those of the first.
-        axes = posterior.marginal_table(sites[0]).axes[:-1] if sites else ()
-        values = posterior.marginals()
-        alike = [name for name in sites if values[name].dim() == len(axes) + 1]
-        _check_alike(sites, len(alike) == len(sites))
-        tables = {name: Table(values[name], (*axes, name)) for name in sites}
-    return _named(tables, posterior._enumeration, site, POSTERIOR_NAME)
+    tables = posterior.marginal_tables(_sites(posterior.sites, site))
+    return _named(tables, posterior.enumeration, site, POSTERIOR_NAME)
 
 
-def _guided(terms: Decomposition, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+def _of_q(terms: Decomposition, site: Sites) -> Probabilities:
     if not terms.runs:
         raise PlateKeptError(
             "These terms are of a Q that was computed from the model, and say nothing of single latents.",
             hint="Pass vfe.posterior(model, ...): an exact E-phase ends there.",
         )
-    return tables
+    return _named(q_marginals(terms.runs, terms.max_bytes), terms.runs[0], site, Q_NAME)
 
 
-def _sites(known: Mapping[str, object], site: Sites) -> tuple[str, ...]:
+def _sites(known: Collection[str], site: Sites) -> tuple[str, ...]:
     """The sites that are meant, in order."""
     if not isinstance(site, str):
         sites = tuple(site)
@@ -266,7 +254,7 @@ def most_probable(posterior: Posterior, site: Sites) -> Numbers:
         posterior: The exact posterior.
         site: The latent; one value per step.
     """
-    sites = _sites(dict.fromkeys(posterior.sites), site)
+    sites = _sites(posterior.sites, site)
     best = posterior.mode()
     found = []
     for name in sites:
