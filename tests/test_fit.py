@@ -139,9 +139,9 @@ def test_an_ELBO_of_two_losses_keeps_both() -> None:
 
 def test_it_ends_where_EM_does() -> None:
     learned = vfe.EM(mixture).run(COUNTS, progress_bar=False)
-    run = fitted(mixture, mixture_guide, COUNTS, optim=adam(0.1), num_steps=800)
+    run = fitted(mixture, mixture_guide, COUNTS, optim=adam(0.2), num_steps=300)
     assert run.free_energy == pytest.approx(learned.free_energy, abs=1e-3)
-    assert run.stopped is None and run.num_steps == len(run.losses) == 800
+    assert run.stopped is None and run.num_steps == len(run.losses) == 300
 
 
 # Readings
@@ -166,7 +166,7 @@ def test_the_last_reading_is_at_the_final_parameters() -> None:
 def test_a_long_run_has_about_fifty_readings() -> None:
     pyro.clear_param_store()
     model = lambda: pyro.sample("z", dist.Bernoulli(torch.sigmoid(real("logit", seed=1))))  # noqa: E731
-    run = vfe.fit(model, empty, optim=adam(), num_steps=1500, progress_bar=False)
+    run = vfe.fit(model, empty, optim=adam(), num_steps=1050, progress_bar=False)
     assert 50 <= len(run.history) <= 53
 
 

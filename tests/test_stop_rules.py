@@ -60,17 +60,17 @@ def test_a_rise_is_no_rest() -> None:
 
 @pytest.mark.parametrize("spread", [0.005, 0.02, 0.1])
 def test_noise_above_the_tolerance_is_not_taken_for_rest(spread: float) -> None:
-    """200 noisy runs of 200 readings that fall by 5e-3 from window to window: chance equalities are many."""
+    """50 noisy runs of 200 readings that fall by 5e-3 from window to window: chance equalities are many."""
     random = np.random.default_rng(0)
     fall = -1e-3 * np.arange(200)
     rule, equal_by_chance, stopped = vfe.Settled(tol=1e-3, window=5), 0, 0
-    for _ in range(200):
+    for _ in range(50):
         curve = fall + spread * random.standard_normal(200)
         means = np.convolve(curve, np.full(5, 0.2), mode="valid")
         equal_by_chance += bool((np.abs(means[5:] - means[:-5]) <= 1e-3).any())
         stopped += stopped_at(rule, history(curve)) is not None
-    assert equal_by_chance >= 150
-    assert stopped <= 4
+    assert equal_by_chance >= 38
+    assert stopped <= 1
 
 
 def test_noise_below_the_tolerance_does_not_keep_a_flat_curve_from_settling() -> None:
