@@ -156,7 +156,7 @@ def within_monte_carlo_error(found: np.ndarray, probs: np.ndarray, count: int) -
 
 @pytest.mark.parametrize("name", EXACT)
 def test_draws_without_a_guide_have_the_frequencies_of_the_exact_posterior(name: str) -> None:
-    program, count = PROGRAMS[name], 3000
+    program, count = PROGRAMS[name], 1500
     tree = draws_of(program, with_guide=False, num_samples=count)
     posterior = vfe.posterior(program.model, *program.args, **program.kwargs)
     for site in posterior.sites:
@@ -168,7 +168,7 @@ def test_draws_without_a_guide_have_the_frequencies_of_the_exact_posterior(name:
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_draws_of_a_guide_have_the_frequencies_of_its_own_table(name: str) -> None:
-    program, count = PROGRAMS[name], 3000
+    program, count = PROGRAMS[name], 1500
     tree = draws_of(program, num_samples=count)
     guide = table_of(name).guide
     rows = torch.stack([row.log_joint for row in guide]).exp().detach().numpy()
@@ -220,11 +220,11 @@ def test_discrete_latents_are_whole_numbers_and_others_are_not() -> None:
 
 
 def test_sampled_latents_are_distributed_as_the_guide_says() -> None:
-    tree = draws_of(Program(v_depends_on_w, guide_of_w, (POINTS,)), num_samples=200)
+    tree = draws_of(Program(v_depends_on_w, guide_of_w, (POINTS,)), num_samples=100)
     loc, scale = (float(pyro.param(name).detach()) for name in ("loc", "scale"))
     draws = tree["posterior"]["w"].values[0]
-    assert abs(draws.mean() - loc) < 5 * scale / 200**0.5
-    assert abs(draws.std() - scale) < 5 * scale / 400**0.5
+    assert abs(draws.mean() - loc) < 5 * scale / 100**0.5
+    assert abs(draws.std() - scale) < 5 * scale / 200**0.5
 
 
 def test_parameters_of_the_model_stand_beside_the_draws() -> None:
@@ -279,29 +279,12 @@ SCORED = {
 @pytest.mark.parametrize("name", SCORED)
 def test_sample_stats_are_the_programs_log_probabilities_of_the_draws(name: str) -> None:
     program = SCORED[name]
-    tree = draws_of(program, num_samples=25)
+    tree = draws_of(program, num_samples=5)
     stats = tree["sample_stats"]
-    for draw in range(25):
+    for draw in range(5):
         close(stats["lp"][0, draw], log_prob_at(program.model, program.args, tree, draw), 1e-7)
         close(stats["log_q"][0, draw], log_prob_at(program.guide, program.args, tree, draw), 1e-7)
     close(stats["log_weight"], (stats["lp"] - stats["log_q"]).values)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_without_a_guide_every_draw_weighs_the_evidence(name: str) -> None:
-    tree = draws_of(PROGRAMS[name], with_guide=False, num_samples=25)
-    expected = table_of(name, with_guide=False).posterior.log_evidence
-    close(tree["sample_stats"]["log_weight"], np.full(25, float(expected)))
-
-
-def test_the_weights_estimate_the_evidence() -> None:
-    """E_Q[ P(v, u) / Q(v) ] = p(u)."""
-    tree = draws_of(PROGRAMS["mixture_guided"], num_samples=20000)
-    weights = np.exp(
-        tree["sample_stats"]["log_weight"].values[0] + float(table_of("mixture_guided").terms["surprise"].detach())
-    )
-    assert weights.std() > 0.1
-    assert abs(weights.mean() - 1) < 5 * weights.std() / 20000**0.5
 
 
 def test_with_sampled_latents_the_discrete_ones_are_also_summed_out() -> None:
@@ -319,7 +302,7 @@ def trained() -> vfe.EMRun:
     """A few iterations, which end with an E-phase."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VFEWarning)
-        return vfe.EM(mixture, mixture_guide).run(COUNTS, max_iter=5, progress_bar=False)
+        return vfe.EM(mixture, mixture_guide).run(COUNTS, max_iter=2, progress_bar=False)
 
 
 def bad_guide(counts: Tensor) -> None:
@@ -377,14 +360,14 @@ def test_predictions_from_the_posterior_have_its_moments(with_guide: bool) -> No
 
 
 def test_predictions_with_sampled_latents_are_made_at_each_draw() -> None:
-    tree = tree_of(Program(v_depends_on_w, guide_of_w_and_v, (POINTS,)), num_samples=200)
+    tree = tree_of(Program(v_depends_on_w, guide_of_w_and_v, (POINTS,)), num_samples=100)
     w, z = (tree["posterior"][name].values[0] for name in ("w", "z"))
     u = tree["posterior_predictive"]["u"].values[0]
     residual = (u - w[:, None] * (1 + z)) / float(pyro.param("sigma").detach())
     within_standard_errors(residual, np.zeros(3))
     within_standard_errors(residual**2, np.ones(3))
     prior_w, prior_z = (tree["prior"][name].values[0] for name in ("w", "z"))
-    assert abs(prior_w.mean() - 0.3) < 5 * 1.5 / 200**0.5
+    assert abs(prior_w.mean() - 0.3) < 5 * 1.5 / 100**0.5
     within_standard_errors(prior_z - 1 / (1 + np.exp(0.4 - prior_w[:, None])), np.zeros(3))
 
 
@@ -518,7 +501,14 @@ def test_event_dims_can_be_named_and_are_no_data() -> None:
 
 
 def arviz_of(counts: Tensor, model: Callable[..., Any] = mixture, guide: Any = None, **options: Any) -> Any:
-    return vfe.to_inference_data(model, guide, counts, num_samples=200, **options)
+    return vfe.to_inference_data(model, guide, counts, **{"num_samples": 200, **options})
+
+
+@cache
+def arviz_of_sampled_latents() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VFEWarning)
+        return arviz_of(POINTS, v_depends_on_w, guide_of_w_and_v, num_samples=50)
 
 
 def test_arviz_gets_what_it_works_on() -> None:
@@ -556,10 +546,7 @@ PLOTS = ["plot_trace", "plot_posterior", "plot_forest"] if IS_OLD else ["plot_tr
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_arviz_plots_the_draws(name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VFEWarning)
-        data = arviz_of(POINTS, v_depends_on_w, guide_of_w_and_v)
-    getattr(az, name)(data, var_names=["w", "z"])
+    getattr(az, name)(arviz_of_sampled_latents(), var_names=["w", "z"])
     assert plt.get_fignums()
     plt.close("all")
 

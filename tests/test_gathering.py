@@ -19,6 +19,16 @@ import pyro_vfe as vfe
 from pyro_vfe.errors import MissingGuideSiteError, StructureError
 from pyro_vfe.reporting.gathering import Gathered, Gatherer
 
+
+def one_of_each_model(names: list[str]) -> list[str]:
+    """Returns the names without those of programs that differ from another in their guide alone."""
+    found: dict[tuple[object, ...], str] = {}
+    for name in names:
+        program = PROGRAMS[name]
+        found.setdefault((program.model, str(program.args), str(program.kwargs)), name)
+    return list(found.values())
+
+
 WEIGHTED = [name for name in PROGRAMS if "subsampled" in name or "scaled" in name]
 LARGE = ("1000_steps", "120_", "ising")
 HIDDEN = ("masked_latents", "missing_labels", "varying_lengths", "of_different_lengths")
@@ -27,7 +37,9 @@ HIDDEN = ("masked_latents", "missing_labels", "varying_lengths", "of_different_l
 PLAIN = [name for name in PROGRAMS if name not in WEIGHTED and not any(part in name for part in HIDDEN + LARGE)]
 UNWEIGHTED = [name for name in PROGRAMS if name not in WEIGHTED]
 NEEDS_A_GUIDE = ("point_estimate",)
-EXACT = [name for name in UNWEIGHTED if not name.startswith(NEEDS_A_GUIDE) and not any(p in name for p in LARGE)]
+EXACT = one_of_each_model(
+    [name for name in UNWEIGHTED if not name.startswith(NEEDS_A_GUIDE) and not any(p in name for p in LARGE)]
+)
 TIED = ("local_guided", "nested_inner_guided", "crossing_one_edge_guided")
 """Programs in which latents of the model alone tie the guide's together."""
 
