@@ -2,6 +2,8 @@
 
 bytes  =  itemsize * sum over steps of held(step)        raised when above half of the free memory
 
+Where nobody named a limit, what the largest step makes and throws away again has to fit beside it.
+
 What would exceed it is first cut into slices, if the caller can execute these.
 """
 
@@ -37,6 +39,9 @@ def half_of_free_bytes(device: torch.device) -> float:
     """Returns half of the free memory: intermediates come back once more as gradients."""
     return free_bytes(device) / 2
 
+
+_TEMPORARIES = 3
+"""Tables of a step's size that come and go while it runs: sums, which of them underflowed, their logs."""
 
 default_limit: Callable[[torch.device], float] = half_of_free_bytes
 """The limit in bytes where the caller names none; set it to another function to change the policy."""
@@ -84,10 +89,16 @@ def plan_within(
     if max_bytes is None and needed < UNASKED:
         return found
     limit = table_limit(max_bytes, device) / itemsize
-    if found.held <= limit or limit < 1:
+    if found.held + _passing(found, max_bytes) <= limit or limit < 1:
         return found
+    room = limit if max_bytes is not None else limit / (1 + _TEMPORARIES)
     # Free memory differs at every call: few limits, so that few plans are searched for.
-    return plan(structure, keep, keep_plates, 2 ** (floor(4 * log2(limit)) / 4))
+    return plan(structure, keep, keep_plates, 2 ** (floor(4 * log2(max(room, 1.0))) / 4))
+
+
+def _passing(found: Plan | ChainGroup, max_bytes: float | None) -> int:
+    """Numbers that are held for a moment beside the tables, if the caller did not name a limit for these alone."""
+    return _TEMPORARIES * found.largest.entries if max_bytes is None else 0
 
 
 def check_cost(
@@ -105,7 +116,7 @@ def check_cost(
     Raises:
         CostError: They do not fit.
     """
-    needed = itemsize * (plan.held if entries is None else entries)
+    needed = itemsize * ((plan.held if entries is None else entries) + _passing(plan, max_bytes))
     if max_bytes is None and needed < UNASKED:
         return
     limit = table_limit(max_bytes, device)
