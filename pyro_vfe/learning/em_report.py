@@ -54,7 +54,7 @@ class Report:
     def _show(self, row: Row) -> None:
         if row.phase not in ("E", EPOCH):
             return
-        self.bar.set_postfix_str(in_words(row))
+        self.bar.set_postfix_str(row_in_words(row))
         self.bar.update(row.iteration - self.bar.n)
 
     def __enter__(self) -> "Report":
@@ -75,7 +75,7 @@ def says_stop(returned: object) -> bool:
     return isinstance(returned, (bool, np.bool_)) and bool(returned)
 
 
-def in_words(row: Row) -> str:
+def row_in_words(row: Row) -> str:
     """What a bar says of a row.
 
     Args:
@@ -84,7 +84,7 @@ def in_words(row: Row) -> str:
     return f"F={row.free_energy:,.4f}, surprise={row.surprise:,.4f}, gap={row.gap:.3g}"
 
 
-def by_tag(row: Row) -> dict[str, float]:
+def row_by_tag(row: Row) -> dict[str, float]:
     """The nats of a row by the tags that callbacks get.
 
     Args:
@@ -98,4 +98,4 @@ def by_tag(row: Row) -> dict[str, float]:
 
 
 def _as_dict(row: Row, start: int) -> dict[str, Any]:
-    return {**by_tag(row), "phase": row.phase, "iteration": row.iteration, "start": start}
+    return {**row_by_tag(row), "phase": row.phase, "iteration": row.iteration, "start": start}

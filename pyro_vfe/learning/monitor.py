@@ -17,7 +17,7 @@ from pyro_vfe.learning.em_report import says_stop
 from pyro_vfe.learning.history import History, Row
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_reading import Reader
-from pyro_vfe.learning.svi_report import Bar, Loss, as_float, check_loss, reading_by_tag, reading_in_words
+from pyro_vfe.learning.svi_report import Bar, Loss, as_float, by_tag, check_loss, in_words
 from pyro_vfe.program.layout import Program
 
 SVICallback = Callable[[int, dict[str, float]], Any]
@@ -200,11 +200,11 @@ class Monitor:
         self._num_data = row.num_data or self._num_data
         self._warn_of(reading.problem)
         wants_stop = self._callback is not None and says_stop(
-            self._callback(self._num_steps, reading_by_tag(row, self._num_data or 1, value))
+            self._callback(self._num_steps, by_tag(row, self._num_data or 1, value))
         )
         if asks and self._stopped is None:
             self._stopped = "the callback asked for it" if wants_stop else self._what_rules_say()
-        return reading_in_words(row, value)
+        return in_words(row, value)
 
     def _what_rules_say(self) -> str | None:
         if not self._rules:

@@ -224,7 +224,7 @@ def _every(num_steps: int, rules_wait: bool, batches: object) -> int:
         num_batches = len(batches) if isinstance(batches, Sized) else 1
     except TypeError:  # A DataLoader of a stream.
         num_batches = 1
-    while num_batches and math.gcd(every, num_batches) > 1:  # No batches at all are told of when they are read.
+    while math.gcd(every, num_batches) > 1:
         every += 1
     return every
 

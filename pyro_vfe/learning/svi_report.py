@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vfe.errors import VFEError
-from pyro_vfe.learning.em_report import by_tag, in_words
+from pyro_vfe.learning.em_report import row_by_tag, row_in_words
 from pyro_vfe.learning.history import History, Row
 
 Loss = float | Tensor | tuple[Any, ...]
@@ -48,17 +48,17 @@ class Bar:
         self._bar.close()
 
 
-def reading_in_words(row: Row, loss: float | None) -> str:
+def in_words(row: Row, loss: float | None) -> str:
     """What a bar says of a reading.
 
     Args:
         row: The reading.
         loss: The training loss, if it is one number.
     """
-    return in_words(row) if loss is None else f"{in_words(row)}, loss={loss:,.4f}"
+    return row_in_words(row) if loss is None else f"{row_in_words(row)}, loss={loss:,.4f}"
 
 
-def reading_by_tag(row: Row, num_data: int, loss: float | None) -> dict[str, float]:
+def by_tag(row: Row, num_data: int, loss: float | None) -> dict[str, float]:
     """The values of a reading by tag, as plain floats.
 
     Args:
@@ -66,7 +66,7 @@ def reading_by_tag(row: Row, num_data: int, loss: float | None) -> dict[str, flo
         num_data: The number of data that it sums over.
         loss: The training loss, if it is one number.
     """
-    values = {**by_tag(row), "free_energy/per_datum": row.free_energy / num_data}
+    values = {**row_by_tag(row), "free_energy/per_datum": row.free_energy / num_data}
     return values if loss is None else {**values, "loss": loss}
 
 
