@@ -262,3 +262,19 @@ def test_a_reparametrised_site_is_no_datum() -> None:
     z_off, z_on = dist.Normal(0.0, 1.0).log_prob(data).exp(), dist.Normal(float(mean), 1.0).log_prob(data).exp()
     close(found.groups["log_likelihood"]["x"].values[0], (0.6 * z_off + 0.4 * z_on).log())
     assert found.attrs["num_data"] == 3
+
+
+@pytest.mark.parametrize("scaled", ["model", "guide"])
+def test_a_weighted_sampled_latent_is_refused(scaled: str) -> None:
+    def model() -> None:
+        with poutine.scale(scale=0.2 if scaled == "model" else 1.0):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.zeros(3))
+
+    def guide() -> None:
+        with poutine.scale(scale=0.2 if scaled == "guide" else 1.0):
+            pyro.sample("mean", dist.Normal(0.3, 1.0))
+
+    with pytest.raises(StructureError, match="'mean' carries a weight"):
+        Gatherer(model, guide, (), {}, 4).gather(prior=False, posterior_predictive=False, history=None)
