@@ -13,6 +13,7 @@ from programs import PROGRAMS, SAMPLED_PROGRAMS
 from programs.case import Program, empty
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
 import pyro_vfe as vfe
@@ -259,3 +260,40 @@ def test_weighted_data_are_refused(name: str) -> None:
 def test_a_continuous_latent_needs_a_guide() -> None:
     with pytest.raises(MissingGuideSiteError, match="'weights'"):
         vfe.to_datatree(mixture, None, COUNTS)
+
+
+def test_a_reparametrised_site_is_no_datum() -> None:
+    data = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.4, dtype=torch.float64)))
+            pyro.sample("x", dist.Normal(mean * z, 1.0), obs=data)
+
+    centred = poutine.reparam(model, {"mean": LocScaleReparam(0.0)})
+    guide = AutoDelta(poutine.block(centred, expose=["mean_decentered"]))
+    gatherer = Gatherer(centred, guide, (), {}, 4)
+    found = gatherer.gather(prior=True, posterior_predictive=True, history=None)
+    for group in ("log_likelihood", "observed_data", "posterior_predictive", "prior_predictive"):
+        assert list(found.groups[group]) == ["x"], group
+    mean = 2.0 * found.groups["posterior"]["mean_decentered"].values[0]
+    z_off, z_on = dist.Normal(0.0, 1.0).log_prob(data).exp(), dist.Normal(float(mean), 1.0).log_prob(data).exp()
+    close(found.groups["log_likelihood"]["x"].values[0], (0.6 * z_off + 0.4 * z_on).log())
+    assert found.attrs["num_data"] == 3
+
+
+@pytest.mark.parametrize("scaled", ["model", "guide"])
+def test_a_weighted_sampled_latent_is_refused(scaled: str) -> None:
+    def model() -> None:
+        with poutine.scale(scale=0.2 if scaled == "model" else 1.0):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.zeros(3))
+
+    def guide() -> None:
+        with poutine.scale(scale=0.2 if scaled == "guide" else 1.0):
+            pyro.sample("mean", dist.Normal(0.3, 1.0))
+
+    with pytest.raises(StructureError, match="'mean' carries a weight"):
+        Gatherer(model, guide, (), {}, 4).gather(prior=False, posterior_predictive=False, history=None)

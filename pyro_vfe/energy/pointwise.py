@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.parts import joint_graph
-from pyro_vfe.energy.terms import Terms, measured, stacked_terms
-from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.energy.terms import Terms, measured, stacked_terms, together
+from pyro_vfe.engine.elimination import LogNormalizer, log_normalizer
 from pyro_vfe.engine.factors import FactorGraph
-from pyro_vfe.errors import PlateError
+from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.enumeration import Enumeration
 
 Plates = tuple[str, ...]
@@ -67,10 +67,49 @@ def log_likelihood(run: Enumeration, plates: Plates, max_bytes: float | None = N
     """
     if _is_sequential(run, plates):
         return torch.stack([log_likelihood(step, (), max_bytes) for step in run.steps(plates[0])])
-    joint = _by(joint_graph(run), plates, max_bytes)
-    if not run.model_draws:
-        return joint
-    return joint - _by(run.graph(*run.model_latents, *run.model_draws), plates, max_bytes)
+    return _given_draws(_by(joint_graph(run), plates, max_bytes), run, plates, max_bytes)
+
+
+def log_joint_and_likelihood(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> tuple[Tensor, Tensor]:
+    """Returns log p(w, u), a scalar in nats, and what `log_likelihood` does, from the same sums.
+
+    Args:
+        run: Enumerated programs, in float64.
+        plates: What the data are elements of.
+        max_bytes: The most memory that tables may take.
+
+    Raises:
+        PlateError: A latent outside of the plates ties their elements together.
+        CostError: The latents cannot be summed out.
+    """
+    if _is_sequential(run, plates):
+        return log_normalizer(joint_graph(run), max_bytes=max_bytes).total, log_likelihood(run, plates, max_bytes)
+    joint = log_normalizer(joint_graph(run), keep_plates=frozenset(plates), max_bytes=max_bytes)
+    return joint.total, _given_draws(_of_data(joint, plates), run, plates, max_bytes)
+
+
+def terms_in_all_and_by(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> tuple[Terms, Terms | None]:
+    """Returns the terms of F, and those of each element of some plates, from the same sums where that can be.
+
+    Args:
+        run: Enumerated programs, in float64.
+        plates: What to keep apart.
+        max_bytes: The most memory that tables may take.
+
+    Raises:
+        StructureError: F has no decomposition here.
+    """
+    try:
+        if plates and not _is_sequential(run, plates):
+            inside, outside = measured(run, keep_plates=frozenset(plates), max_bytes=max_bytes)
+            return together(inside, outside), inside
+    except (PlateError, StructureError):
+        pass  # F may have its terms without having them by datum.
+    whole = measured(run, max_bytes=max_bytes)[1]
+    try:
+        return whole, terms_by(run, plates, max_bytes) if plates else None
+    except (PlateError, StructureError):
+        return whole, None
 
 
 def terms_by(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> Terms:
@@ -94,6 +133,16 @@ def _is_sequential(run: Enumeration, plates: Plates) -> bool:
     return len(plates) == 1 and plates[0] not in run.plates
 
 
+def _given_draws(joint: Tensor, run: Enumeration, plates: Plates, max_bytes: float | None) -> Tensor:
+    """log p(u | w) from log p(w, u), by data."""
+    if not run.model_draws:
+        return joint
+    return joint - _by(run.graph(*run.model_latents, *run.model_draws), plates, max_bytes)
+
+
 def _by(graph: FactorGraph, plates: Plates, max_bytes: float | None) -> Tensor:
-    result = log_normalizer(graph, keep_plates=frozenset(plates), max_bytes=max_bytes)
-    return result.inside.values if plates else result.outside
+    return _of_data(log_normalizer(graph, keep_plates=frozenset(plates), max_bytes=max_bytes), plates)
+
+
+def _of_data(found: LogNormalizer, plates: Plates) -> Tensor:
+    return found.inside.values if plates else found.outside

@@ -66,6 +66,11 @@ def stacked_terms(terms: Sequence[Terms]) -> Terms:
     return Terms(**{name: torch.stack([getattr(term, name) for term in terms]) for name in NAMES})
 
 
+def together(inside: Terms, outside: Terms) -> Terms:
+    """What is inside all elements, and what is outside of them, as one: term by term."""
+    return Terms(**{name: getattr(inside, name).sum() + getattr(outside, name) for name in NAMES})
+
+
 def measured(
     enumeration: Enumeration, *, keep_plates: frozenset[str] = NO_PLATES, max_bytes: float | None = None
 ) -> tuple[Terms, Terms]:

@@ -17,7 +17,7 @@ from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureErro
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.provenance import Provenance
-from pyro_vfe.program.supports import is_enumerable
+from pyro_vfe.program.supports import is_enumerable, unwrapped
 
 Role = Literal["guide", "model"]
 Kind = Literal["enumerated", "sampled", "observed", "unread"]
@@ -183,7 +183,7 @@ class Recorder(Messenger):
         if type(fn).__name__ == "_Subsample":
             _check_same_subsample(name, self.subsamples.setdefault(name, msg["value"]), msg["value"])
             return
-        if msg["infer"].get("_deterministic"):
+        if is_computed(msg):
             return
         self._check_new(name, "site")
         kind = self._kind(msg)
@@ -290,6 +290,17 @@ def record_both(
 def is_pathwise(fn: Any) -> bool:
     """Whether draws from `fn` carry gradients to its parameters."""
     return bool(getattr(fn, "has_rsample", False))
+
+
+def is_computed(msg: Any) -> bool:
+    """Whether a site is a value under a name: `pyro.deterministic`, or what a reparametrised site leaves in its place.
+
+    Args:
+        msg: Pyro's message, after the site ran.
+    """
+    fn = msg["fn"]
+    stands_in = getattr(fn, "_mask", None) is False and type(unwrapped(fn)).__name__ == "Delta"
+    return bool(msg["infer"].get("_deterministic")) or (stands_in and msg["is_observed"])
 
 
 def _wants_enumeration(msg: Any) -> bool:

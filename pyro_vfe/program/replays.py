@@ -16,7 +16,7 @@ from pyro_vfe.program.enumeration import PARTICLES
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.programs import in_particles
-from pyro_vfe.program.recorder import Kind, Plate, Site
+from pyro_vfe.program.recorder import Kind, Plate, Site, is_computed
 
 Given = Mapping[str, Tensor]
 """Values of latents by site name."""
@@ -59,7 +59,7 @@ class _Replayer(Messenger):
                 msg["is_observed"], msg["done"], msg["value"] = False, False, None
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample" or msg["infer"].get("_deterministic"):
+        if type(msg["fn"]).__name__ == "_Subsample" or is_computed(msg):
             return
         name = msg["name"]
         plates = tuple(
@@ -86,7 +86,7 @@ class _Replayer(Messenger):
 
 def _is_random(msg: Any) -> bool:
     """Whether a site is a random variable: not the indices of a plate, a factor, or a computed value."""
-    return type(msg["fn"]).__name__ not in ("_Subsample", "Unit") and not msg["infer"].get("_deterministic")
+    return type(msg["fn"]).__name__ not in ("_Subsample", "Unit") and not is_computed(msg)
 
 
 def replayed(

@@ -261,6 +261,8 @@ def _check_unweighted(run: Enumeration) -> None:
             hint="Give the tree the whole data set, without subsampling.",
         )
     heavy = [name for name, own in run.variables.items() if own.scale != 1.0]
+    drawn = [site for site in run.sites.values() if site.kind == "sampled"]
+    heavy += [site.name for site in drawn if not bool((torch.as_tensor(site.scale) == 1).all())]
     if heavy:
         raise StructureError(
             f"Latent '{heavy[0]}' carries a weight (poutine.scale): it has a free energy, but no distribution to draw "

@@ -10,12 +10,12 @@ from torch import Tensor
 from pyro_vfe.energy.draws import Draws, draws_of
 from pyro_vfe.energy.impossible import impossible_data
 from pyro_vfe.energy.marginals import Marginals, posterior_marginals, q_marginals
-from pyro_vfe.energy.parts import guide_graph, joint_graph
-from pyro_vfe.energy.pointwise import Plates, log_likelihood, terms_by
-from pyro_vfe.energy.terms import Terms, measured
+from pyro_vfe.energy.parts import guide_graph
+from pyro_vfe.energy.pointwise import Plates, log_joint_and_likelihood, terms_in_all_and_by
+from pyro_vfe.energy.terms import Terms
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Table
-from pyro_vfe.errors import PlateError, StructureError
+from pyro_vfe.errors import StructureError
 from pyro_vfe.program.enumeration import Enumeration
 
 
@@ -54,34 +54,32 @@ def moment(run: Enumeration, num_draws: int, plates: Plates, max_bytes: float | 
         ImpossibleDataError: The data have probability zero under the model.
         StructureError: Latents that only the model has tie the elements of a plate of the guide's latents together.
     """
-    log_joint = log_normalizer(joint_graph(run), max_bytes=max_bytes).total
+    log_joint, log_likelihood = log_joint_and_likelihood(run, plates, max_bytes)
     if bool(log_joint.isneginf()):
         raise impossible_data(run)
-    terms, q = _terms_and_marginals(run, max_bytes)
+    posterior = posterior_marginals((run,), max_bytes)
+    terms, data_terms, q = _terms_and_marginals(run, plates, posterior, max_bytes)
     return Moment(
         draws=draws_of(run, num_draws, max_bytes),
-        log_likelihood=log_likelihood(run, plates, max_bytes),
+        log_likelihood=log_likelihood,
         log_joint=log_joint,
         log_q=log_normalizer(guide_graph(run), max_bytes=max_bytes).total,
         terms=terms,
-        data_terms=_data_terms(run, plates, max_bytes) if plates and terms is not None else None,
+        data_terms=data_terms,
         q=q,
-        posterior=posterior_marginals((run,), max_bytes),
+        posterior=posterior,
     )
 
 
-def _terms_and_marginals(run: Enumeration, max_bytes: float | None) -> tuple[Terms, Marginals] | tuple[None, None]:
+def _terms_and_marginals(
+    run: Enumeration, plates: Plates, posterior: Marginals, max_bytes: float | None
+) -> tuple[Terms | None, Terms | None, Marginals | None]:
     try:
-        return measured(run, max_bytes=max_bytes)[1], q_marginals((run,), max_bytes)
+        # Where the guide has no latents, Q's are the posterior's.
+        q = q_marginals((run,), max_bytes) if run.guide_latents else posterior
+        return (*terms_in_all_and_by(run, plates, max_bytes), q)
     except StructureError:
-        return None, None
-
-
-def _data_terms(run: Enumeration, plates: Plates, max_bytes: float | None) -> Terms | None:
-    try:
-        return terms_by(run, plates, max_bytes)
-    except (PlateError, StructureError):
-        return None
+        return None, None, None
 
 
 class Averages:
