@@ -575,6 +575,19 @@ def test_an_end_that_is_not_finite_comes_first(last: float, kind: str) -> None:
     assert vfe.diagnose(readings([*range(20, 10, -1), last]))[0].kind == kind
 
 
+def test_a_history_that_never_knew_F_is_no_alarm() -> None:
+    diagnosis = vfe.diagnose(readings([math.nan] * 5, gap=math.nan))
+    assert not diagnosis and "No reading of the history knows F" in diagnosis.not_looked_at[0]
+    assert str(diagnosis).startswith("Nothing could be looked at.")
+
+
+@pytest.mark.parametrize("stderr", [0.001, math.nan])
+def test_where_latents_are_drawn_a_richer_guide_may_lower_the_surprise(stderr: float) -> None:
+    rows = tuple(Row(i, "step", 100.0, 100.0, 0.0, stderr) for i in range(20))
+    problem = only(vfe.diagnose(History(rows, num_data=10)), "model-bottleneck").problem
+    assert "A richer guide for these may lower it" in problem and "neither" not in problem
+
+
 def test_an_M_phase_after_which_F_was_infinite_is_told_though_F_is_finite_in_the_end() -> None:
     diagnosis = vfe.diagnose(em_rows(9.0, 8.0, math.inf, 7.5, 7.5, 7.5))
     finding = only(diagnosis, "phase-raised")

@@ -1,6 +1,7 @@
 """fit does what a hand-written loop over pyro.infer.SVI does, to the last bit, and tells of F, surprise and gap."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -361,6 +362,40 @@ def test_other_things_that_are_no_programs_or_batches_are_refused() -> None:
         fitted(mixture, mixture_guide, optim=adam(), num_steps=2, batches=[])
     with pytest.raises(VFEError, match="'counts', and fit was given another"):
         fitted(mixture, mixture_guide, optim=adam(), num_steps=2, batches=[{"counts": COUNTS}], counts=COUNTS)
+
+
+def test_no_batches_at_all_are_refused_with_readings_too() -> None:
+    with pytest.raises(VFEError, match="gave none in epoch 1"):
+        vfe.fit(mixture, mixture_guide, optim=adam(), num_steps=2, batches=[], progress_bar=False)
+
+
+def test_whole_numbers_of_NumPy_are_numbers_of_steps() -> None:
+    monitor = vfe.Monitor(mixture, mixture_guide, every=np.int64(2), progress_bar=False)
+    run = vfe.fit(
+        mixture, mixture_guide, COUNTS, optim=adam(), num_steps=np.int64(4), monitor=monitor, progress_bar=False
+    )
+    assert run.num_steps == 4 and run.history.iteration.tolist() == [1, 2, 4]
+
+
+def test_what_could_not_be_read_is_in_the_notes_and_F_is_not_known() -> None:
+    guide = vfe.AutoMeanField(mixture)
+    monitor = vfe.Monitor(mixture, guide, held_out=COUNTS[:3], progress_bar=False)
+    with pytest.warns(VFEWarning, match="at the held-out arguments") as caught:
+        run = vfe.fit(mixture, guide, COUNTS, optim=adam(), num_steps=2, monitor=monitor, progress_bar=False)
+    assert {Path(warning.filename) for warning in caught} == {Path(__file__)}
+    assert "F is not known" in str(run) and run.notes[0] == monitor.notes[0]
+    assert "has its own parameters for each element of plate 'data'" in run.notes[1]
+
+
+def test_a_guide_with_parameters_for_every_element_is_noted_where_batches_change() -> None:
+    half = len(COUNTS) // 2
+    notes = {}
+    for name, batches in (("one", [COUNTS[:half]]), ("two", [COUNTS[:half], COUNTS[-half:]])):
+        guide = vfe.AutoMeanField(mixture)
+        run = vfe.fit(mixture, guide, optim=adam(), num_steps=2, batches=batches, progress_bar=False)
+        notes[name] = " ".join(run.notes)
+        pyro.clear_param_store()
+    assert "own parameters" in notes["two"] and "own parameters" not in notes["one"]
 
 
 def test_programs_without_parameters_have_nothing_to_learn() -> None:

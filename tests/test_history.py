@@ -122,3 +122,8 @@ def test_an_empty_history_prints_its_titles_and_becomes_a_dataset() -> None:
     assert str(History(())).split()[:3] == ["iteration", "phase", "F"]
     assert History(()).to_xarray().sizes == {"step": 0}
     assert "<table>" in History(())._repr_html_()
+
+
+def test_rows_over_different_numbers_of_data_have_no_printed_difference() -> None:
+    history = History(tuple(Row(i, "step", 10.0 * n, 10.0 * n, 0.0, num_data=n) for i, n in enumerate((3, 3, 1, 1))))
+    assert [len(line.split()) for line in str(history).splitlines()[1:]] == [5, 8, 5, 8]

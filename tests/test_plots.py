@@ -209,6 +209,18 @@ def test_phases_are_marked_where_they_end() -> None:
     assert len({line.get_marker() for line in marks.values()}) == len(marks)
 
 
+def test_limits_that_are_set_later_leave_the_layout_of_the_figure_as_it_is() -> None:
+    figure, axes = pyplot.subplots(1, 2, layout="constrained")
+    vfe.plot_free_energy(History(EM_ROWS), ax=axes[0])
+    vfe.plot_gap(by_element([1.5, inf, 0.5, nan, inf]), ax=axes[1])
+    figure.draw_without_rendering()
+    before = [ax.get_position().width for ax in axes]
+    axes[0].set(ylim=(100.0, 101.0))
+    axes[1].set(xlim=(1000.0, 1001.0))
+    figure.draw_without_rendering()
+    np.testing.assert_allclose([ax.get_position().width for ax in axes], before, rtol=0.2)
+
+
 def test_five_hundred_iterations_have_few_marks_and_those_of_two_phases_take_turns() -> None:
     rows = [Row(0, "E", 100.0, 100.0, 0.0)]
     for i in range(1, 501):

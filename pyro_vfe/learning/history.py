@@ -203,8 +203,11 @@ class History:
         if len(set(self._sizes)) > 1:
             columns.append(("N", [f"{row.num_data or self.num_data:,}" for row in rows]))
         changes = (self.d_free_energy, self.d_surprise, self.d_gap)
+        # Sums over different numbers of data have no difference that means anything.
+        comparable = np.diff(self._sizes, prepend=self._sizes[:1]) == 0
         return columns + [
-            (title, [_change(float(change[i])) for i in kept]) for title, change in zip(_CHANGES, changes, strict=True)
+            (title, [_change(float(change[i])) if comparable[i] else "" for i in kept])
+            for title, change in zip(_CHANGES, changes, strict=True)
         ]
 
 

@@ -63,6 +63,12 @@ class AutoMeanField(AutoGuide):
         self.init_scale = init_scale
         self._latents: dict[str, SiteStructure] = {}
 
+    @property
+    def whole_plates(self) -> tuple[str, ...]:
+        """The names of the plates around the latents that were not subsampled at the first call, outermost first."""
+        plates = [plate for site in self._latents.values() for plate in site.plates]
+        return tuple(dict.fromkeys(plate.name for plate in plates if plate.size == plate.full_size))
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with undisturbed_randomness(), pyro.poutine.block():
             self._latents = discrete_latents(self.model, args, kwargs)

@@ -5,10 +5,11 @@ r"""The free energy of a training loop, taken apart every few steps.
 A falling loss does not say whether the model or the guide improved; these readings do.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.errors import VFEError, VFEWarning
@@ -90,8 +91,8 @@ class Monitor:
         Raises:
             VFEError: An option is not what it should be.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise VFEError(f"Monitor was given every={every!r}.", hint="Pass a number of steps of at least 1.")
+        if isinstance(every, bool) or not isinstance(every, SupportsIndex) or every < 1:
+            raise VFEError(f"Monitor was given every={every!r}.", hint="Pass a whole number of steps of at least 1.")
         if elbo is not None and not isinstance(elbo, FreeEnergy):
             raise VFEError(
                 f"Monitor was given a {type(elbo).__name__} as elbo=, which takes no F apart.",
@@ -109,7 +110,7 @@ class Monitor:
         self._num_data: int | None = None
         self._num_steps = 0
         self._unread: tuple[Loss, Arguments] | None = None
-        self._has_warned = False
+        self._notes: tuple[str, ...] = ()
         self._stopped: str | None = None
 
     @property
@@ -121,6 +122,11 @@ class Monitor:
     def stopped(self) -> str | None:
         """Why `step` asked for an end, in words; None if it did not."""
         return self._stopped
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why something could not be read, in words, at the first reading that it happened to."""
+        return self._notes
 
     @property
     def is_held_out(self) -> bool:
@@ -214,15 +220,21 @@ class Monitor:
 
     def _warn_of(self, problem: str | None) -> None:
         """Says once why something is not known; the same again, in other numbers, would be noise."""
-        if problem is None or self._has_warned:
+        if problem is None or self._notes:
             return
-        self._has_warned = True
         data = "the arguments of the step" if self._held_out is None else "the held-out arguments"
+        self._notes = (f"After step {self._num_steps}, at {data}: {problem}",)
         warnings.warn(
-            f"After step {self._num_steps}, at {data}: {problem} Training goes on, and this is said once.",
-            VFEWarning,
-            stacklevel=4,
+            f"{self._notes[0]} Training goes on, and this is said once.", VFEWarning, stacklevel=_callers_level()
         )
+
+
+def _callers_level() -> int:
+    """How many frames up, from the frame that asks, the first one is that is not of this package: the user's loop."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vfe."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def stop_rules(stop: StopRule | Iterable[StopRule]) -> tuple[StopRule, ...]:

@@ -25,7 +25,7 @@ from pyro_vfe.learning.history import History, Numbers
 from pyro_vfe.learning.monitor import Monitor, SVICallback
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim, check_programs
-from pyro_vfe.learning.svi_report import Unmonitored
+from pyro_vfe.learning.svi_report import Unmonitored, notes_of_own_parameters
 from pyro_vfe.learning.svi_step import Stepper
 from pyro_vfe.program.layout import Program
 
@@ -85,7 +85,9 @@ class SVIRun:
         total, each = self.history.rows[-1], self.history.per_datum.rows[-1]
         known = (total.num_data or 1) > 1
         per_datum = f" ({each.free_energy:,.4f} per datum, N={total.num_data:,})" if known else ""
-        lines.append(f"F = {total.free_energy:,.4f} nats{per_datum}")
+        lines.append(
+            "F is not known" if math.isnan(total.free_energy) else f"F = {total.free_energy:,.4f} nats{per_datum}"
+        )
         for name in ("surprise", "gap"):
             per_datum = f" ({getattr(each, name):,.4f} per datum)" if known else ""
             value = getattr(total, name)
@@ -187,7 +189,7 @@ def fit(
         watch.close(read=done)
     if len(losses) < num_steps and watch.stopped is None:
         warnings.warn(f"fit did {len(losses)} of num_steps={num_steps} steps: {stopped}.", VFEWarning, stacklevel=2)
-    return _run_of(stepper, losses, watch, stopped, batches is not None)
+    return _run_of(stepper, losses, watch, stopped, guide, _are_several(batches))
 
 
 def _watch(
@@ -224,9 +226,17 @@ def _every(num_steps: int, rules_wait: bool, batches: object) -> int:
         num_batches = len(batches) if isinstance(batches, Sized) else 1
     except TypeError:  # A DataLoader of a stream.
         num_batches = 1
-    while math.gcd(every, num_batches) > 1:
+    while num_batches and math.gcd(every, num_batches) > 1:  # None at all is an error of the first step.
         every += 1
     return every
+
+
+def _are_several(batches: object) -> bool:
+    """Whether steps differ in their data."""
+    try:
+        return batches is not None and not (isinstance(batches, Sized) and len(batches) == 1)
+    except TypeError:  # A DataLoader of a stream.
+        return True
 
 
 def _nothing_to_learn() -> VFEError:
@@ -237,15 +247,23 @@ def _nothing_to_learn() -> VFEError:
 
 
 def _run_of(
-    stepper: Stepper, losses: list[Any], watch: Monitor | Unmonitored, stopped: str | None, in_batches: bool
+    stepper: Stepper,
+    losses: list[Any],
+    watch: Monitor | Unmonitored,
+    stopped: str | None,
+    guide: Program,
+    in_batches: bool,
 ) -> SVIRun:
     updates = {
         name: f"by {stepper.optimiser}" if name in stepper.reached else "not: F has no gradient in it"
         for name in stepper.leaves
     }
-    notes = []
-    if in_batches and isinstance(watch, Monitor) and not watch.is_held_out:
+    held_out = isinstance(watch, Monitor) and watch.is_held_out
+    notes = [*watch.notes]
+    if in_batches and isinstance(watch, Monitor) and not held_out:
         notes.append("Each reading of F is of the batch of its step.")
+    if in_batches or held_out:
+        notes += notes_of_own_parameters(guide)
     return SVIRun(
         params=stepper.params,
         history=watch.history,

@@ -1,7 +1,8 @@
 """What SVI cannot be given, said before anything changes: the fact, and the way out."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from pyro.infer import ELBO
@@ -87,8 +88,8 @@ def check_num_steps(num_steps: object) -> None:
     Raises:
         VFEError: It is not.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise VFEError(f"fit was given num_steps={num_steps!r}.", hint="Pass a number of steps of at least 1.")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, SupportsIndex) or index(num_steps) < 1:
+        raise VFEError(f"fit was given num_steps={num_steps!r}.", hint="Pass a whole number of steps of at least 1.")
 
 
 def arguments_of_steps(args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Any) -> Iterator[Arguments]:

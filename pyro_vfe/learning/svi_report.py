@@ -8,6 +8,8 @@ from tqdm.auto import tqdm
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.em_report import row_by_tag, row_in_words
 from pyro_vfe.learning.history import History, Row
+from pyro_vfe.learning.mean_field import AutoMeanField
+from pyro_vfe.program.layout import Program
 
 Loss = float | Tensor | tuple[Any, ...]
 """What a step of training returns; a tuple where an ELBO has several losses."""
@@ -104,6 +106,21 @@ def check_loss(loss: object) -> None:
         )
 
 
+def notes_of_own_parameters(guide: Program) -> list[str]:
+    """What a reader should know of a guide with parameters for every element of a plate, where data change.
+
+    Args:
+        guide: Any guide; only those that tell of their plates are known to have such parameters.
+    """
+    plates = guide.whole_plates if isinstance(guide, AutoMeanField) else ()
+    return [
+        f"AutoMeanField has its own parameters for each element of plate '{name}', the same for all data that are "
+        "passed in turn. If the elements are data, Q of one is that of another: subsample the plate, use a guide that "
+        "computes Q from the data, or leave the latents out of the guide."
+        for name in plates
+    ]
+
+
 class Unmonitored:
     """In the place of a monitor: a bar with the loss, and no readings."""
 
@@ -111,6 +128,8 @@ class Unmonitored:
     """Of no readings."""
     stopped: str | None = None
     """Nothing stops this."""
+    notes: tuple[str, ...] = ()
+    """There is nothing to say."""
 
     def start(self, num_steps: int | None = None, progress_bar: bool = True) -> None:
         """Opens the bar.

@@ -88,6 +88,12 @@ def look_at_history(
     if series is None:
         notebook.skip("whether F has settled", "The history has no readings to tell it by.")
         return
+    if np.isnan(series.free_energy).all():
+        notebook.skip(
+            "whether F has settled",
+            "No reading of the history knows F; where a run or a Monitor was given, its notes say why.",
+        )
+        return
     if not np.isfinite(series.free_energy[-1]):
         _find_not_finite(series, notebook)
         return
@@ -251,13 +257,21 @@ def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Noteb
 def _find_model(surprise: float, gap: float, series: Series, notebook: Notebook) -> None:
     num_data = series.num_data
     is_rough = series.noise > notebook.thresholds.flat
+    # Of latents that are sampled the history has no gap: what their part of the guide costs is in the surprise.
+    is_sampled = series.rows[-1].stderr != 0
+    left = (
+        "the surprise is an estimate from draws of the guide, which includes what the guide costs for the latents that "
+        "are drawn. A richer guide for these may lower it."
+        if is_sampled
+        else "neither more steps nor a richer guide can lower it."
+    )
     noise = f", as far as readings tell that scatter by {per_datum(series.scatter, num_data)}" if is_rough else ""
     notebook.find(
         "model-bottleneck",
         None,
         surprise,
         f"F rests{noise}. What is left is surprise, {per_datum(surprise, num_data)}, beside a gap of "
-        f"{per_datum(max(gap, 0.0), num_data)}: neither more steps nor a richer guide can lower it.",
+        f"{per_datum(max(gap, 0.0), num_data)}: {left}",
         "If it is not low enough, change the model: more states, another likelihood, other starts. Compare models by "
         "held-out surprise, or with az.loo and az.compare on vfe.to_inference_data(...).",
     )

@@ -6,6 +6,9 @@ from math import isfinite
 from pyro_vfe.errors import VFEError
 from pyro_vfe.reporting.findings import Diagnosis, Finding, sorted_findings
 
+_ROUNDING = 1e-12
+"""Less than this is no number of nats that anybody acts on."""
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -98,6 +101,8 @@ def nats(value: float) -> str:
     Args:
         value: How many.
     """
+    if abs(value) < _ROUNDING:
+        return "0 nats"
     return f"{value:,.0f} nats" if abs(value) >= 1000 else f"{value:.3g} nats"
 
 

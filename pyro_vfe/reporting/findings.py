@@ -150,7 +150,7 @@ class Diagnosis:
         return xarray.Dataset({**words, **numbers})
 
     def __str__(self) -> str:
-        blocks = [_summary(self.findings)]
+        blocks = [self._summary()]
         known = ""
         for number, finding in enumerate(self.findings, start=1):
             blocks.append(f"{number}. {finding._in_words('As above.' if finding.advice == known else finding.advice)}")
@@ -167,7 +167,18 @@ class Diagnosis:
         )
         shown = f"<ol>{items}</ol>" if items else ""
         footers = "".join(f"<div style='opacity:.75'>{escape(line)}</div>" for line in self._footers())
-        return f"<div style='max-width:60em'><p>{escape(_summary(self.findings))}</p>{shown}{footers}</div>"
+        summary = escape(self._summary())
+        return f"<div style='max-width:60em'><p>{summary}</p>{shown}{footers}</div>"
+
+    def _summary(self) -> str:
+        """The first line: how many findings there are, and whether they cost nats."""
+        if not self.findings:
+            return "Nothing could be looked at." if self.not_looked_at and not self.looked_at else "Nothing found."
+        count = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings, worst first"
+        priced = [finding.severity for finding in self.findings if finding.severity > 0]
+        if any(math.isinf(nats) for nats in priced):
+            return f"{count}: F is infinite or not a number."
+        return f"{count}." if priced else f"{count}; nothing here costs nats."
 
     def _footers(self) -> list[str]:
         """What comes after the findings, a paragraph each."""
@@ -184,16 +195,6 @@ def sorted_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """
     order = {kind: rank for rank, kind in enumerate(KINDS)}
     return tuple(sorted(findings, key=lambda finding: (-finding.severity, order[finding.kind])))
-
-
-def _summary(findings: Sequence[Finding]) -> str:
-    if not findings:
-        return "Nothing found."
-    count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings, worst first"
-    priced = [finding.severity for finding in findings if finding.severity > 0]
-    if any(math.isinf(nats) for nats in priced):
-        return f"{count}: F is infinite or not a number."
-    return f"{count}." if priced else f"{count}; nothing here costs nats."
 
 
 def _wrapped(line: str) -> str:

@@ -148,7 +148,10 @@ def _draw_bar(ax: "Axes", step: _Step, low: float, high: float) -> None:
     style: Any = {"color": LIGHT, "hatch": LIGHT_HATCH} if step.is_second else {"color": DARK}
     ax.barh(step.row, end - start, _BAR, left=start, edgecolor="black", linewidth=0.8, zorder=2, **style)
     if np.isinf(step.end):
-        ax.plot(end, step.row, ">" if step.end > 0 else "<", color=ink(ax), markersize=9, clip_on=False, zorder=5)
+        # At the edge of the axes, whatever limits they get later: a mark outside would break a layout.
+        edge, marker = (1.0, ">") if step.end > 0 else (0.0, "<")
+        at_edge: Any = {"transform": ax.get_yaxis_transform(), "clip_on": False}
+        ax.plot(edge, step.row, marker, color=ink(ax), markersize=9, zorder=5, **at_edge)
     if step.is_second:
         ax.plot([start, start], [step.row - 1, step.row], color=ink(ax), linewidth=0.8, zorder=1)
 

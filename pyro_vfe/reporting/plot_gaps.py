@@ -143,11 +143,12 @@ def _listed(names: list[str]) -> str:
 
 def _marks_at_top(ax: "Axes", order: NDArray[np.int64], gap: Numbers, high: float) -> None:
     """An arrow where a gap is infinite, and a cross where it is unknown."""
-    for found, marker, y in ((np.isposinf(gap[order]), "^", high), (np.isnan(gap[order]), "X", 0.0)):
+    # Above the lower edge, and inside of the axes: marks outside would break layouts once the limits are changed.
+    for found, marker, y in ((np.isposinf(gap[order]), "^", high), (np.isnan(gap[order]), "X", 0.03 * high)):
         at = np.flatnonzero(found)
         if len(at):
             style: Any = {"color": ink(ax), "markeredgecolor": ax.get_facecolor(), "markersize": 7}
-            ax.plot(at, np.full(len(at), y), marker, linestyle="none", clip_on=False, zorder=4, **style)
+            ax.plot(at, np.full(len(at), y), marker, linestyle="none", zorder=4, **style)
 
 
 def _what_is_sorted(terms: Decomposition, gap: Numbers, order: NDArray[np.int64]) -> str:

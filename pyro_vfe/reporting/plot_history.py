@@ -191,14 +191,11 @@ def _phases(ax: "Axes", x: Numbers, history: History, high: float) -> list[Any]:
             markersize=10 if phase == "final" else 4.5,
             label=f"{name} (1 in {step})" if step > 1 else name,
             zorder=4,
-            clip_on=False,
         )
     infinite = np.isinf(history.free_energy)
     if infinite.any():
         at_top = np.full(int(infinite.sum()), high)
-        marks += ax.plot(
-            x[infinite], at_top, "^", color=ink(ax), markersize=8, clip_on=False, label="F infinite", zorder=4
-        )
+        marks += ax.plot(x[infinite], at_top, "^", color=ink(ax), markersize=8, label="F infinite", zorder=4)
     return marks
 
 
