@@ -184,7 +184,7 @@ def alike_components(enumeration: Enumeration) -> list[str]:
                 if name != factor.name and name in enumeration.variables and alike.get(name, True):
                     alike[name] = _is_constant(table, name)
     return [
-        f"What depends on '{name}' is equally probable under each of its values: its components are alike, and EM "
+        f"What depends on '{name}' is equally probable under every value of '{name}': its components are alike, and EM "
         "cannot tell them apart. Start them from different parameters, or use n_init."
         for name, is_alike in alike.items()
         if is_alike
