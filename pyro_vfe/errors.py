@@ -31,6 +31,11 @@ class UnenumerableError(VFEError):
 class MissingGuideSiteError(VFEError):
     """A latent of the model that has to be drawn, and that the guide does not draw."""
 
+    def __init__(self, latent: str, *, site: str, hint: str) -> None:
+        super().__init__(f"{latent}, and no guide draws it.", hint=hint)
+        self.latent = latent
+        self.site = site
+
 
 class NameClashError(VFEError):
     """One name for two things."""

@@ -356,7 +356,7 @@ def test_what_fit_cannot_use_is_refused_before_anything_changes(name: str) -> No
 
 
 def test_other_things_that_are_no_programs_or_batches_are_refused() -> None:
-    with pytest.raises(VFEError, match="a Tensor as guide"):
+    with pytest.raises(VFEError, match="guide is a Tensor"):
         fitted(mixture, COUNTS, optim=adam(), num_steps=2)
     with pytest.raises(VFEError, match="gave none in epoch 1"):
         fitted(mixture, mixture_guide, optim=adam(), num_steps=2, batches=[])

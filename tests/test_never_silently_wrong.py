@@ -51,7 +51,7 @@ def reads_a_missing_value_in_python() -> None:
 
 
 def test_a_latent_missing_from_the_guide_is_missed_also_when_python_reads_it() -> None:
-    with pytest.raises(VFEError, match=r"'x' is Normal.*the guide has no such site"):
+    with pytest.raises(VFEError, match=r"'x' is Normal.*no guide draws it"):
         loss_of(reads_a_missing_value_in_python)
 
 

@@ -10,6 +10,7 @@ from pyro_vfe.engine.ordering import listed
 from pyro_vfe.engine.outline import Outline, outline
 from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, previous
 from pyro_vfe.program.cost import table_entries
+from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
 from pyro_vfe.program.programs import Programs
 
@@ -54,14 +55,16 @@ class Explanation:
 _HEADER = ("site", "program", "values", "plates", "handled", "reads")
 
 
-def explain(model: Program, guide: Program, *args: Any, max_bytes: float | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    model: Program, guide: Program | None, *args: Any, max_bytes: float | None = None, **kwargs: Any
+) -> Explanation:
     """Returns what enumeration would do with a pair of programs: sites, supports, plates, order and cost.
 
     The programs are run once with sampled values; no table is made.
 
     Args:
         model: The generative model.
-        guide: The guide.
+        guide: The guide; None for one without sites.
         *args: Arguments of both programs.
         max_bytes: The limit to hold the costs against; by default half of what is free.
         **kwargs: Keyword arguments of both programs.
@@ -69,7 +72,7 @@ def explain(model: Program, guide: Program, *args: Any, max_bytes: float | None 
     Raises:
         VFEError: The programs cannot be enumerated. One that would merely not fit is explained.
     """
-    layout = Programs(check=False, max_bytes=math.inf).layout(model, guide, args, kwargs)
+    layout = Programs(check=False, max_bytes=math.inf).layout(model, given_guide(model, guide), args, kwargs)
     return Explanation(layout, outline(_structure(layout)), table_limit(max_bytes))
 
 

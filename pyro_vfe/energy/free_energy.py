@@ -29,7 +29,8 @@ from pyro_vfe.engine.expectation import Expectation
 from pyro_vfe.engine.factors import Factor, Table, total
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
-from pyro_vfe.program.layout import Program, no_guide
+from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 
 
@@ -92,12 +93,12 @@ class FreeEnergy(ELBO):
             check=check, max_bytes=max_bytes, min_nesting=0 if math.isinf(nesting) else int(nesting)
         )
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> float:
         """Returns F in nats, an average over particles where something is sampled.
 
         Args:
             model: The generative model.
-            guide: The guide.
+            guide: The guide; None for one without sites.
             *args: Arguments of both programs.
             **kwargs: Keyword arguments of both programs.
 
@@ -108,12 +109,12 @@ class FreeEnergy(ELBO):
         with torch.no_grad():
             return float(self._finite_loss(model, guide, args, kwargs))
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """Returns F in nats as a scalar tensor whose gradient is exact for what is enumerated, unbiased for the rest.
 
         Args:
             model: The generative model.
-            guide: The guide.
+            guide: The guide; None for one without sites.
             *args: Arguments of both programs.
             **kwargs: Keyword arguments of both programs.
 
@@ -122,12 +123,12 @@ class FreeEnergy(ELBO):
         """
         return self._finite_loss(model, guide, args, kwargs)
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> float:
         """Returns F in nats and adds its gradient to the parameters' `.grad`.
 
         Args:
             model: The generative model.
-            guide: The guide.
+            guide: The guide; None for one without sites.
             *args: Arguments of both programs.
             **kwargs: Keyword arguments of both programs.
 
@@ -156,14 +157,12 @@ class FreeEnergy(ELBO):
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
         with torch.no_grad():
-            runs = [
-                self._programs.enumerate_given_draws(model, guide or no_guide, args, kwargs)
-                for _ in range(self.num_particles)
-            ]
+            own = given_guide(model, guide)
+            runs = [self._programs.enumerate_given_draws(model, own, args, kwargs) for _ in range(self.num_particles)]
             return decomposition(runs, self.max_bytes)
 
     def compute_marginals(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: Program, guide: Program | None, *args: Any, **kwargs: Any
     ) -> "OrderedDict[str, torch.distributions.Distribution]":
         """Returns the posterior marginal of each discrete latent that only the model has, by site name.
 
@@ -171,35 +170,38 @@ class FreeEnergy(ELBO):
 
         Args:
             model: The generative model.
-            guide: The guide.
+            guide: The guide; None for one without sites.
             *args: Arguments of both programs.
             **kwargs: Keyword arguments of both programs.
         """
         return marginal_distributions(self._one_run(model, guide, args, kwargs, "compute_marginals"))
 
-    def sample_posterior(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+    def sample_posterior(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Any:
         """Returns what the model returns when its discrete latents are drawn from their joint posterior.
 
         Args:
             model: The generative model.
-            guide: The guide.
+            guide: The guide; None for one without sites.
             *args: Arguments of both programs.
             **kwargs: Keyword arguments of both programs.
         """
         return posterior_run(self._one_run(model, guide, args, kwargs, "sample_posterior"), model, args, kwargs)
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("FreeEnergy makes factor graphs, not traces.")
 
     def _one_run(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str
+        self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str
     ) -> Enumeration:
         if self.num_particles != 1:
             raise VFEError(f"{what} was asked of {self.num_particles} particles.", hint="Use num_particles=1.")
         with torch.no_grad():
-            return self._programs.enumerate_given_draws(model, guide, args, kwargs)
+            return self._programs.enumerate_given_draws(model, given_guide(model, guide), args, kwargs)
 
-    def _finite_loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _finite_loss(
+        self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        guide = given_guide(model, guide)
         vectorized = self.vectorize_particles and self.num_particles > 1
         side_by_side = self.num_particles if vectorized else 1
         runs = [

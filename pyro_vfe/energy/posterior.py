@@ -20,9 +20,10 @@ from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, expected_tables, marginals
-from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.errors import MissingGuideSiteError, StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.layout import Program, no_guide
+from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.tables import batch_axes, over_dims
 
@@ -45,9 +46,20 @@ def posterior(
         CostError: The elimination would not fit.
     """
     programs = Programs(check=check, max_bytes=max_bytes)
-    with torch.no_grad():
-        enumeration = programs.enumerate(model, no_guide, args, kwargs)
+    try:
+        with torch.no_grad():
+            enumeration = programs.enumerate(model, given_guide(model, None), args, kwargs)
+    except MissingGuideSiteError as error:
+        hint = _GIVEN_A_VALUE.replace("{name}", error.site)
+        raise MissingGuideSiteError(error.latent, site=error.site, hint=hint) from error
     return Posterior(enumeration, max_bytes=max_bytes)
+
+
+_GIVEN_A_VALUE = (
+    "posterior takes no guide. Give it the model at a value of '{name}', one that a guide was fitted to, say: "
+    "vfe.posterior(pyro.poutine.condition(model, data={'{name}': value}), ...). Or take F apart with a guide that "
+    "samples '{name}': vfe.FreeEnergy().decompose(model, guide, ...), vfe.to_datatree(model, guide, ...)."
+)
 
 
 class Posterior:

@@ -70,7 +70,7 @@ def _over_plate(values: Tensor) -> tuple[str, ...]:
 
 def _number(value: float) -> str:
     """Four decimals; a small positive number keeps its magnitude, and rounding below zero is not shown as a sign."""
-    if -1e-9 < value < 0:
+    if -1e-9 < value <= 0:  # the zero too, which may be a negative one
         value = 0.0
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.1e}"

@@ -16,6 +16,10 @@ CANCELLED = 64
 """A coefficient this many roundings below zero is zero: weights that were added have been taken away again."""
 
 FLOOR = "Give a floor, floor={{'{name}': 1e-6}}, or the parameter a prior."
+CONCENTRATION = (
+    "Give that prior concentrations of at least one; or give a floor, floor={{'{name}': 1e-6}}, which keeps the "
+    "probability inside."
+)
 PRIOR = "Give '{name}' a prior: a floor is no ceiling."
 
 
@@ -72,9 +76,8 @@ def is_known(form: ObjectiveForm, coefficients: Tensor) -> Tensor:
 
 def _best_simplex(name: str, counts: Tensor, floor: float | None) -> Tensor:
     if floor is None:
-        _refuse(
-            name, counts < 0, counts.shape, "The best probability is zero, as the prior's concentration is below one"
-        )
+        fact = "The best probability is zero, as the prior's concentration is below one"
+        _refuse(name, counts < 0, counts.shape, fact, CONCENTRATION)
         return counts / counts.sum(-1, keepdim=True).where(counts.sum(-1, keepdim=True) > 0, 1.0)
     size = counts.shape[-1]
     if floor * size > 1:
@@ -106,9 +109,8 @@ def _best_unit(name: str, successes: Tensor, failures: Tensor, floor: float | No
     share = successes / total.where(total > 0, 1.0)
     if floor is None:
         unbounded = (successes < 0) | (failures < 0)
-        _refuse(
-            name, unbounded, total.shape, "The best probability is 0 or 1, as the prior's concentration is below one"
-        )
+        fact = "The best probability is 0 or 1, as the prior's concentration is below one"
+        _refuse(name, unbounded, total.shape, fact, CONCENTRATION)
         return share
     if floor > 0.5:
         raise ProbabilityError(

@@ -55,7 +55,8 @@ from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.learning.rounding import Rounding, resolution
 from pyro_vfe.learning.squarem import Squarem
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.layout import Program, no_guide
+from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.layout import Program
 from pyro_vfe.program.parameters import Parameters, restored_on_error, snapshot
 from pyro_vfe.program.programs import Check, Programs
 
@@ -115,8 +116,9 @@ class EM:
         max_bytes: The most memory that tables may take; half of what is free by default.
 
         Raises:
-            VFEError: A floor is no positive number, or the M-phase holds none.
+            VFEError: A program cannot be called; a floor is no positive number, or the M-phase holds none.
         """
+        own_guide = given_guide(model, guide)
         self.model = model
         self.guide = guide
         self._chosen_e_phase = e_phase
@@ -128,7 +130,7 @@ class EM:
         self._programs = Programs(check=check, max_bytes=max_bytes, pin_masked=True)
         self._parameters = Parameters()
         self._watched_model = self._parameters.watched(model, "model")
-        self._watched_guide = self._parameters.watched(guide or no_guide, "guide")
+        self._watched_guide = self._parameters.watched(own_guide, "guide")
         self._default_e_phase: EPhase | None = None
         self._last: _Last | None = None
         self._m_phases = 0

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from math import inf
 
+import torch
+
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableError, VFEError
 from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
@@ -13,6 +15,8 @@ from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.supports import unwrapped
 
 _ALIKE = 1e-9
@@ -37,8 +41,8 @@ def first_enumeration(pair: Pair) -> Enumeration:
     try:
         return pair.enumerate()
     except MissingGuideSiteError as error:
-        hint = _POINT_OR_POSTERIOR.replace("'{name}'", "its name")
-        raise MissingGuideSiteError(error.problem, hint=hint) from error
+        hint = _POINT_OR_POSTERIOR.replace("{name}", error.site)
+        raise MissingGuideSiteError(error.latent, site=error.site, hint=hint) from error
 
 
 def check_ranges(*ranges: tuple[str, float | None, float]) -> None:
@@ -173,16 +177,24 @@ def alike_components(enumeration: Enumeration) -> list[str]:
         enumeration: The factors at the end of a run.
     """
     alike: dict[str, bool] = {}
-    for table in (factor.table for factor in enumeration.observed):
-        for name in table.axes:
-            if name in enumeration.variables and alike.get(name, True):
-                alike[name] = _is_constant(table, name)
+    for factor in (*enumeration.observed, *enumeration.model_latents):
+        hidden = _is_hidden(enumeration.sites["model", factor.name])
+        for table in () if hidden else factor.tables:
+            for name in table.axes:
+                if name != factor.name and name in enumeration.variables and alike.get(name, True):
+                    alike[name] = _is_constant(table, name)
     return [
-        f"All data are equally probable under every value of '{name}': its components are alike, and EM cannot tell "
-        "them apart. Start them from different parameters, or use n_init."
+        f"What depends on '{name}' is equally probable under every value of '{name}': its components are alike, and EM "
+        "cannot tell them apart. Start them from different parameters, or use n_init."
         for name, is_alike in alike.items()
         if is_alike
     ]
+
+
+def _is_hidden(site: Site) -> bool:
+    """Whether a site is masked out everywhere: it then tells nothing of what it reads."""
+    mask = unmasked(site)[1]
+    return mask is not None and not bool(torch.as_tensor(mask).any())
 
 
 def _is_constant(table: Table, name: str) -> bool:

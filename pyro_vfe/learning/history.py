@@ -222,14 +222,15 @@ def _differences(values: Numbers) -> Numbers:
 
 
 def _level(value: float) -> str:
-    return _UNKNOWN if np.isnan(value) else f"{value:,.4f}"
+    # Rounded first, and added to zero, so that what rounds to zero has no sign.
+    return _UNKNOWN if np.isnan(value) else f"{round(value, 4) + 0.0:,.4f}"
 
 
 def _change(value: float) -> str:
     """A signed number of four decimals; a small one keeps its magnitude, and the first row has none."""
     if np.isnan(value):
         return ""
-    return f"{value:+.1e}" if value != 0 and abs(value) < 1e-3 else f"{value:+,.4f}"
+    return f"{value:+.1e}" if value != 0 and abs(value) < 1e-3 else f"{value + 0.0:+,.4f}"
 
 
 def _html_row(tag: str, style: str, cells: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import SiteStructure, discrete_latents
+from pyro_vfe.program.parameters import other_shape
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 from pyro_vfe.program.tables import over_dims
@@ -100,11 +101,8 @@ class AutoMeanField(AutoGuide):
                 logits.add_(probabilities.clamp(min=torch.finfo(logits.dtype).tiny).log())
 
     def _initial_logits(self, site: SiteStructure) -> Tensor:
-        shape = [1] * max((-plate.dim for plate in site.plates), default=0)
-        for plate in site.plates:
-            shape[plate.dim] = plate.full_size
         assert site.support is not None
-        return self.init_scale * torch.randn(*shape, site.size, device=site.support.device)
+        return self.init_scale * torch.randn(_shape(site), device=site.support.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every discrete latent and returns the values by site name.
@@ -177,7 +175,18 @@ def _attribute(name: str) -> str:
 
 def _logits(guide: AutoMeanField, name: str) -> Tensor:
     logits: Tensor = attrgetter(_attribute(name))(guide.logits)
+    own = _shape(guide._latents[name])
+    if logits.shape != own:  # The store keeps what it has under the name, that of a guide for other data.
+        raise other_shape(str(pyro.get_param_store().param_name(logits)), logits.shape, own)
     return logits
+
+
+def _shape(site: SiteStructure) -> torch.Size:
+    """The shape of a latent's logits, over whole plates."""
+    shape = [1] * max((-plate.dim for plate in site.plates), default=0)
+    for plate in site.plates:
+        shape[plate.dim] = plate.full_size
+    return torch.Size([*shape, site.size])
 
 
 def _frame(plate: Plate) -> Any:

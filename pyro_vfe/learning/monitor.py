@@ -19,6 +19,7 @@ from pyro_vfe.learning.history import History, Row
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_reading import Reader
 from pyro_vfe.learning.svi_report import Bar, Loss, as_float, by_tag, check_loss, in_words
+from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 
 SVICallback = Callable[[int, dict[str, float]], Any]
@@ -61,7 +62,7 @@ class Monitor:
     def __init__(
         self,
         model: Program,
-        guide: Program,
+        guide: Program | None,
         *,
         every: int = 50,
         held_out: Any = None,
@@ -72,7 +73,7 @@ class Monitor:
     ) -> None:
         """Args:
         model: The generative model.
-        guide: The guide.
+        guide: The guide; None for one without sites.
         every: The number of steps from one reading to the next. The first step is read too, and the last one on
             `close`. Where batches are cycled, let it share no divisor with their number: otherwise the same few are
             read in every epoch.
@@ -100,7 +101,7 @@ class Monitor:
             )
         self.every = every
         self._held_out = None if held_out is None else arguments_of(held_out)
-        self._reader = Reader(model, guide, elbo or FreeEnergy())
+        self._reader = Reader(model, given_guide(model, guide), elbo or FreeEnergy())
         self._callback = callback
         self._rules = stop_rules(stop)
         self._shows = progress_bar

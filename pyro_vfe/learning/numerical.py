@@ -86,7 +86,7 @@ class Numerical(MPhase):
             return dict.fromkeys(problem.names, "held: no finite entry that has a gradient")
         with restored_on_error(snapshot(problem.names)):
             cut_short = self._searched(objective)
-        words = f"L-BFGS, {objective.evaluations} evaluations"
+        words = f"L-BFGS, {objective.evaluations} evaluation{'s' * (objective.evaluations != 1)}"
         if cut_short:
             words += f", stopped at max_iter={self.max_iter}"
         return dict.fromkeys(problem.names, words)

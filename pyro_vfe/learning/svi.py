@@ -24,9 +24,10 @@ from pyro_vfe.learning.em_run import counted, parameter_table
 from pyro_vfe.learning.history import History, Numbers
 from pyro_vfe.learning.monitor import Monitor, SVICallback
 from pyro_vfe.learning.stop_rules import StopRule
-from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim, check_programs
+from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim
 from pyro_vfe.learning.svi_report import Unmonitored, notes_of_own_parameters
 from pyro_vfe.learning.svi_step import Stepper
+from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 
 _READINGS = 50
@@ -98,7 +99,7 @@ class SVIRun:
 
 def fit(
     model: Program,
-    guide: Program,
+    guide: Program | None,
     *args: Any,
     optim: PyroOptim,
     num_steps: int,
@@ -118,7 +119,7 @@ def fit(
 
     Args:
         model: The generative model.
-        guide: The guide.
+        guide: The guide; None for one without sites.
         *args: The programs' arguments: the data.
         optim: One of Pyro's optimisers, such as `pyro.optim.Adam({"lr": 0.01})`. A scheduler of learning rates is
             stepped after every step; `pyro.optim.ReduceLROnPlateau` is shown its loss.
@@ -162,7 +163,7 @@ def fit(
     References:
         Hoffman, Blei, Wang and Paisley (2013), Stochastic variational inference.
     """
-    check_programs(model, guide)
+    guide = given_guide(model, guide)
     check_optim(optim)
     check_num_steps(num_steps)
     loss = FreeEnergy() if elbo is None else elbo

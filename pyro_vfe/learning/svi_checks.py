@@ -11,26 +11,6 @@ from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.batches import Arguments, check_batches, numbered
-from pyro_vfe.program.layout import Program
-
-
-def check_programs(model: Program, guide: Program) -> None:
-    """Checks that there are two programs.
-
-    Args:
-        model: The generative model.
-        guide: The guide.
-
-    Raises:
-        VFEError: One of them cannot be called.
-    """
-    for name, program in (("model", model), ("guide", guide)):
-        if not callable(program):
-            raise VFEError(
-                f"fit was given a {type(program).__name__} as {name}.",
-                hint="Pass vfe.fit(model, guide, data, ...); vfe.AutoMeanField(model) makes a guide, and "
-                "`lambda *args, **kwargs: None` is one that leaves all discrete latents to be summed out.",
-            )
 
 
 def check_optim(optim: object) -> None:

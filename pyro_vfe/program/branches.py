@@ -6,16 +6,21 @@ A run is a path of choices; the paths form a tree, because a branch may sample s
 branch lacks has log-probability 0 there (an observation) or is pinned to its first value (a latent).
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Table
-from pyro_vfe.errors import CostError
+from pyro_vfe.errors import CostError, VFEWarning
 
 _MAX_RUNS = 4096
+
+PATIENCE = 10.0
+"""Seconds of runs after which a user is told where many more are to come."""
 
 
 @dataclass
@@ -32,10 +37,13 @@ class Paths:
     """Walks through all paths of choices, depth first; a site joins a path when the run reaches it."""
 
     path: list[Choice] = field(default_factory=list)
+    warns: bool = False
+    """Whether to warn where the walk takes long."""
 
     def __iter__(self) -> Iterator[int]:
         """Yields once per run; between runs the last choice moves on."""
         self.path = []
+        started = perf_counter()
         for run in range(_MAX_RUNS + 1):
             if run == _MAX_RUNS:
                 names = ", ".join(f"'{choice.name}'" for choice in self.path[:5])
@@ -45,11 +53,31 @@ class Paths:
                     hint="Write the branch as an indexed table or torch.where: then its values share one run.",
                 )
             yield run
+            if self.warns and perf_counter() - started > PATIENCE:
+                self._warn_if_far(run + 1, perf_counter() - started)
             while self.path and self.path[-1].index + 1 == self.path[-1].size:
                 self.path.pop()
             if not self.path:
                 return
             self.path[-1].index += 1
+
+    def _warn_if_far(self, runs: int, seconds: float) -> None:
+        """Warns once where many runs are to come, if the tree of paths goes on as it began."""
+        self.warns = False
+        done, share = 0.0, 1.0
+        for choice in self.path:
+            share /= choice.size
+            done += choice.index * share
+        total = runs / (done + share)
+        if seconds * total / runs > 2 * PATIENCE:
+            names = ", ".join(f"'{choice.name}'" for choice in self.path[:5])
+            warnings.warn(
+                f"The program branches on latents ({names}{', ...' * (len(self.path) > 5)}) and runs once for each of "
+                f"perhaps {total:,.0f} joint values of theirs; {runs:,} took {seconds:.1f} seconds. Write the branch "
+                "as torch.where(z == 1, a, b) or as an indexed table, table[z]: then all values share one run.",
+                VFEWarning,
+                stacklevel=2,
+            )
 
     def choose(self, name: str, size: int) -> int:
         """The index that site `name` takes in this run."""

@@ -20,6 +20,7 @@ from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
 from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
@@ -143,7 +144,7 @@ def _explored(
     while True:
         findings = _Findings()
         try:
-            for _ in (paths := Paths()):
+            for _ in (paths := Paths(warns=True)):
                 _ordinary_run(model, guide, args, kwargs, sequential, paths, findings)
         except Escaped as escape:
             sequential |= _can_be_sequential(escape, findings)
@@ -184,6 +185,8 @@ def _ordinary_run(
     )
     for site in (*first.sites.values(), *second.sites.values()):
         findings.sites.setdefault((site.role, site.name), _structure(site, provenance))
+        if site.kind != "unread" and model is not no_guide:  # A look at the latents alone calls the model a guide.
+            check_batch_dims(site)
 
 
 def _structure(site: Site, provenance: Provenance) -> SiteStructure:

@@ -5,7 +5,7 @@ see its constrained value; gradients and optimisers see the unconstrained one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
@@ -15,7 +15,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_vfe.errors import StructureError
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Role
 
 
@@ -137,6 +139,55 @@ def restored_on_error(copies: Mapping[str, Tensor]) -> Iterator[None]:
     except BaseException:
         restore(copies)
         raise
+
+
+def other_shape(name: str, stored: torch.Size, own: torch.Size) -> StructureError:
+    """The error for a parameter that earlier programs, or data, have left in another shape.
+
+    Args:
+        name: Its name in Pyro's store.
+        stored: The shape that it has there.
+        own: The shape that the program would make it in.
+    """
+    return StructureError(
+        f"Parameter '{name}' in Pyro's store has shape {tuple(stored)}, and the program would make it in shape "
+        f"{tuple(own)}: it is left from other data or another program.",
+        hint="Clear the store first, pyro.clear_param_store(); or give the parameter another name; or keep the two "
+        "apart by `with pyro.get_param_store().scope():`.",
+    )
+
+
+class _Shapes(Messenger):
+    """Compares parameters in the store with what the program says that they start from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: StructureError | None = None
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, store = msg["name"], pyro.get_param_store()
+        start = msg["args"][1] if len(msg["args"]) > 1 else None
+        if self.found is None and start is not None and name in store:
+            own = (start() if callable(start) else start).shape
+            if store[name].shape != own:
+                self.found = other_shape(name, store[name].shape, own)
+
+
+def stale_parameter(
+    programs: Iterable[Program], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> StructureError | None:
+    """Returns the error for a parameter in the store that has another shape than programs would make it in, if any.
+
+    Args:
+        programs: Programs, one of which failed: each is run as far as it goes.
+        args: Their arguments.
+        kwargs: Their keyword arguments.
+    """
+    shapes = _Shapes()
+    for program in programs:
+        with undisturbed_randomness(), torch.no_grad(), suppress(Exception), pyro.poutine.block(), shapes:
+            program(*args, **kwargs)
+    return shapes.found
 
 
 def nan_parameters(*programs: Program) -> list[str]:

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import pyro
 from torch import Tensor
 
-from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
+from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
 from pyro_vfe.program.cost import check_cost
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout, Program, lay_out
-from pyro_vfe.program.parameters import nan_parameters
+from pyro_vfe.program.parameters import nan_parameters, stale_parameter
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs
@@ -134,8 +134,8 @@ class Programs:
                 del self._pairs[call.key]
         try:
             return self._enumerate_anew(call)
-        except ValueError as error:
-            explanation = _explained(error, model, guide)
+        except Exception as error:
+            explanation = _explained(error, call)
             if explanation is None:
                 raise
             raise explanation from error
@@ -153,7 +153,7 @@ class Programs:
         except VFEError:
             raise
         except Exception as error:
-            raise (_explained(error, call.model, call.guide) or _cannot_broadcast(error)) from error
+            raise (_explained(error, call) or _cannot_broadcast(error)) from error
         self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide), shares)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
@@ -246,11 +246,13 @@ def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
             raise StructureChanged(f"site '{key[1]}' read {sorted(before)}, and then {sorted(varies)}")
 
 
-def _explained(error: Exception, model: Program, guide: Program) -> NotFiniteError | None:
-    """For the error of a distribution that was given NaN: the parameters it came from."""
-    names = [] if isinstance(error, VFEError) else nan_parameters(model, guide)
-    if not names:
+def _explained(error: Exception, call: _Call) -> VFEError | None:
+    """For what a distribution or an operation says of parameters that are NaN, or of another shape: which they are."""
+    if isinstance(error, VFEError) and not isinstance(error, SupportError):
         return None
+    names = nan_parameters(call.model, call.guide) if isinstance(error, ValueError) else []
+    if not names:
+        return stale_parameter((call.guide, call.model), call.args, call.kwargs)
     return NotFiniteError(
         f"The parameters {', '.join(names)} hold NaN ({str(error).splitlines()[0]}).",
         hint="Set them to finite values (a smaller learning rate keeps them there); this step changed nothing.",
@@ -258,12 +260,13 @@ def _explained(error: Exception, model: Program, guide: Program) -> NotFiniteErr
 
 
 def _cannot_broadcast(error: Exception) -> StructureError:
+    said = str(error).rstrip(". ")
     return StructureError(
-        f"The programs run with sampled values but not with enumerated ones: {type(error).__name__}: {error}.",
+        f"The programs run with sampled values but not with enumerated ones: {type(error).__name__}: {said}.",
         hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
         "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0; "
-        "join latents "
-        "by torch.stack(torch.broadcast_tensors(...), -1).",
+        "join latents by torch.stack(torch.broadcast_tensors(...), -1). A table that a latent indexes needs an entry "
+        "for each of its values.",
     )
 
 

@@ -241,8 +241,21 @@ class Recorder(Messenger):
                 fact = f"two {what}s of the {self.role} are called '{name}'"
             else:
                 fact = f"a site and a plate of the {self.role} are both called '{name}'"
-            raise NameClashError(f"The name '{name}' stands for two things: {fact}.", hint="Rename one of them.")
+            raise NameClashError(
+                f"The name '{name}' stands for two things: {fact}.", hint=_renaming(name, before, what)
+            )
         self._names[name] = what
+
+
+def _renaming(name: str, before: str, what: str) -> str:
+    if before != what:
+        return "Rename one of them."
+    if what == "plate":
+        return (
+            "If a loop makes the plate in each of its steps, make it once, before the loop, and enter the same one "
+            f"each time: plate = pyro.plate('{name}', size), then `with plate:`. Otherwise rename one of them."
+        )
+    return f"In a loop put the counter into the name: f'{name}_{{t}}'. Otherwise rename one of them."
 
 
 def record_both(
@@ -343,10 +356,7 @@ def _check_same_subsample(name: str, known: Any, value: Any) -> None:
 def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideSiteError:
     """The error for a latent that has to be drawn and that the guide does not draw."""
     if is_finite:
-        fact = (
-            f"Latent site '{name}' ({family}) is set to be sampled (infer enumerate None), and the guide has no such "
-            "site."
-        )
+        latent = f"Latent site '{name}' ({family}) is set to be sampled (infer enumerate None)"
     else:
-        fact = f"Latent site '{name}' is {family}, which has no finite support, and the guide has no such site."
-    return MissingGuideSiteError(fact, hint=f"Give the guide a site '{name}', or observe it.")
+        latent = f"Latent site '{name}' is {family}, which has no finite support"
+    return MissingGuideSiteError(latent, site=name, hint=f"Give the guide a site '{name}', or observe it.")

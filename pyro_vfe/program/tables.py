@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.stacks import Stack, StackedTable
-from pyro_vfe.errors import StructureError, SupportError
+from pyro_vfe.errors import SupportError
 from pyro_vfe.program.chain_sites import chain_factor, is_chain
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
@@ -23,6 +23,7 @@ from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.missing_plates import cannot_score, no_plate
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
 
@@ -287,7 +288,7 @@ class Labeller:
             elif dim in plate_at and plate_at[dim].size == size:
                 dims.append(plate_at[dim].name)
             else:
-                raise _no_plate(site, values.shape[start:stop], dim)
+                raise no_plate(site, values.shape[start:stop], dim)
             keep.append(size)
         if own and values.shape[-1] != 1:
             dims.append(_OWN)
@@ -328,10 +329,8 @@ def _scored(site: Site, fn: Any) -> Tensor:
     except ValueError as error:
         if site.kind != "observed":
             raise
-        raise SupportError(
-            f"Site '{site.name}' of the {site.role} cannot score its value: {error}",
-            hint="Observe a value that the distribution can take.",
-        ) from error
+        fact, way_out = cannot_score(site, error)
+        raise SupportError(fact, hint=way_out) from error
 
 
 def scale_reads_latents(site: Site, nesting: int) -> bool:
@@ -350,13 +349,3 @@ def over_dims(table: Table, plates: tuple[Plate, ...]) -> Tensor:
     """A table over plates as a tensor: batch dims lie where the plates' dims do, other axes follow on the right."""
     axes = batch_axes(plates)
     return table.aligned((*axes, *(axis for axis in table.axes if axis not in axes)))
-
-
-def _no_plate(site: Site, shape: torch.Size, dim: int) -> StructureError:
-    plates = ", ".join(f"'{plate.name}' (dim {plate.dim}, size {plate.size})" for plate in site.plates) or "none"
-    return StructureError(
-        f"Site '{site.name}' of the {site.role} has a log-probability of shape {tuple(shape)}, and its dim {dim} is no "
-        f"plate around it (plates: {plates}).",
-        hint="Enclose it in `with pyro.plate(name, size)` if its elements are independent, or make them one event "
-        "with `.to_event(n)`.",
-    )

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.history import History
-from pyro_vfe.program.layout import Program, no_guide
+from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.layout import Program
 from pyro_vfe.reporting.arviz_schema import tree_of
 from pyro_vfe.reporting.gathering import Gatherer
 from pyro_vfe.reporting.inference_data import inference_data_of
@@ -85,7 +86,7 @@ def to_datatree(
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise VFEError(f"num_samples is {num_samples!r}.", hint="Ask for at least one draw.")
-    gatherer = Gatherer(model, no_guide if guide is None else guide, args, kwargs, num_samples, max_bytes, progress_bar)
+    gatherer = Gatherer(model, given_guide(model, guide), args, kwargs, num_samples, max_bytes, progress_bar)
     gathered = gatherer.gather(prior, posterior_predictive, _history_of(history))
     stats = gathered.groups["sample_stats"]
     warn_if_unreliable(stats["log_weight"].values)
