@@ -475,7 +475,7 @@ def test_the_bar_shows_the_readings_beside_the_count(capsys: pytest.CaptureFixtu
         ({"stop": vfe.GapBelow}, "no stop rule"),
         ({"stop": [vfe.Settled(), None]}, "no stop rule"),
     ],
-    ids=str,
+    ids=["no steps", "half a step", "a truth", "another elbo", "a number", "a class", "nothing in a list"],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(VFEError, match=words):
