@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.impossible import check_possible, culprits
+from pyro_vfe.energy.impossible import Clash, check_possible, culprits
 from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import terms_by
@@ -65,8 +65,8 @@ class Decomposition:
     num_data: int
     """The number of data: elements of the plates that all observed sites share, as the whole data set has them."""
 
-    impossible: tuple[str, ...]
-    """Where the guide puts mass that the model forbids, in words; then free energy and gap are infinite."""
+    clashes: tuple[Clash, ...]
+    """Where the guide puts mass that the model forbids; then free energy and gap are infinite."""
 
     plate: str | None = None
     """The plate that entries are elements of; None for scalars."""
@@ -81,6 +81,11 @@ class Decomposition:
     def free_energy(self) -> Tensor:
         """F itself: the negative ELBO."""
         return self.energy - self.entropy
+
+    @property
+    def impossible(self) -> tuple[str, ...]:
+        """Where the guide puts mass that the model forbids, in words."""
+        return tuple(clash.words for clash in self.clashes)
 
     @property
     def per_datum(self) -> "Decomposition":
@@ -215,8 +220,8 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         exact=not first.is_sampled and not subsampled,
         stderr=_stderr(terms),
         num_data=first.num_data,
-        impossible=tuple(
-            words for run, term in zip(precise, terms, strict=True) if term.gap.isinf() for words in culprits(run)
+        clashes=tuple(
+            clash for run, term in zip(precise, terms, strict=True) if term.gap.isinf() for clash in culprits(run)
         ),
         runs=precise,
         max_bytes=max_bytes,

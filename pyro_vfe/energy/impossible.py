@@ -5,6 +5,7 @@ surprise = +inf exactly where P(v, u|G) = 0 for every v
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,8 +60,23 @@ def impossible_data(enumeration: Enumeration) -> ImpossibleDataError:
     )
 
 
-def culprits(enumeration: Enumeration) -> tuple[str, ...]:
-    """Where the guide puts mass that the model forbids: site, values and place, in words."""
+@dataclass(frozen=True)
+class Clash:
+    """Where the guide puts mass that the model forbids."""
+
+    words: str
+    """Site, values and place."""
+    site: str | None = None
+    """The model's site that forbids it; None where no single one does."""
+    latents: tuple[str, ...] = ()
+    """The latents at whose values it does."""
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
+    """Where the guide puts mass that the model forbids."""
     result = []
     guide = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
     known = frozenset(f.name for f in enumeration.guide_latents)
@@ -71,11 +87,10 @@ def culprits(enumeration: Enumeration) -> tuple[str, ...]:
         some = bool(factor.table.values.isneginf().any())
         found = _forbidden(factor, scope, guide, enumeration) if some else None
         if found:
-            result.append(
-                f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero"
-            )
+            words = f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero"
+            result.append(Clash(words, factor.name, scope))
     return tuple(result[:_MOST_NAMED]) or (
-        "the guide puts mass where the model, with its own latents summed out, has none",
+        Clash("the guide puts mass where the model, with its own latents summed out, has none"),
     )
 
 
@@ -108,7 +123,7 @@ def not_finite(
             if bool(evidence.isneginf()):
                 return impossible_data(enumeration)
             return NotFiniteError(
-                f"F is +inf: {'; '.join(culprits(enumeration))}.",
+                f"F is +inf: {'; '.join(map(str, culprits(enumeration)))}.",
                 hint="Give the guide the same zeros as the model. A site that others determine (an OR, say) is best "
                 "left out of the guide: it is then summed out inside the model.",
             )

@@ -55,7 +55,7 @@ def _columns(terms: "Decomposition") -> tuple[tuple[str, ...], list[tuple[str, t
         rows = [(label, _over_plate(getattr(terms, name)), meaning) for label, name, meaning in _ROWS]
         return header, rows
     per_datum = terms.num_data > 1
-    header = ("nats", f"per datum (N={terms.num_data})") if per_datum else ("nats",)
+    header = ("nats", f"per datum (N={terms.num_data:,})") if per_datum else ("nats",)
     rows = []
     for label, name, meaning in _ROWS:
         total = float(getattr(terms, name))

@@ -46,7 +46,7 @@ class BatchRun:
         batches = "batch" if self.num_batches == 1 else "batches"
         lines = [
             f"EM on {self.num_batches} {batches}: {verdict} after {counted(self.n_iter, 'epoch')}, "
-            f"F = {self.free_energy:,.4f} nats ({per_datum:,.4f} per datum, N={self.history.num_data})",
+            f"F = {self.free_energy:,.4f} nats ({per_datum:,.4f} per datum, N={self.history.num_data:,})",
             "",
             str(self.history),
             "",

@@ -95,7 +95,7 @@ class EMRun:
         per_datum = self.free_energy / self.history.num_data
         lines = [
             f"EM: {verdict} after {counted(self.n_iter, 'iteration')}, F = {self.free_energy:,.4f} nats "
-            f"({per_datum:,.4f} per datum, N={self.history.num_data})",
+            f"({per_datum:,.4f} per datum, N={self.history.num_data:,})",
             "",
             str(self.history),
             "",
@@ -126,7 +126,7 @@ def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decompo
         exact=True,
         stderr=None,
         num_data=enumeration.num_data,
-        impossible=(),
+        clashes=(),
     )
 
 

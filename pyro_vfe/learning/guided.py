@@ -39,7 +39,7 @@ def guided_belief(enumeration: Enumeration, max_bytes: float | None = None) -> B
         free_energy = log_q(enumeration, max_bytes).expectation().total - expected
         if not bool(free_energy.isfinite()):
             raise NotFiniteError(
-                f"F is {float(free_energy):g}: {'; '.join(culprits(enumeration))}.",
+                f"F is {float(free_energy):g}: {'; '.join(map(str, culprits(enumeration)))}.",
                 hint="Give the guide the same zeros as the model.",
             )
         expected_log_q = free_energy + expected_log_joint(weights, enumeration)

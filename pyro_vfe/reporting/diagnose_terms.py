@@ -10,9 +10,9 @@ References:
 """
 
 import math
-import re
 
 from pyro_vfe.energy.decomposition import Decomposition
+from pyro_vfe.energy.impossible import Clash
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.enumeration import PARTICLES
 from pyro_vfe.reporting.diagnose_notebook import Notebook, nats, percent
@@ -24,8 +24,6 @@ _STAND_OUT = 10.0
 """The worst elements have on average so many times the gap of the others."""
 _TARGET = 0.5
 """The advised number of particles brings the standard error to this share of its limit."""
-_PLACE = re.compile(r"where site '(.+?)' has probability zero")
-_VALUE = re.compile(r"(?:probability to|,) (\S+) = ")
 
 
 def look_at_support(terms: Decomposition, notebook: Notebook) -> bool:
@@ -39,8 +37,8 @@ def look_at_support(terms: Decomposition, notebook: Notebook) -> bool:
     if not bool(terms.gap.isinf().any()):
         return False
     by_latent: dict[str | None, list[str]] = {}
-    for words in dict.fromkeys(terms.impossible) or ("the guide puts mass where the model has none",):
-        by_latent.setdefault(_culprit(words), []).append(words)
+    for clash in dict.fromkeys(terms.clashes) or (Clash("the guide puts mass where the model has none"),):
+        by_latent.setdefault(_culprit(clash), []).append(clash.words)
     for latent, places in by_latent.items():
         notebook.find(
             "support-mismatch",
@@ -54,12 +52,11 @@ def look_at_support(terms: Decomposition, notebook: Notebook) -> bool:
     return True
 
 
-def _culprit(words: str) -> str | None:
+def _culprit(clash: Clash) -> str | None:
     """The latent whose values clash: the one that is impossible, or the first that makes another site so."""
-    latents, place = _VALUE.findall(words), _PLACE.search(words)
-    if place and (place[1] in latents or not latents):
-        return place[1]
-    return latents[0] if latents else None
+    if clash.site in clash.latents or not clash.latents:
+        return clash.site
+    return clash.latents[0]
 
 
 def gap_by_site(terms: Decomposition, notebook: Notebook) -> dict[str, float] | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.supports import unwrapped
+from pyro_vfe.reporting.variables import is_one_hot
 
 _COUNTER = re.compile(r"\d+")
 _LOOP = 3
@@ -196,6 +197,6 @@ def _parts(view: View, support: Tensor) -> Iterator[View]:
 def _words(support: Tensor) -> tuple[str, ...]:
     """The values in words; of a one-hot vector, which entry is 1."""
     flat = support.reshape(len(support), -1)
-    if support.dim() > 1 and torch.equal(flat, torch.eye(len(flat)).to(flat)):
+    if is_one_hot(support):
         return tuple(str(k) for k in range(len(flat)))
     return tuple(f"{row.item():g}" if row.numel() == 1 else str(row.tolist()) for row in flat)

@@ -21,6 +21,7 @@ from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import NotFiniteError, PlateKeptError, ProbabilityError, ShapeError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.reporting.palette import Numbers, array, article, shortened, signed_minus
+from pyro_vfe.reporting.variables import is_one_hot
 
 Sites = str | Sequence[str]
 """One site, a pattern with `{}` for the step's number, or the sites of the steps in order."""
@@ -220,7 +221,8 @@ def _one(table: Table, run: Enumeration, site: str, name: str) -> Probabilities:
             hint="Print the decomposition: it says where the guide puts mass that the model forbids.",
         )
     chains = {variable.chain for variable in run.variables.values()}
-    labels = tuple(map(_value, run.supports[site]))
+    support = run.supports[site]
+    labels = tuple(map(str, range(len(support)))) if is_one_hot(support) else tuple(map(_value, support))
     return Probabilities(values, plates, labels, site, site, name, is_sequence=not chains.isdisjoint(plates))
 
 

@@ -115,3 +115,13 @@ def site_variable(site: Site, *, draws: bool = False, values: Tensor | None = No
     """
     own = site.value if values is None else values
     return variable(site.name, own, site.plates, site.fn.event_dim, draws=draws)
+
+
+def is_one_hot(support: Tensor) -> bool:
+    """Whether the values of a latent are the unit vectors in order, each of which says which entry is 1.
+
+    Args:
+        support: The values, shape `(K, *event_shape)`.
+    """
+    flat = support.reshape(len(support), -1)
+    return support.dim() > 1 and torch.equal(flat, torch.eye(len(flat)).to(flat))
