@@ -1,6 +1,7 @@
 """The house rules that a machine can check: who may import whom, how long a thing may be, what must be documented."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,3 +165,25 @@ def test_public_things_say_what_they_are(module: str) -> None:
     assert empty_marker or ast.get_docstring(tree), f"{module} has no docstring."
     for definition in public_definitions(tree):
         assert ast.get_docstring(definition), f"{module}:{definition.lineno} {definition.name} has no docstring."
+
+
+FIRST_CALLS = """
+import subprocess
+import sys
+import pyro, pyro.distributions as dist, torch
+import pyro_vfe as vfe
+
+def model(u):
+    with pyro.plate("time", len(u)):
+        z = pyro.sample("z", vfe.MarkovChain(torch.ones(2) / 2, torch.ones(2, 2) / 2))
+        pyro.sample("u", dist.Poisson(torch.tensor([1.0, 5.0])[z]), obs=u)
+
+vfe.FreeEnergy().decompose(model, None, torch.ones(3))
+vfe.posterior(model, torch.ones(3)).sample(2)
+print(*sorted({"arviz", "matplotlib", "pandas", "sympy", "xarray"} & sys.modules.keys()))
+"""
+
+
+def test_import_and_first_calls_load_no_large_library() -> None:
+    found = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split() == []

@@ -22,6 +22,7 @@ from pyro_vfe.engine.chain_elimination import after_first, at_first, stacked_pai
 from pyro_vfe.engine.chains import chain_marginals
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, total
 from pyro_vfe.engine.logspace import linear_contract
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import PlateError
 
@@ -176,5 +177,5 @@ def _joined(first: Table, rest: Table, plate: str) -> Table:
     """The tables of a chain's first element and of the others, one after the other."""
     axes = (plate, *dict.fromkeys(axis for axis in (*first.axes, *rest.axes) if axis != plate))
     one, other = first.aligned(axes), rest.aligned(axes)
-    shape = torch.broadcast_shapes(one.shape[1:], other.shape[1:])
+    shape = broadcast_shapes(one.shape[1:], other.shape[1:])
     return Table(torch.cat([one.expand(-1, *shape), other.expand(-1, *shape)]), axes)

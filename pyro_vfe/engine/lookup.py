@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.engine.structure import previous
 
 
@@ -49,7 +50,7 @@ def read_factor(factor: Factor, assignment: Mapping[str, Table], axes: Sequence[
     later = {name: table.narrowed(time, 1, steps - 1) for name, table in assignment.items()}
     earlier = {previous(name): table.narrowed(time, 0, steps - 1) for name, table in assignment.items()}
     parts = [read(factor.first, at_first, axes), read(factor.table, later | earlier, axes)]
-    shape = torch.broadcast_shapes(*(part.movedim(axes.index(time), 0).shape[1:] for part in parts))
+    shape = broadcast_shapes(*(part.movedim(axes.index(time), 0).shape[1:] for part in parts))
     aligned = [part.movedim(axes.index(time), 0) for part in parts]
     whole = torch.cat([aligned[0].expand(1, *shape), aligned[1].expand(steps - 1, *shape)])
     return whole.movedim(0, axes.index(time))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.families_forms import FAMILIES, Family, Parameters
 from pyro_vfe.program.log_prob import slim
 
@@ -57,7 +58,7 @@ class Form:
             event_dim = self.family.parameters.get("probs" if name == "logits" else name, 0)
             if (name in self.family.fixed) is fixed:
                 shapes.append(values.shape[: max(0, values.dim() - own_dims - event_dim)])
-        return torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*shapes)
 
     def log_base_measure(self, x: Tensor) -> Tensor:
         """log h(x), shape `(*x)`, or no dims where it does not depend on x; in nats."""

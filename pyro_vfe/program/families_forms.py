@@ -17,6 +17,8 @@ import pyro.distributions
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.shapes import broadcast_shapes
+
 Parameters = Mapping[str, Tensor]
 """A distribution's parameters by name, shape `(*batch, *event)`; of `probs` and `logits` the one that was given."""
 
@@ -150,7 +152,7 @@ def _multivariate_natural(p: Parameters) -> Tensor:
     precision = torch.cholesky_inverse(p["scale_tril"].tril())  # above the diagonal there is no gradient
     first = (precision @ p["loc"].unsqueeze(-1)).squeeze(-1)
     second = -precision.flatten(-2) / 2
-    batch = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    batch = broadcast_shapes(first.shape[:-1], second.shape[:-1])
     return torch.cat([first.expand(*batch, -1), second.expand(*batch, -1)], -1)
 
 

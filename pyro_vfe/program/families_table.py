@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.families import Form, form_of, unwrapped
 from pyro_vfe.program.log_prob import slim
 
@@ -59,7 +60,7 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     own_dims = len(form.independent) + form.family.event_dim
     x = slim(value, own_dims)
     batch, data = form.batch_shape(), form.batch_shape(fixed=True)
-    data = torch.broadcast_shapes(data, x.shape[: max(0, x.dim() - own_dims)])
+    data = broadcast_shapes(data, x.shape[: max(0, x.dim() - own_dims)])
     depth = max(len(batch), len(data))
     batch, data = (torch.Size((1,) * (depth - len(shape)) + tuple(shape)) for shape in (batch, data))
     if any(a > 1 and b > 1 for a, b in zip(batch, data, strict=True)):

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
 from pyro_vfe.engine.chains import chain_marginals, chain_mode
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import ProbabilityError, ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
 from pyro_vfe.program.walks import drawn, walk
@@ -208,7 +209,7 @@ class MarkovChain(TorchDistribution):
     def _flattened(self, initial: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """Returns tables with their batch as one axis, `(N, K)` and `(S, N or 1, K, K)`, and the batch."""
         table = transition.shape[-2:]
-        batch = torch.broadcast_shapes(initial.shape[:-1], transition.shape[:-3])
+        batch = broadcast_shapes(initial.shape[:-1], transition.shape[:-3])
         if prod(transition.shape[:-3]) != 1:
             transition = transition.expand(*batch, -1, -1, -1)
         transition = transition.movedim(-3, 0)
@@ -274,7 +275,7 @@ def _check_length(transition: Tensor, given_steps: int, length: int) -> None:
 
 def _broadcast(what: str, *shapes: torch.Size) -> torch.Size:
     try:
-        return torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*shapes)
     except RuntimeError:
         raise ShapeError(
             f"MarkovChain: {what} do not broadcast, {' and '.join(str(tuple(shape)) for shape in shapes)}.",
@@ -323,7 +324,7 @@ def _entries(table: Tensor, index: Tensor) -> Tensor:
 
 def _along_time(first: Tensor, later: Tensor) -> Tensor:
     """Returns the terms of all steps, `(*b, T)`, of those of the first, `(*b)`, and of the others, `(*b, T - 1)`."""
-    batch = torch.broadcast_shapes(first.shape, later.shape[:-1])
+    batch = broadcast_shapes(first.shape, later.shape[:-1])
     return torch.cat([first.expand(batch)[..., None], later.expand(*batch, -1)], -1)
 
 
@@ -365,7 +366,7 @@ def _kl_markov_chains(p: MarkovChain, q: MarkovChain) -> Tensor:
 def _reachable(chain: MarkovChain) -> Tensor:
     """Returns which states each step but the last can be in, `(*b, T - 1, K)`; the marginals may underflow to zero."""
     moves = chain._steps() > 0
-    batch = torch.broadcast_shapes(chain.initial.shape[:-1], moves.shape[:-3])
+    batch = broadcast_shapes(chain.initial.shape[:-1], moves.shape[:-3])
     reached = [(chain.initial > 0).expand(*batch, -1)]
     for t in range(chain.num_steps - 2):
         move = moves[..., t if moves.shape[-3] > 1 else 0, :, :]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_vfe.engine.shapes import broadcast_shapes
+
 if TYPE_CHECKING:
     from pyro_vfe.program.recorder import Site
 
@@ -51,7 +53,7 @@ def without_gaps(site: "Site") -> Tensor:
 
 def _anywhere(mask: Tensor, shape: torch.Size) -> Tensor:
     """Whether the mask holds for an element anywhere along the dims that the element lacks."""
-    whole = mask.expand(torch.broadcast_shapes(mask.shape, shape))
+    whole = mask.expand(broadcast_shapes(mask.shape, shape))
     return whole.long().sum_to_size(shape) > 0
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.recorder import Site
 
@@ -20,7 +21,7 @@ def check_batch_dims(site: Site) -> None:
     shape = site.fn.batch_shape
     if site.kind == "observed":
         try:
-            shape = torch.broadcast_shapes(shape, site.value.shape[: site.value.dim() - site.fn.event_dim])
+            shape = broadcast_shapes(shape, site.value.shape[: site.value.dim() - site.fn.event_dim])
         except RuntimeError:  # Value and distribution do not fit together, which scoring says.
             return
     sizes = {plate.dim: plate.size for plate in site.plates}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.equal_sites import stacked_log_prob
 from pyro_vfe.program.families import Form, form_of
 from pyro_vfe.program.families_forms import CATEGORICAL
@@ -126,9 +127,9 @@ class _Table(torch.autograd.Function):
     def forward(ctx: Any, sums: Tensor, counts: Tensor, x: Tensor, form: Form) -> Tensor:
         """Zeros of the shape to which batch and data broadcast."""
         own_dims = len(form.independent) + form.family.event_dim
-        ctx.data = torch.broadcast_shapes(form.batch_shape(fixed=True), x.shape[: max(0, x.dim() - own_dims)])
+        ctx.data = broadcast_shapes(form.batch_shape(fixed=True), x.shape[: max(0, x.dim() - own_dims)])
         ctx.x, ctx.form, ctx.batch, ctx.shape = x, form, counts.shape, sums.shape
-        return sums.new_zeros(()).expand(torch.broadcast_shapes(ctx.batch, ctx.data))
+        return sums.new_zeros(()).expand(broadcast_shapes(ctx.batch, ctx.data))
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor, None, None]:

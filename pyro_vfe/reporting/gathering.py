@@ -157,9 +157,9 @@ class Gatherer:
                 found[site.name] = self._latent(site, table)
             elif len(self.draws) == 1:
                 value = first.run.sites["guide", site.name]
-                found[site.name] = repeated(_in_plates_of(site, value.value), self.num_samples)
+                found[site.name] = repeated(site_variable(site, values=value.value), self.num_samples)
             else:
-                found[site.name] = stacked([_in_plates_of(site, draw.others[site.name]) for draw in self.draws])
+                found[site.name] = stacked([site_variable(site, values=draw.others[site.name]) for draw in self.draws])
         store = pyro.get_param_store()
         for name in self._parameters.of("model"):
             # Weights of networks, under names that pyro.module makes, describe no one's beliefs.
@@ -247,10 +247,6 @@ def _drawn_values(run: Enumeration) -> dict[str, Tensor]:
 def _of_the_model(indices: Mapping[str, Table], run: Enumeration) -> dict[str, Table]:
     """Without what only the guide has, and without draws of w."""
     return {name: own for name, own in indices.items() if name in run.supports and ("model", name) in run.sites}
-
-
-def _in_plates_of(site: Site, value: Tensor) -> "xarray.Variable":
-    return site_variable(site, values=value)
 
 
 def _check_unweighted(run: Enumeration) -> None:
