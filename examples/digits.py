@@ -370,7 +370,7 @@ def unseen(fitted: Fit, digits: Digits) -> Unseen:
     return Unseen(
         num_kinds=len(fitted.values["weights"]),
         tree=tree,
-        loo=-loo.loo_i.values,
+        loo=-getattr(loo, "loo_i" if hasattr(loo, "loo_i") else "elpd_i").values,  # as ArviZ 0.2x and 1.x call it
         pareto_k=loo.pareto_k.values,
         draws=np.log(NUM_DRAWS) - np.logaddexp.reduce(log_likelihoods, 0),
         point=vfe.FreeEnergy()
