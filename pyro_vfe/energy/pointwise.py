@@ -36,14 +36,9 @@ def data_plates(run: Enumeration, max_bytes: float | None = None) -> Plates:
         run: Enumerated programs.
         max_bytes: The most memory that tables may take.
     """
-    observed = [site for site in run.sites.values() if site.role == "model" and site.kind == "observed"]
-    observed = [site for site in observed if type(site.fn).__name__ != "Unit"] or observed
-    if not observed:
-        return ()
-    shared = frozenset.intersection(*(site.plate_names for site in observed))
+    shared, in_steps = run.plates_of_data
     subsets = [sorted(own) for size in range(1, len(shared) + 1) for own in combinations(shared, size)]
     candidates = [tuple(own) for own in sorted(subsets, key=lambda own: -prod(run.plates[plate] for plate in own))]
-    in_steps = frozenset.intersection(*(frozenset(site.steps) for site in observed))
     for plates in (*candidates, *((plate,) for plate in sorted(in_steps))):
         try:
             log_likelihood(run, plates, max_bytes)

@@ -123,15 +123,26 @@ class Enumeration:
         """The latents that both programs have: what F compares Q and P on."""
         return frozenset(f.name for f in self.guide_latents) & frozenset(f.name for f in self.model_latents)
 
+    @cached_property
+    def data_sites(self) -> tuple[Site, ...]:
+        """What the model observes; factors count where nothing else is observed."""
+        seen = tuple(site for site in self.sites.values() if site.role == "model" and site.kind == "observed")
+        return tuple(site for site in seen if type(site.fn).__name__ != "Unit") or seen
+
+    @cached_property
+    def plates_of_data(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The plates that all sites of data share: vectorised ones, and sequential ones."""
+        if not self.data_sites:
+            return frozenset(), frozenset()
+        shared = frozenset.intersection(*(site.plate_names for site in self.data_sites))
+        return shared - {PARTICLES}, frozenset.intersection(*(frozenset(site.steps) for site in self.data_sites))
+
     @property
     def num_data(self) -> int:
         """The number of data: elements of the plates that all observed sites share, before subsampling, and steps."""
-        seen = [site for site in self.sites.values() if site.role == "model" and site.kind == "observed"]
-        seen = [site for site in seen if type(site.fn).__name__ != "Unit"] or seen
-        shared = frozenset.intersection(*(site.plate_names for site in seen)) if seen else frozenset()
-        in_steps = frozenset.intersection(*(frozenset(site.steps) for site in seen)) if seen else frozenset()
-        steps = (1 + max(site.steps[name] for site in seen) for name in in_steps)
-        return math.prod((*(self.full_plates[name] for name in shared - {PARTICLES}), *steps))
+        shared, in_steps = self.plates_of_data
+        steps = (1 + max(site.steps[name] for site in self.data_sites) for name in in_steps)
+        return math.prod((*(self.full_plates[name] for name in shared), *steps))
 
     @property
     def is_sampled(self) -> bool:

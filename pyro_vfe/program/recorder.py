@@ -221,7 +221,7 @@ class Recorder(Messenger):
         key = tuple([(f.name, f.dim, f.size, f.full_size, f.counter) for f in msg["cond_indep_stack"]])
         known = self._surroundings.get(key)
         if known is None:
-            known = self._surroundings[key] = _plates(msg), _steps(msg)
+            known = self._surroundings[key] = plates_around(msg), _steps(msg)
         return known
 
     def _kind(self, msg: Any) -> Kind:
@@ -323,7 +323,12 @@ def _wants_enumeration(msg: Any) -> bool:
     return is_enumerable(msg["fn"])
 
 
-def _plates(msg: Any) -> tuple[Plate, ...]:
+def plates_around(msg: Any) -> tuple[Plate, ...]:
+    """The vectorised plates around a site.
+
+    Args:
+        msg: Pyro's message of the site.
+    """
     return tuple(
         Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
         for frame in msg["cond_indep_stack"]

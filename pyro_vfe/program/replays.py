@@ -16,7 +16,7 @@ from pyro_vfe.program.enumeration import PARTICLES
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.programs import in_particles
-from pyro_vfe.program.recorder import Kind, Plate, Site, is_computed
+from pyro_vfe.program.recorder import Kind, Site, is_computed, plates_around
 
 Given = Mapping[str, Tensor]
 """Values of latents by site name."""
@@ -62,11 +62,7 @@ class _Replayer(Messenger):
         if type(msg["fn"]).__name__ == "_Subsample" or is_computed(msg):
             return
         name = msg["name"]
-        plates = tuple(
-            Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
-            for frame in msg["cond_indep_stack"]
-            if frame.dim is not None and frame.dim < 0 and frame.name != PARTICLES
-        )
+        plates = tuple(plate for plate in plates_around(msg) if plate.name != PARTICLES)
         kind: Kind = "observed" if name in self.observed else "sampled"
         site = Site(name, "model", kind, msg["fn"], torch.as_tensor(msg["value"]), msg["scale"], msg["mask"], plates)
         if name in self.given or msg["is_observed"]:

@@ -301,16 +301,6 @@ def history_variables(history: History) -> Variables:
     Args:
         history: Of EM, or of SVI.
     """
-    import xarray
-
-    columns = {
-        "free_energy": (history.free_energy, NATS),
-        "surprise": (history.surprise, NATS),
-        "gap": (history.gap, NATS),
-        "iteration": (history.iteration, {}),
-        "phase": (np.array(history.phase, dtype=str), {}),
-    }
-    return {
-        f"history_{name}": xarray.Variable(("history_step",), values, attrs)
-        for name, (values, attrs) in columns.items()
-    }
+    found = history.to_xarray().rename({"step": "history_step"})
+    names = ("free_energy", "surprise", "gap", "iteration", "phase")
+    return {f"history_{name}": found[name].variable for name in names}
