@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyro_vfe"
 
-ROOMS = ("errors", "engine", "program", "energy", "learning", "reporting")
+ROOMS = ("errors", "engine", "program", "energy", "guides", "learning", "reporting")
 """Each room may import from itself and from those before it."""
 
 BORDERS = {
-    "pyro": ("program", "energy", "learning", "reporting"),
+    "pyro": ("program", "energy", "guides", "learning", "reporting"),
     "matplotlib": ("reporting",),
     "arviz": ("reporting",),
 }

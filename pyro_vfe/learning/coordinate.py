@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from pyro_vfe.errors import ImpossibleDataError, StructureError, VFEError
+from pyro_vfe.guides.mean_field import AutoMeanField
 from pyro_vfe.learning.belief import Belief
 from pyro_vfe.learning.factored import FactoredQ
 from pyro_vfe.learning.guided import guided_belief
-from pyro_vfe.learning.mean_field import AutoMeanField
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase
 from pyro_vfe.program.enumeration import Enumeration

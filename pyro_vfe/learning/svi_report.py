@@ -6,9 +6,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vfe.errors import VFEError
+from pyro_vfe.guides.mean_field import AutoMeanField
 from pyro_vfe.learning.em_report import row_by_tag, row_in_words
 from pyro_vfe.learning.history import History, Row
-from pyro_vfe.learning.mean_field import AutoMeanField
 from pyro_vfe.program.layout import Program
 
 Loss = float | Tensor | tuple[Any, ...]
