@@ -91,7 +91,7 @@ class Drawing:
 
 
 class _Drawn:
-    """A guide with some of its latents drawn; it holds the programs, so that their identities are not given to others."""
+    """A guide with some of its latents drawn; the programs are held, so that their identities are not given to others."""
 
     def __init__(self, model: Program, guide: Program, names: frozenset[str] = frozenset()) -> None:
         self.model = model
@@ -130,7 +130,7 @@ def drawing(guide: Program, names: frozenset[str] | None = None) -> Program:
         names: The latents; None for all.
     """
 
-    def infer(site: Any) -> dict[str, Any]:
+    def infer(site: Any) -> Any:
         return {"enumerate": None} if names is None or site["name"] in names else {}
 
     program: Program = pyro.poutine.infer_config(guide, infer)
