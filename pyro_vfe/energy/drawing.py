@@ -91,7 +91,7 @@ class Drawing:
 
 
 class _Drawn:
-    """A guide with some of its latents drawn; the programs are held, so that their identities are not given to others."""
+    """A guide with some of its latents drawn. It holds the programs: their identities are not given to others then."""
 
     def __init__(self, model: Program, guide: Program, names: frozenset[str] = frozenset()) -> None:
         self.model = model
