@@ -14,8 +14,11 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
+from pyro_vfe.energy.conditionals import Conditional
+from pyro_vfe.engine.factors import Table
 from pyro_vfe.guides.tables import Latent, distribution, rows, sampled
 from pyro_vfe.program.markov_chain import MarkovChain
+from pyro_vfe.program.tables import batch_axes
 
 _MAX_CODE = 2**62
 
@@ -31,6 +34,23 @@ class Logits:
     """Of a chain, those of the first state: `(*batch, *K_parents, K)`."""
 
 
+def logits_of(latent: Latent, conditional: Conditional, dtype: torch.dtype | None = None) -> Logits:
+    """Returns a conditional as a guide's tables, batch dims where the latent's plates lie.
+
+    Args:
+        latent: The latent.
+        conditional: Its conditional.
+        dtype: The precision; that of the conditional by default.
+    """
+    batch = batch_axes(latent.plates)
+    table = _over(conditional.table, batch).to(dtype)
+    return Logits(table, None if conditional.first is None else _over(conditional.first, batch[:-1]).to(dtype))
+
+
+def _over(table: Table, batch: list[str]) -> Tensor:
+    return table.aligned((*batch, *(axis for axis in table.axes if axis not in batch)))
+
+
 def sample_given(
     latent: Latent, parents: tuple[Latent, ...], values: Mapping[str, Tensor], logits: Logits, plates: Mapping[str, Any]
 ) -> Tensor:
@@ -40,31 +60,34 @@ def sample_given(
         latent: The latent.
         parents: What it is conditioned on, in the order of the table's dims.
         values: The values of latents that have been sampled.
-        logits: Its table over whole plates.
+        logits: Its table, of those elements of the plates that are present.
         plates: Pyro's plates by name.
     """
-    own = _present(latent, logits, len(parents), plates)
     places = [position(parent, values[parent.name]) for parent in parents]
     if latent.chain is None:
-        return sampled(latent, lambda: distribution(latent, _entries(own.table, places, 1)), plates)
-    assert own.initial is not None
-    initial = _entries(own.initial, [place[..., 0] if place.dim() else place for place in places], 1).softmax(-1)
-    transition = _entries(own.table, [_from_second(place) for place in places], 2).softmax(-1)
+        return sampled(latent, lambda: distribution(latent, _entries(logits.table, places, 1)), plates)
+    assert logits.initial is not None
+    initial = _entries(logits.initial, [place[..., 0] if place.dim() else place for place in places], 1).softmax(-1)
+    transition = _entries(logits.table, [_from_second(place) for place in places], 2).softmax(-1)
     return sampled(latent, lambda: MarkovChain(initial, transition, num_steps=latent.steps), plates)
 
 
-def _present(latent: Latent, logits: Logits, num_parents: int, plates: Mapping[str, Any]) -> Logits:
-    """The rows of the elements that are present."""
-    batch_dims = logits.table.dim() - num_parents - (1 if latent.chain is None else 2)
-    table = logits.table
-    if latent.chain is None:
-        return Logits(rows(table, latent, plates, batch_dims))
-    assert logits.initial is not None
+def present(latent: Latent, logits: Logits, num_parents: int, plates: Mapping[str, Any]) -> Logits:
+    """Returns those rows of a table over whole plates that belong to the elements which are present.
+
+    Args:
+        latent: The latent.
+        logits: Its table over whole plates.
+        num_parents: How many parents it has.
+        plates: Pyro's plates by name.
+    """
+    if logits.initial is None:
+        return Logits(rows(logits.table, latent.plates, plates, logits.table.dim() - num_parents - 1))
     around = tuple(plate for plate in latent.plates if plate.name != latent.chain)
-    others = Latent(latent.name, latent.family, around, latent.support)
+    batch_dims = logits.table.dim() - num_parents - 2
     # Time is whole, and stands in the dim that the batch of the first state lacks.
-    initial = rows(logits.initial.unsqueeze(batch_dims - 1), others, plates, batch_dims).squeeze(batch_dims - 1)
-    return Logits(rows(table, others, plates, batch_dims), initial)
+    initial = rows(logits.initial.unsqueeze(batch_dims - 1), around, plates, batch_dims).squeeze(batch_dims - 1)
+    return Logits(rows(logits.table, around, plates, batch_dims), initial)
 
 
 def _from_second(place: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class AutoMeanField(AutoGuide):
 
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
         logits = _logits(self, site.name)
-        own = rows(logits, site, plates, logits.dim() - 1)
+        own = rows(logits, site.plates, plates, logits.dim() - 1)
         return sampled(site, lambda: distribution(site, own), plates)
 
     def probabilities(self, name: str) -> Tensor:

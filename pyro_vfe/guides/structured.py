@@ -20,7 +20,7 @@ from pyro_vfe.energy.conditionals import conditionals
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.errors import StructureError, VFEError
-from pyro_vfe.guides.conditionals import Logits, sample_given
+from pyro_vfe.guides.conditionals import Logits, logits_of, present, sample_given
 from pyro_vfe.guides.edges import Edges, Parents, parents_of
 from pyro_vfe.guides.tables import (
     Init,
@@ -37,7 +37,6 @@ from pyro_vfe.guides.tables import (
 from pyro_vfe.program.layout import SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
-from pyro_vfe.program.tables import batch_axes
 
 
 class AutoStructured(AutoGuide):
@@ -146,7 +145,8 @@ class AutoStructured(AutoGuide):
         values: dict[str, Tensor] = {}
         for name, latent in self._latents.items():
             given = tuple(self._latents[parent] for parent in self._parents[name])
-            values[name] = sample_given(latent, given, values, self._logits(name), plates)
+            logits = present(latent, self._logits(name), len(given), plates)
+            values[name] = sample_given(latent, given, values, logits, plates)
         return values
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -157,7 +157,7 @@ class AutoStructured(AutoGuide):
         latents = {name: latent_of(found[name]) for name in parents}
         for name, latent in latents.items():
             sizes = {parent: latents[parent].size for parent in parents[name]}
-            check_size("AutoStructured", latent, sizes, _shapes(latent, sizes)[0].numel(), self.max_bytes)
+            check_size("AutoStructured", latent, sizes, _shapes(latent, sizes)[0].numel(), self.max_bytes, _CHEAPER)
         self._latents, self._parents = latents, parents
         starts = self._posterior_start(args, kwargs) if self.init == "posterior" else {}
         for name, latent in latents.items():
@@ -176,15 +176,7 @@ class AutoStructured(AutoGuide):
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
             found = conditionals(joint_graph(exact.enumeration), self._parents, max_bytes=self.max_bytes)
-        starts = {}
-        for name, conditional in found.items():
-            latent = self._latents[name]
-            table = conditional.table.aligned(_axes(latent, conditional.table.axes))
-            first = None
-            if conditional.first is not None:
-                first = conditional.first.aligned(_axes(latent, conditional.first.axes, skipped=1))
-            starts[name] = Logits(table, first)
-        return starts
+        return {name: logits_of(self._latents[name], conditional) for name, conditional in found.items()}
 
     def _shapes(self, name: str) -> tuple[torch.Size, torch.Size | None]:
         return _shapes(self._latents[name], {parent: self._latents[parent].size for parent in self._parents[name]})
@@ -203,11 +195,7 @@ class AutoStructured(AutoGuide):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _axes(latent: Latent, axes: tuple[str, ...], skipped: int = 0) -> tuple[str, ...]:
-    """The axes of a latent's table in the order of its tensor's dims, but for some of the last batch dims."""
-    batch = batch_axes(latent.plates)
-    batch = batch[: len(batch) - skipped]
-    return (*batch, *(axis for axis in axes if axis not in batch))
+_CHEAPER = "Give it fewer parents (edges=[...]), or use vfe.AutoMeanField or vfe.AutoAmortized"
 
 
 def _shapes(latent: Latent, parents: Mapping[str, int]) -> tuple[torch.Size, torch.Size | None]:

@@ -3,9 +3,10 @@ r"""What the guides that hold tables share: parameters over whole plates, their 
     Q( v_site = value_k | v_parents )  =  softmax( logits[..., v_parents, :] )_k
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -115,18 +116,18 @@ def sampled(latent: SiteStructure | Latent, fn: Callable[[], Any], plates: Mappi
     return value
 
 
-def rows(values: Tensor, latent: SiteStructure | Latent, plates: Mapping[str, Any], batch_dims: int) -> Tensor:
+def rows(values: Tensor, around: Iterable[Plate], plates: Mapping[str, Any], batch_dims: int) -> Tensor:
     """Returns those rows of a table over whole plates that belong to the elements which are present.
 
     Args:
         values: The table, its first dims those of the plates.
-        latent: The latent.
+        around: The plates.
         plates: Pyro's plates by name.
         batch_dims: How many of the first dims are batch dims, of which the last is the plates' dim -1.
     """
-    for plate in latent.plates:
+    for plate in around:
         indices = plates[plate.name]._indices
-        if indices is not None and -plate.dim <= batch_dims:
+        if indices is not None:
             values = values.index_select(batch_dims + plate.dim, indices.to(values.device))
     return values
 
@@ -201,7 +202,9 @@ def check_start(who: str, init: str, latents: Mapping[str, SiteStructure]) -> No
 _ITEM_BYTES = 8
 
 
-def check_size(who: str, latent: Latent, parents: Mapping[str, int], entries: int, max_bytes: float | None) -> None:
+def check_size(
+    who: str, latent: Latent, parents: Mapping[str, int], entries: int, max_bytes: float | None, way_out: str
+) -> None:
     """Checks that a conditional table can be held.
 
     Args:
@@ -210,6 +213,7 @@ def check_size(who: str, latent: Latent, parents: Mapping[str, int], entries: in
         parents: The number of values of each of its parents.
         entries: How many numbers the table has.
         max_bytes: The most that one may take.
+        way_out: What to do about it.
 
     Raises:
         CostError: It cannot.
@@ -219,18 +223,10 @@ def check_size(who: str, latent: Latent, parents: Mapping[str, int], entries: in
         sizes = " x ".join(f"{size} ('{name}')" for name, size in {**parents, latent.name: latent.size}.items())
         raise CostError(
             f"The table of latent '{latent.name}' in {who} would hold {sizes} values for each of "
-            f"{entries // _product((*parents.values(), latent.size))} elements: "
+            f"{entries // prod((*parents.values(), latent.size))} elements: "
             f"{readable_bytes(entries * _ITEM_BYTES)} (limit {readable_bytes(limit)}).",
-            hint="Give it fewer parents (vfe.AutoStructured(model, edges=[...])), use vfe.AutoMeanField or "
-            "vfe.AutoAmortized, or raise max_bytes.",
+            hint=f"{way_out}, or raise max_bytes.",
         )
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def create_missing(holder: PyroModule, name: str, start: Callable[[], Tensor]) -> None:

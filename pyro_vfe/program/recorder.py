@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
@@ -365,3 +367,19 @@ def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideS
     else:
         latent = f"Latent site '{name}' is {family}, which has no finite support"
     return MissingGuideSiteError(latent, site=name, hint=f"Give the guide a site '{name}', or observe it.")
+
+
+def draws_so_far() -> dict[str, Tensor]:
+    """Returns the values that the guide under way has drawn of latents which are not enumerated, by site name.
+
+    They are read off the handlers around it: a run of this library, or one of Pyro's traces.
+    """
+    draws: dict[str, Tensor] = {}
+    for handler in _PYRO_STACK:
+        if isinstance(handler, Recorder):
+            draws |= {name: site.value for name, site in handler.sites.items() if site.kind == "sampled"}
+        elif isinstance(handler, TraceMessenger):
+            for name, node in handler.trace.iter_stochastic_nodes():
+                if not is_enumerable(node["fn"]):
+                    draws[name] = node["value"]
+    return draws
