@@ -8,7 +8,7 @@ Which earlier latents S separate a latent from the others before it is read off 
 reverse order leaves each with its neighbours among those before it.
 
 References:
-    Koller and Friedman (2009), Probabilistic Graphical Models, chapters 4 and 9 (separation, elimination as moralising).
+    Koller and Friedman (2009), Probabilistic Graphical Models, chapters 4 and 9 (separation, elimination).
     Chib (1996), Calculating posterior distributions and modal estimates in Markov mixture models (chains backwards).
 """
 
@@ -137,6 +137,8 @@ class Around:
 
     plates: frozenset[str]
     chain: str | None
+    optional: bool = False
+    """Whether some branch of the model lacks it."""
 
 
 def separators(scopes: Sequence[frozenset[str]], latents: Mapping[str, Around]) -> dict[str, tuple[str, ...]]:
@@ -166,8 +168,16 @@ def separators(scopes: Sequence[frozenset[str]], latents: Mapping[str, Around]) 
 
 
 def _sampling_order(latents: Mapping[str, Around]) -> list[str]:
-    """What stands outside comes first, and chains before what else is at their steps; else the model's order."""
-    return sorted(latents, key=lambda name: (len(latents[name].plates), latents[name].chain is None))
+    """What stands outside comes first, chains before what else is at their steps, and last what some branches lack.
+
+    Otherwise the order is the model's.
+    """
+
+    def place(name: str) -> tuple[int, bool, bool]:
+        own = latents[name]
+        return len(own.plates), own.chain is None, own.optional
+
+    return sorted(latents, key=place)
 
 
 def _check_neighbours(

@@ -1,6 +1,6 @@
 r"""Which latents a structured guide lets each latent depend on: a directed graph without cycles, over names.
 
-    Q(v)  =  prod_i  Q( v_i | v_parents(i) )
+Q(v)  =  prod_i  Q( v_i | v_parents(i) )
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -72,8 +72,8 @@ def _check_edge(pair: tuple[str, str], latents: Mapping[str, SiteStructure]) -> 
     for plate in latents[parent].plates:
         if plate.name not in around:
             raise PlateError(
-                f"The edge ('{parent}', '{child}') of AutoStructured leads out of plate '{plate.name}': '{child}' would "
-                f"depend on all elements of '{parent}'.",
+                f"The edge ('{parent}', '{child}') of AutoStructured leads out of plate '{plate.name}': '{child}' "
+                f"would depend on all elements of '{parent}'.",
                 hint=f"Turn it around, ('{child}', '{parent}'), or drop it.",
             )
 

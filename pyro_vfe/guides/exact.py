@@ -22,15 +22,15 @@ from torch import Tensor
 from pyro_vfe.energy.conditionals import Around, Parents, conditionals, separators
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import Posterior
-from pyro_vfe.errors import MissingGuideSiteError
+from pyro_vfe.errors import MissingGuideSiteError, StructureError
 from pyro_vfe.guides.conditionals import Logits, logits_of, sample_given
 from pyro_vfe.guides.tables import Latent, Program, check_size, find_latents
 from pyro_vfe.program.calls import kept
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.provenance import out_of_sight
-from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.randomness import random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import draws_so_far
 from pyro_vfe.program.supports import unwrapped
 
@@ -58,6 +58,7 @@ class AutoPosterior(AutoGuide):
         self.max_bytes = max_bytes
         self._programs = Programs(max_bytes=max_bytes)
         self._draws: dict[str, Tensor] = {}
+        self._sees_all_draws = False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every discrete latent from the exact posterior and returns the values by site name.
@@ -98,11 +99,9 @@ class AutoPosterior(AutoGuide):
         finally:
             self._prototype_frames = frames
 
-    def _exact(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], subsamples: Mapping[str, Tensor]
-    ) -> "_Exact":
+    def _exact(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], subsamples: Mapping[str, Tensor]) -> "_Exact":
         """The posterior's conditionals; made once for all runs of a call that look at the same data and draws."""
-        draws = {name: value.detach() for name, value in draws_so_far().items()}
+        draws = _single_draws()
         store = kept()
         known = store.get(self)
         if known is not None and _same(known[0], draws) and _same(known[1], subsamples):
@@ -110,16 +109,36 @@ class AutoPosterior(AutoGuide):
         self._draws = draws
         try:
             with out_of_sight(), undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
-                enumeration = self._programs.enumerate(
-                    self._given_draws, no_guide, args, kwargs, subsamples=subsamples, differentiable=False
-                )
-                exact = _exact(enumeration, self.max_bytes)
+                exact = _exact(self._enumeration(args, kwargs, subsamples), self.max_bytes)
         except MissingGuideSiteError as error:
             raise MissingGuideSiteError(error.latent, site=error.site, hint=_OTHERS) from error
         finally:
             self._draws = {}
         store[self] = (draws, dict(subsamples), exact)
         return exact
+
+    def _enumeration(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], subsamples: Mapping[str, Tensor]
+    ) -> Enumeration:
+        def enumeration() -> Enumeration:
+            return self._programs.enumerate(
+                self._given_draws, no_guide, args, kwargs, subsamples=subsamples, differentiable=False
+            )
+
+        found = enumeration()
+        if not self._sees_all_draws:
+            before = random_state()
+            found = enumeration()
+            draws_itself = any(site.kind in ("sampled", "unread") for site in found.sites.values())
+            if not draws_itself and not all(map(torch.equal, before, random_state())):
+                raise StructureError(
+                    "The model of AutoPosterior draws something out of its sight (a latent hidden by "
+                    "pyro.poutine.block, say): its posterior would be that given some other draw than the guide's.",
+                    hint="Give it the whole model, vfe.AutoPosterior(model): it finds the discrete latents, and takes "
+                    "what the guides before it in an AutoGuideList drew of the others.",
+                )
+            self._sees_all_draws = True
+        return found
 
     def _given_draws(self, *args: Any, **kwargs: Any) -> Any:
         """The model, at the values that other guides have drawn."""
@@ -153,7 +172,10 @@ def _exact(enumeration: Enumeration, max_bytes: float | None) -> _Exact:
     """The conditionals of an enumeration's posterior, in the precision of its tables."""
     posterior = Posterior(enumeration, max_bytes=max_bytes)
     graph = joint_graph(posterior.enumeration)
-    around = {name: Around(graph.variables[name].plates, graph.variables[name].chain) for name in posterior.sites}
+    around = {
+        name: Around(graph.variables[name].plates, graph.variables[name].chain, name in enumeration.optional)
+        for name in posterior.sites
+    }
     parents = separators([frozenset(factor.axes) for factor in graph.factors], around)
     latents = {name: _latent(name, enumeration) for name in parents}
     for name, latent in latents.items():
@@ -171,6 +193,27 @@ _CHEAPER = (
     "The posterior is too entangled to be a guide: leave the latents out, which sums them inside the model, or use "
     "vfe.AutoStructured"
 )
+
+
+def _single_draws() -> dict[str, Tensor]:
+    """What the guides before this one drew, detached.
+
+    Raises:
+        StructureError: They drew many at once, side by side.
+    """
+    draws = draws_so_far()
+    for name, (_, plates) in reversed(draws.items()):  # An autoguide draws a site's own value last.
+        for plate in sorted(plates & _SIDE_BY_SIDE):
+            raise StructureError(
+                f"AutoPosterior takes one draw of '{name}' at a time, and here many stand side by side in plate "
+                f"'{plate}'.",
+                hint="Use FreeEnergy(vectorize_particles=False), Predictive(parallel=False).",
+            )
+    return {name: value.detach() for name, (value, _) in draws.items()}
+
+
+_SIDE_BY_SIDE = frozenset([PARTICLES, "_num_predictive_samples"])
+"""The plates in which this library and Pyro's Predictive run a program many times at once."""
 
 
 def _latent(name: str, enumeration: Enumeration) -> Latent:

@@ -8,6 +8,7 @@ References:
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -36,6 +37,7 @@ from pyro_vfe.guides.tables import (
 )
 from pyro_vfe.program.layout import SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
+from pyro_vfe.program.provenance import out_of_sight
 from pyro_vfe.program.randomness import undisturbed_randomness
 
 
@@ -150,6 +152,11 @@ class AutoStructured(AutoGuide):
         return values
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with out_of_sight():
+            self._set_up(args, kwargs)
+        self.prototype_trace = pyro.poutine.Trace()
+
+    def _set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         found, branches = find_latents(self, "AutoStructured", args, kwargs)
         check_start("AutoStructured", self.init, found)
         reads = _reads(self.model, found, branches, args, kwargs) if self.edges == "model" else {}
@@ -160,17 +167,17 @@ class AutoStructured(AutoGuide):
             check_size("AutoStructured", latent, sizes, _shapes(latent, sizes)[0].numel(), self.max_bytes, _CHEAPER)
         self._latents, self._parents = latents, parents
         starts = self._posterior_start(args, kwargs) if self.init == "posterior" else {}
-        for name, latent in latents.items():
+        for name in latents:
             table, initial = self._shapes(name)
             start = starts.get(name, Logits(torch.zeros(()), torch.zeros(())))
-            create_missing(self.logits, name, lambda t=table, s=start.table: self._noisy(t, s, latent))
-            if initial is not None:
-                create_missing(self.initial_logits, name, lambda t=initial, s=start.initial: self._noisy(t, s, latent))
-        self.prototype_trace = pyro.poutine.Trace()
+            create_missing(self.logits, name, partial(self._start, name, table, start.table))
+            if initial is not None and start.initial is not None:
+                create_missing(self.initial_logits, name, partial(self._start, name, initial, start.initial))
 
-    def _noisy(self, shape: torch.Size, start: Tensor | None, latent: Latent) -> Tensor:
-        noise = self.init_scale * torch.randn(shape, device=latent.support.device)
-        return noise if start is None else noise + start.to(noise)
+    def _start(self, name: str, shape: torch.Size, start: Tensor) -> Tensor:
+        values = torch.zeros(shape, device=self._latents[name].support.device)
+        values = values + start.to(values)
+        return values + self.init_scale * torch.randn_like(values) if self.init_scale else values
 
     def _posterior_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Logits]:
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():

@@ -1,6 +1,6 @@
 r"""What the guides that hold tables share: parameters over whole plates, their own rows of a subsample, distributions.
 
-    Q( v_site = value_k | v_parents )  =  softmax( logits[..., v_parents, :] )_k
+Q( v_site = value_k | v_parents )  =  softmax( logits[..., v_parents, :] )_k
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -369,17 +369,20 @@ def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideS
     return MissingGuideSiteError(latent, site=name, hint=f"Give the guide a site '{name}', or observe it.")
 
 
-def draws_so_far() -> dict[str, Tensor]:
-    """Returns the values that the guide under way has drawn of latents which are not enumerated, by site name.
+def draws_so_far() -> dict[str, tuple[Tensor, frozenset[str]]]:
+    """Returns what the guide under way has drawn of latents that are not enumerated: by site name, value and plates.
 
     They are read off the handlers around it: a run of this library, or one of Pyro's traces.
     """
-    draws: dict[str, Tensor] = {}
+    draws: dict[str, tuple[Tensor, frozenset[str]]] = {}
     for handler in _PYRO_STACK:
         if isinstance(handler, Recorder):
-            draws |= {name: site.value for name, site in handler.sites.items() if site.kind == "sampled"}
+            for name, site in handler.sites.items():
+                if site.kind == "sampled":
+                    draws[name] = site.value, site.plate_names
         elif isinstance(handler, TraceMessenger):
             for name, node in handler.trace.iter_stochastic_nodes():
+                value: Any = node["value"]
                 if not is_enumerable(node["fn"]):
-                    draws[name] = node["value"]
+                    draws[name] = value, frozenset(frame.name for frame in node["cond_indep_stack"])
     return draws
