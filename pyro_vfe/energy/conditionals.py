@@ -56,18 +56,44 @@ def conditionals(graph: FactorGraph, parents: Parents, *, max_bytes: float | Non
         CostError: The elimination would not fit.
     """
     joint = _joint_tables(graph, parents, max_bytes)
-    possible: dict[str, tuple[Table, ...]] = {}
-    if any(bool(table.values.isneginf().any()) for table in graph.tables):
-        flat = graph.with_tables(Table(_flattened(table.values), table.axes) for table in graph.tables)
-        possible = _joint_tables(flat, parents, max_bytes)
-    result = {}
-    for name, tables in joint.items():
-        logs = [
-            _conditional(table, possible[name][position] if name in possible else None)
-            for position, table in enumerate(tables)
-        ]
-        result[name] = Conditional(logs[0], logs[1] if len(logs) > 1 else None)
-    return result
+    possible = _possible_tables(graph, parents, max_bytes)
+    return {name: _from_joint(tables, possible[name] if possible else None) for name, tables in joint.items()}
+
+
+def uniform_conditionals(
+    graph: FactorGraph, parents: Parents, *, max_bytes: float | None = None
+) -> dict[str, Conditional] | None:
+    """Returns conditionals that give equal probabilities to all values that can be; None where nothing is ruled out.
+
+    Args:
+        graph: The factors of the joint distribution.
+        parents: The latents that are wanted, and what each is conditioned on: their plates are among its own.
+        max_bytes: The most memory that intermediate tables may take.
+
+    Raises:
+        ImpossibleDataError: The log normaliser is -inf.
+        CostError: The elimination would not fit.
+    """
+    possible = _possible_tables(graph, parents, max_bytes)
+    if possible is None:
+        return None
+    equal = {name: [Table(torch.ones_like(t.values), t.axes) for t in tables] for name, tables in possible.items()}
+    return {name: _from_joint(equal[name], tables) for name, tables in possible.items()}
+
+
+def _possible_tables(
+    graph: FactorGraph, parents: Parents, max_bytes: float | None
+) -> dict[str, tuple[Table, ...]] | None:
+    """Tables that are zero where a latent's value, with those of its parents, cannot be; None where all can."""
+    if not any(bool(table.values.isneginf().any()) for table in graph.tables):
+        return None
+    flat = graph.with_tables(Table(_flattened(table.values), table.axes) for table in graph.tables)
+    return _joint_tables(flat, parents, max_bytes)
+
+
+def _from_joint(joint: Sequence[Table], possible: Sequence[Table] | None) -> Conditional:
+    logs = [_conditional(table, possible[n] if possible else None) for n, table in enumerate(joint)]
+    return Conditional(logs[0], logs[1] if len(logs) > 1 else None)
 
 
 def _flattened(values: Tensor) -> Tensor:

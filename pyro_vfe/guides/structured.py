@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyro_vfe.energy.conditionals import conditionals
+from pyro_vfe.energy.conditionals import conditionals, uniform_conditionals
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.errors import StructureError, VFEError
@@ -70,8 +70,9 @@ class AutoStructured(AutoGuide):
             model: The generative model; its discrete latents with finite support are found at the first call.
             edges: "model" for the model's own dependencies: each latent given those that its prior reads. Or pairs of
                 latents' names (parent, child); an empty list is the mean field, but for chains.
-            init: Where the tables start: all values equally probable, or at the exact posterior conditionals under the
-                model's parameters as they are at the first call (the whole data are needed).
+            init: Where the tables start: all values equally probable, but for those that the model and the data rule
+                out; or at the exact posterior conditionals under the model's parameters as they are at the first call
+                (the whole data are needed).
             init_scale: Standard deviation of noise on the starting logits.
             max_bytes: The most memory that one table may take; half of what is free by default.
             create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
@@ -166,7 +167,7 @@ class AutoStructured(AutoGuide):
             sizes = {parent: latents[parent].size for parent in parents[name]}
             check_size("AutoStructured", latent, sizes, _shapes(latent, sizes)[0].numel(), self.max_bytes, _CHEAPER)
         self._latents, self._parents = latents, parents
-        starts = self._posterior_start(args, kwargs) if self.init == "posterior" else {}
+        starts = self._posterior_start(args, kwargs) if self.init == "posterior" else self._uniform_start(args, kwargs)
         for name in latents:
             table, initial = self._shapes(name)
             start = starts.get(name, Logits(torch.zeros(()), torch.zeros(())))
@@ -184,6 +185,20 @@ class AutoStructured(AutoGuide):
             exact = posterior(self.model, *args, **kwargs)
             found = conditionals(joint_graph(exact.enumeration), self._parents, max_bytes=self.max_bytes)
         return {name: logits_of(self._latents[name], conditional) for name, conditional in found.items()}
+
+    def _uniform_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Logits]:
+        """Where the model rules values out, the tables are uniform over the others: F would start at infinity."""
+        if any(plate.size != plate.full_size for latent in self._latents.values() for plate in latent.plates):
+            return {}
+        try:
+            with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+                enumeration = Programs(check=False, max_bytes=self.max_bytes).enumerate(
+                    self.model, no_guide, args, kwargs
+                )
+                found = uniform_conditionals(joint_graph(enumeration), self._parents, max_bytes=self.max_bytes)
+        except VFEError:  # Other latents have to be drawn, or the model is too large: F tells where zeros clash.
+            return {}
+        return {name: logits_of(self._latents[name], one) for name, one in (found or {}).items()}
 
     def _shapes(self, name: str) -> tuple[torch.Size, torch.Size | None]:
         return _shapes(self._latents[name], {parent: self._latents[parent].size for parent in self._parents[name]})
