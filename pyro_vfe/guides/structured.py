@@ -78,12 +78,12 @@ class AutoStructured(AutoGuide):
             create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
 
         Raises:
-            StructureError: `edges` are neither "model" nor pairs.
+            StructureError: `init` is neither of the two.
         """
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
         if init not in ("uniform", "posterior"):
             raise StructureError(f"AutoStructured was given init='{init}'.", hint="Use 'uniform' or 'posterior'.")
-        self.edges: Edges = edges if isinstance(edges, str) else [tuple(pair) for pair in edges]  # type: ignore[misc]
+        self.edges: Edges = edges if isinstance(edges, str) else list(edges)
         self.init = init
         self.init_scale = init_scale
         self.max_bytes = max_bytes
