@@ -144,7 +144,9 @@ class _Pass:
 
     def _summed_along(self, group: Sequence[Factor], touching: Sequence[_Term]) -> Iterable[_Term]:
         """The expectations of terms under the chain of some conditionals."""
-        plate = self.graph.variables[group[0].name].chain
+        # What a chain reads inside its plate belongs to its state, and need be no chain itself.
+        plates = (self.graph.variables[conditional.name].chain for conditional in group)
+        plate = next((plate for plate in plates if plate is not None), None)
         assert plate is not None
         chain = chain_marginals_of(group, plate, self.graph)
         names = {conditional.name for conditional in group}

@@ -7,30 +7,30 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from operator import attrgetter
 from typing import Any, Literal
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.engine.factors import Table
-from pyro_vfe.errors import StructureError
-from pyro_vfe.program.finite import Finite
-from pyro_vfe.program.layout import SiteStructure, discrete_latents
-from pyro_vfe.program.parameters import other_shape
+from pyro_vfe.guides.tables import (
+    Program,
+    check_start,
+    distribution,
+    find_latents,
+    read_parameter,
+    rows,
+    sampled,
+    set_parameter,
+    whole_batch,
+)
+from pyro_vfe.program.layout import SiteStructure
 from pyro_vfe.program.randomness import undisturbed_randomness
-from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 from pyro_vfe.program.tables import over_dims
-
-Program = Callable[..., Any]
 
 
 class AutoMeanField(AutoGuide):
@@ -71,28 +71,16 @@ class AutoMeanField(AutoGuide):
         return tuple(dict.fromkeys(plate.name for plate in plates if plate.size == plate.full_size))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with undisturbed_randomness(), pyro.poutine.block():
-            self._latents = discrete_latents(self.model, args, kwargs)
-        if not self._latents:
-            raise StructureError(
-                "AutoMeanField found no discrete latent with a finite support in the model.",
-                hint="Use one of Pyro's autoguides for continuous latents.",
-            )
+        self._latents, _ = find_latents(self, "AutoMeanField", args, kwargs)
         self.prototype_trace = pyro.poutine.Trace()
         self.logits = PyroModule()
         for site in self._latents.values():
-            for plate in site.plates:
-                self._prototype_frames[plate.name] = _frame(plate)
-            deep_setattr(self.logits, _attribute(site.name), torch.nn.Parameter(self._initial_logits(site)))
+            set_parameter(self.logits, site.name, self._initial_logits(site))
         if self.init == "posterior":
             self._start_at_posterior(args, kwargs)
 
     def _start_at_posterior(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(plate.size != plate.full_size for site in self._latents.values() for plate in site.plates):
-            raise StructureError(
-                "AutoMeanField(init='posterior') was first called with a subsampled plate.",
-                hint="Call it once with the whole data, or use init='uniform'.",
-            )
+        check_start("AutoMeanField", self.init, self._latents)
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
             for site in self._latents.values():
@@ -118,15 +106,8 @@ class AutoMeanField(AutoGuide):
 
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
         logits = _logits(self, site.name)
-        with ExitStack() as stack:
-            for plate in site.plates:
-                stack.enter_context(plates[plate.name])
-                indices = plates[plate.name]._indices
-                if indices is not None:
-                    logits = logits.index_select(plate.dim - 1, indices.to(logits.device))
-            infer: Any = {FOLLOWS_MODEL: True}
-            value: Tensor = pyro.sample(site.name, _distribution(site, logits), infer=infer)
-        return value
+        own = rows(logits, site.plates, plates, logits.dim() - 1)
+        return sampled(site, lambda: distribution(site, own), plates)
 
     def probabilities(self, name: str) -> Tensor:
         """Returns Q(v) of a latent's values, shape `(*batch_shape, K)`, detached.
@@ -168,36 +149,10 @@ class AutoMeanField(AutoGuide):
             logits[tuple(place[where] for place in places) if rows else where] = values[where].to(logits)
 
 
-def _attribute(name: str) -> str:
-    """The attribute path of a site: its name, with `_` behind parts that modules use themselves."""
-    return ".".join(f"{part}_" if hasattr(PyroModule, part) else part for part in name.split("."))
-
-
 def _logits(guide: AutoMeanField, name: str) -> Tensor:
-    logits: Tensor = attrgetter(_attribute(name))(guide.logits)
-    own = _shape(guide._latents[name])
-    if logits.shape != own:  # The store keeps what it has under the name, that of a guide for other data.
-        raise other_shape(str(pyro.get_param_store().param_name(logits)), logits.shape, own)
-    return logits
+    return read_parameter(guide.logits, name, _shape(guide._latents[name]))
 
 
 def _shape(site: SiteStructure) -> torch.Size:
     """The shape of a latent's logits, over whole plates."""
-    shape = [1] * max((-plate.dim for plate in site.plates), default=0)
-    for plate in site.plates:
-        shape[plate.dim] = plate.full_size
-    return torch.Size([*shape, site.size])
-
-
-def _frame(plate: Plate) -> Any:
-    return CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
-
-
-def _distribution(site: SiteStructure, logits: Tensor) -> Any:
-    """The kind of distribution that has the site's values."""
-    if site.family == "Categorical":
-        return dist.Categorical(logits=logits)
-    if site.family == "OneHotCategorical":
-        return dist.OneHotCategorical(logits=logits)
-    assert site.support is not None
-    return Finite(site.support, logits)
+    return torch.Size([*whole_batch(site.plates), site.size])

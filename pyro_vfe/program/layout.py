@@ -132,8 +132,21 @@ def discrete_latents(program: Program, args: tuple[Any, ...], kwargs: Mapping[st
         args: Its arguments.
         kwargs: Its keyword arguments.
     """
-    findings, _ = _explored(no_guide, program, args, kwargs)
-    return {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}
+    return latents_and_branches(program, args, kwargs)[0]
+
+
+def latents_and_branches(
+    program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, SiteStructure], frozenset[str]]:
+    """Returns what `discrete_latents` does, and the names of those on which the program branches.
+
+    Args:
+        program: A model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    findings, branches = _explored(no_guide, program, args, kwargs)
+    return {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}, branches
 
 
 def _explored(

@@ -13,6 +13,7 @@ import pyro
 from torch import Tensor
 
 from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
+from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import check_cost
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.escapes import StructureChanged
@@ -119,6 +120,10 @@ class Programs:
         call = _Call(
             model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable, self.pin_masked
         )
+        with one_call():
+            return self._enumerate(call)
+
+    def _enumerate(self, call: "_Call") -> Enumeration:
         known = self._pairs.get(call.key)
         if known is not None:
             try:

@@ -10,14 +10,15 @@ References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs (the axes this serves).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro.distributions.distribution import COERCIONS
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from pyro_vfe.program.escapes import ESCAPES, INTEGER_ARGUMENTS, NO_SITES, Escaped, Sites, by_the_program, user_line
 from pyro_vfe.program.sharing import (
@@ -53,6 +54,20 @@ _LEAVES = (int, float, str, bool, torch.Size, type(None))
 
 untracked = torch._C.DisableTorchFunction
 """A context in which operations are not looked at."""
+
+
+@contextmanager
+def out_of_sight() -> Iterator[None]:
+    """Runs a block that the runs around it do not look at, and that may look at runs of its own."""
+    hidden: list[Provenance] = []
+    while isinstance(mode := _get_current_function_mode(), Provenance):
+        mode.__exit__(None, None, None)
+        hidden.append(mode)
+    try:
+        yield
+    finally:
+        for mode in reversed(hidden):
+            mode.__enter__()
 
 
 class Provenance(TorchFunctionMode):
