@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.log_weights import LogWeights, independent_plates, log_weights
+from pyro_vfe.energy.log_weights import LogWeights, independent_plates, is_random, log_weights
 from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import CostError, ScaleError, VFEError
@@ -19,6 +19,7 @@ from pyro_vfe.program.drawn_guide import DrawnGuide, of_the_guide_alone, ordinar
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.recorder import Site
 
 _CHUNK_BYTES = 2**27
 """About as much as the values and log-probabilities of particles side by side take; more is not faster."""
@@ -68,6 +69,8 @@ class Sampler:
         runs = _Found(first, plates, self.max_bytes)
         side_by_side = count > 2 and not any(site.controls for site in first.sites.values())
         side_by_side = side_by_side and not self._guide.summed
+        if not any(is_random(site) for site in drawn_sites(first).values()):
+            return runs.particles(repeats=count)
         size = max(1, min(count - 1, self._chunk_bytes() // _bytes_of(first)))
         while runs.count < count:
             chunk = min(size, count - runs.count)
@@ -144,6 +147,15 @@ _TOLERANCE, _ROUGH = 1e-7, 1e-3
 """By how much log weights of one particle may differ, in double precision and otherwise."""
 
 
+def drawn_sites(run: Enumeration) -> dict[str, Site]:
+    """Returns the sites of the guide that hold a draw, or a point estimate, by name.
+
+    Args:
+        run: Programs whose guide drew its latents.
+    """
+    return {name: site for (role, name), site in run.sites.items() if role == "guide" and site.kind == "sampled"}
+
+
 class _Found:
     """Log weights as they come in."""
 
@@ -165,11 +177,11 @@ class _Found:
         if bool(weights.by_datum.isneginf().any() | weights.outside.isneginf().any()):
             self.ruled_out |= dict.fromkeys(_ruling_out(run))
 
-    def particles(self) -> Particles:
-        """All of them."""
+    def particles(self, repeats: int = 1) -> Particles:
+        """All of them, so many times."""
         weights = LogWeights(
-            torch.cat([found.by_datum for found in self.found]),
-            torch.cat([found.outside for found in self.found]),
+            torch.cat([found.by_datum for found in self.found] * repeats),
+            torch.cat([found.outside for found in self.found] * repeats),
             self.found[0].scale,
         )
         names, plates = tuple(self.ruled_out), self.plates
@@ -201,11 +213,10 @@ def _ruling_out(run: Enumeration) -> list[str]:
 def _particle(run: Enumeration, index: int) -> dict[str, Tensor]:
     """The draws of one particle of a run."""
     values = {}
-    for (role, name), site in run.sites.items():
-        if role == "guide" and site.kind == "sampled":
-            (dim,) = (plate.dim for plate in site.plates if plate.name == PARTICLES)
-            position = site.value.dim() - len(site.fn.event_shape) + dim
-            values[name] = site.value if position < 0 else site.value.select(position, index)
+    for name, site in drawn_sites(run).items():
+        (dim,) = (plate.dim for plate in site.plates if plate.name == PARTICLES)
+        position = site.value.dim() - len(site.fn.event_shape) + dim
+        values[name] = site.value if position < 0 else site.value.select(position, index)
     return values
 
 

@@ -80,7 +80,5 @@ def of_the_guide_alone(guide: Mapping[str, Site], model: Mapping[str, Site]) -> 
         model: The model's sites.
     """
     return frozenset(
-        name
-        for name, site in guide.items()
-        if site.kind != "observed" and name not in model and is_enumerable(site.fn)
+        name for name, site in guide.items() if site.kind != "observed" and name not in model and is_enumerable(site.fn)
     )

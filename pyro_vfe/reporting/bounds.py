@@ -12,7 +12,6 @@ References:
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.log_weights import is_random
-from pyro_vfe.energy.particles import Particles, Sampler
+from pyro_vfe.energy.particles import Sampler
 from pyro_vfe.energy.weight_means import (
     effective_sample_size,
     jackknife,
@@ -29,14 +27,18 @@ from pyro_vfe.energy.weight_means import (
     log_means_without_each,
     means_without_each,
 )
-from pyro_vfe.errors import PlateKeptError, ScaleError, StructureError, VFEError
+from pyro_vfe.errors import PlateKeptError, ScaleError, VFEError
 from pyro_vfe.program.dreams import Dream
-from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check
+from pyro_vfe.reporting.bounds_dream import arguments_of, log_weights_of
+from pyro_vfe.reporting.bounds_remarks import cautions, remarks_on
 from pyro_vfe.reporting.bounds_views import as_html, as_text
-from pyro_vfe.reporting.pareto import GOOD_K, WORTH, pareto_k
+from pyro_vfe.reporting.pareto import pareto_k
+
+_MOST_LOOKED_AT = 1000
+"""To estimate a Pareto k takes about a millisecond."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +154,11 @@ class Bounds:
 
     @property
     def gap_at_least_stderr(self) -> Tensor | None:
-        """The standard error of `gap_at_least`, by the jackknife over draws; None for a single draw."""
-        if self.num_particles < 2:
+        """The standard error of `gap_at_least`, by the jackknife over draws; None for one draw or two.
+
+        Without one of two draws a single one is left, which has no gap whatever it is.
+        """
+        if self.num_particles < 3:
             return None
         without = log_means_without_each(self.log_weights) - means_without_each(self.log_weights)
         return self._added(jackknife(without))
@@ -170,9 +175,7 @@ class Bounds:
         -inf where the largest weights are equal, NaN where there are too few different ones; `reporting.pareto` says
         what its values mean.
         """
-        columns = self.log_weights.flatten(1).T.cpu().numpy() if self.plates else self.log_weights.cpu().numpy()[None]
-        found = torch.tensor([pareto_k(column) for column in columns], dtype=torch.float64)
-        return found.reshape(self.log_weights.shape[1:])
+        return _pareto_k(self._columns).reshape(self.log_weights.shape[1:])
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor | None]:
         """Returns ends between which log p(u) lies with at least a given probability, over draws (and the dream).
@@ -217,13 +220,25 @@ class Bounds:
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the numbers: in words."""
-        return (*self.remarks, *_unreliable(self))
+        return (*self.remarks, *cautions(self))
 
     def __str__(self) -> str:
         return as_text(self)
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+    @property
+    def _columns(self) -> Tensor:
+        """The log weights of each datum, `(data, K)`."""
+        return self.log_weights.reshape(self.num_particles, -1).T
+
+    @cached_property
+    def worst_pareto_k(self) -> Tensor:
+        """The Pareto k of the data whose draws are worth least: of 1,000, or of all where there are fewer."""
+        worth = self.effective_sample_size.flatten()
+        worst = worth.topk(min(_MOST_LOOKED_AT, len(worth)), largest=False).indices
+        return _pareto_k(self._columns[worst])
 
     @property
     def _outside(self) -> Tensor:
@@ -281,124 +296,20 @@ def bounds(
     if num_particles < 1:
         raise VFEError(f"num_particles is {num_particles}.", hint="Use at least one particle.")
     if dream is not None:
-        args, kwargs = _arguments(dream, args, kwargs)
+        args, kwargs = arguments_of(dream, args, kwargs)
     sampler = Sampler(model, own, args, kwargs, check, max_bytes)
     drawn = sampler.particles(num_particles)
-    remarks = _remarks(drawn)
-    dreamt = None
-    if dream is not None:
-        _check_dream(dream, drawn.first)
-        dreamt = sampler.given(_shared_latents(dream, drawn.first), drawn.plates)
+    dreamt = None if dream is None else log_weights_of(dream, sampler, drawn)
     return Bounds(
         log_weights=drawn.weights.by_datum,
-        dream_log_weights=None if dreamt is None else dreamt.weights.by_datum[0],
+        dream_log_weights=dreamt,
         weight=drawn.weights.scale,
         outside=drawn.weights.outside[0],
         plates=drawn.plates,
         num_data=drawn.first.num_data,
-        remarks=remarks,
+        remarks=remarks_on(drawn),
     )
 
 
-def _arguments(
-    dream: Dream, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not isinstance(dream, Dream):
-        raise VFEError(f"dream is a {type(dream).__name__}.", hint="Pass what vfe.dream(model, *args) returns.")
-    if args or kwargs:
-        raise VFEError(
-            "bounds was given a dream and arguments of the programs.",
-            hint="A dream carries the arguments that its observations stand in: leave the others out.",
-        )
-    return dream.args, dict(dream.kwargs)
-
-
-def _check_dream(dream: Dream, run: Enumeration) -> None:
-    """Checks that the dream can be of this model, and that its latents are all that the guide draws."""
-    known = {site.name for site in run.sites.values() if site.role == "model" and site.kind != "observed"}
-    drawn = {name: site for (role, name), site in run.sites.items() if role == "guide" and site.kind == "sampled"}
-    lacking = sorted((drawn.keys() & known) - dream.latents.keys())
-    if lacking:
-        raise StructureError(
-            f"The dream lacks latent '{lacking[0]}', which guide and model have.",
-            hint="Take the dream of this very model: vfe.dream(model, ...).",
-        )
-    points = [name for name in sorted(drawn.keys() & known) if not is_random(drawn[name])]
-    own = sorted(drawn.keys() - known)
-    if own or points:
-        fact = (
-            f"The guide draws '{own[0]}', of which the dream holds no value"
-            if own
-            else f"The guide has a point estimate of '{points[0]}' (a Delta), and the dream another value of it"
-        )
-        raise StructureError(
-            f"{fact}: there is no upper bound from this dream.",
-            hint="Use a guide that draws the model's own latents; hold a parameter fixed in the model by "
-            "pyro.poutine.condition before dreaming.",
-        )
-    small = [plate for plate, size in run.plates.items() if run.full_plates[plate] != size]
-    if small:
-        raise StructureError(
-            f"Plate '{small[0]}' is subsampled: the dream's latents are those of other elements.",
-            hint="Dream of the whole plate, and call bounds without subsampling.",
-        )
-
-
-def _shared_latents(dream: Dream, run: Enumeration) -> dict[str, Tensor]:
-    """The dream's values of what the guide draws; each of the shape that the guide gives it."""
-    values = {}
-    for (role, name), site in run.sites.items():
-        if role == "guide" and site.kind == "sampled":
-            value = dream.latents[name]
-            if value.shape != site.value.shape:
-                raise StructureError(
-                    f"Latent '{name}' has shape {tuple(value.shape)} in the dream and {tuple(site.value.shape)} in the "
-                    "guide.",
-                    hint="Take the dream of this very model, at these arguments.",
-                )
-            values[name] = value
-    return values
-
-
-def _remarks(drawn: Particles) -> tuple[str, ...]:
-    run, remarks = drawn.first, []
-    own = [site for (role, _), site in run.sites.items() if role == "guide" and site.kind == "sampled"]
-    if not drawn.plates and run.num_data > 1:
-        remarks.append(
-            f"all {run.num_data:,} data are one datum here, with one weight: something that ties them together is "
-            "drawn or summed out"
-        )
-    if not any(is_random(site) for site in own):
-        remarks.append("the guide draws nothing: all weights are equal")
-    points = [site.name for site in own if not is_random(site)]
-    if points and not any(("model", site.name) not in run.sites for site in own):
-        remarks.append(
-            f"the guide has a point estimate of '{points[0]}': the bounds are on log p(u, {points[0]}) at that point"
-        )
-    alone = [f.name for f in run.guide_latents if f.name not in run.guided]
-    if alone:
-        remarks.append(f"the guide's '{alone[0]}', which the model lacks, is summed out of the guide")
-    if any(run.full_plates[plate] != size for plate, size in run.plates.items()):
-        remarks.append("a plate is subsampled: the numbers are estimates for the whole data from these elements")
-    if drawn.ruled_out:
-        some = "all draws" if bool(drawn.weights.by_datum.isneginf().all(0).any()) else "some draws"
-        remarks.append(f"{some} of a datum have probability zero at site '{drawn.ruled_out[0]}' of the model")
-    return tuple(remarks)
-
-
-def _unreliable(found: Bounds) -> tuple[str, ...]:
-    bad = found.pareto_k > GOOD_K
-    few = found.pareto_k.isnan() & (found.effective_sample_size < WORTH * found.num_particles)
-    words = []
-    if bool(bad.any()):
-        words.append(
-            f"Pareto k exceeds {GOOD_K} for {int(bad.sum()):,} of {bad.numel():,} data: the weights vary so much that "
-            "the estimates are below their bounds for most draws, and standard errors too small; more draws help "
-            "little, a better guide does"
-        )
-    if bool(few.any()):
-        words.append(
-            f"for {int(few.sum()):,} of {few.numel():,} data the draws are worth less than a tenth of their number, "
-            "and are too few to estimate a Pareto k"
-        )
-    return tuple(words)
+def _pareto_k(columns: Tensor) -> Tensor:
+    return torch.tensor([pareto_k(column) for column in columns.cpu().numpy()], dtype=torch.float64)

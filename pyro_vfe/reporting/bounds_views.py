@@ -1,6 +1,5 @@
 """Bounds on paper: what was estimated, by how much it is uncertain, and how even the weights are."""
 
-import math
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,11 @@ if TYPE_CHECKING:
     from pyro_vfe.reporting.bounds import Bounds
 
 _ROWS = (
-    ("log p(u) >=", "lower", "estimate of a lower bound: E of the mean weight's log"),
-    ("log p(u) <=", "upper", "estimate of an upper bound, from the dream's own latents"),
-    ("apart", "width", "upper - lower"),
-    ("free energy", "free_energy", "estimate of F, from the same draws"),
-    ("gap >=", "gap_at_least", "estimate of a lower bound: F + lower"),
+    ("lower bound", "lower", "estimate of a lower bound on log p(u)"),
+    ("upper bound", "upper", "estimate of an upper bound on log p(u), from the dream's latents"),
+    ("width", "width", "upper - lower"),
+    ("free energy", "free_energy", "estimate of F"),
+    ("gap, at least", "gap_at_least", "estimate of a lower bound on KL(Q || posterior): F + lower"),
 )
 
 Cells = tuple[str, tuple[str, ...], str]
@@ -28,9 +27,13 @@ def as_text(found: "Bounds") -> str:
         found: Bounds.
     """
     header, rows = _table(found)
-    width = 2 + max(len(number) for _, numbers, _ in rows for number in (*numbers, *header))
-    lines = [" " * 14 + "".join(title.rjust(width) for title in header)]
-    lines += [label.ljust(14) + "".join(n.rjust(width) for n in numbers) + "   " + words for label, numbers, words in rows]
+    columns = zip(header, *(numbers for _, numbers, _ in rows), strict=True)
+    widths = [2 + max(map(len, column)) for column in columns]
+
+    def line(label: str, numbers: tuple[str, ...]) -> str:
+        return label.ljust(14) + "".join(n.rjust(width) for n, width in zip(numbers, widths, strict=True))
+
+    lines = [line("", header), *(f"{line(label, numbers)}   {words}" for label, numbers, words in rows)]
     return "\n".join([*lines, _of_the_weights(found), *found.notes])
 
 
@@ -81,16 +84,13 @@ def _number(value: float) -> str:
 def _of_the_weights(found: "Bounds") -> str:
     """How many draws there are, of what, and how many they are worth."""
     of = f"each element of {' and '.join(map(repr, found.plates))}" if found.plates else "all data together"
-    worth, k = found.effective_sample_size.flatten(), found.pareto_k.flatten()
+    worth, k = found.effective_sample_size.flatten(), found.worst_pareto_k
     known = k[~k.isnan()]
-    tail = f"Pareto k {_extent(known, '.2f', 'max')}" if len(known) else "too few weights for a Pareto k"
-    return (
-        f"K = {found.num_particles:,} draws, weights for {of}; worth {_extent(worth, ',.1f', 'min')} even ones; {tail}"
-    )
+    tail = _tail(float(known.max())) if len(known) else "too few different weights for a Pareto k"
+    least = f"{float(worth.min()):,.1f}"
+    number = least if len(worth) == 1 else f"{least} (min), {float(worth.median()):,.1f} (median)"
+    return f"K = {found.num_particles:,} draws, weights for {of}; worth {number} even ones; {tail}"
 
 
-def _extent(values: Tensor, form: str, end: str) -> str:
-    if len(values) == 1:
-        return format(float(values[0]), form)
-    worst = float(values.min() if end == "min" else values.max())
-    return f"{format(worst, form)} ({end}), {format(float(values.median()), form)} (median)"
+def _tail(largest: float) -> str:
+    return "the largest weights are equal" if largest == -float("inf") else f"Pareto k at most {largest:.2f}"
