@@ -82,13 +82,32 @@ def dream(model: Program, *args: Any, dream_to_args: DreamToArgs | None = None, 
         Hinton, Dayan, Frey and Neal (1995), The "wake-sleep" algorithm for unsupervised neural networks.
     """
     given_guide(model, None)
+    return dreamt(model, model, args, kwargs, dream_to_args)
+
+
+def dreamt(
+    model: Program,
+    signed: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dream_to_args: DreamToArgs | None,
+) -> Dream:
+    """Returns a dream, as `dream` does.
+
+    Args:
+        model: What is run.
+        signed: The program whose signature names the arguments.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        dream_to_args: Makes the programs' arguments of a dream where names do not tell.
+    """
     run = _Dreamer()
     with torch.no_grad(), run:
         model(*args, **kwargs)
     observations = {name: site.value for name, site in run.observed.items()}
     if dream_to_args is None:
         seen = {name: site for name, site in run.observed.items() if site.mask is not False}
-        own_args, own_kwargs = with_dreams(model, seen, run.latents.keys(), run.subsamples, args, kwargs)
+        own_args, own_kwargs = with_dreams(signed, seen, run.latents.keys(), run.subsamples, args, kwargs)
     else:
         own_args, own_kwargs = _checked(dream_to_args(dict(observations), *args, **kwargs))
     return Dream(run.latents, observations, own_args, own_kwargs, run.subsamples)
@@ -119,7 +138,7 @@ class _Dreamer(Messenger):
         if type(msg["fn"]).__name__ == "_Subsample":
             self.subsamples[name] = value
         elif name in self._data:
-            self.observed[name] = _dreamt(msg, self._data[name])
+            self.observed[name] = _observation(msg, self._data[name])
         elif not is_computed(msg):
             self.latents[name] = value
 
@@ -132,7 +151,7 @@ def _drawn(fn: Any, data: Tensor) -> Tensor:
     return value
 
 
-def _dreamt(msg: Any, data: Tensor) -> DreamtSite:
+def _observation(msg: Any, data: Tensor) -> DreamtSite:
     """A dreamt observation; where a mask hides an entry there is none, and the data stay."""
     site = Site(msg["name"], "model", "observed", msg["fn"], msg["value"], 1.0, msg["mask"], plates_around(msg))
     (fn, mask), value = unmasked(site), site.value
