@@ -161,7 +161,8 @@ def _read(run: Enumeration, factor: Factor) -> Iterable[str]:
 
 def _check_nothing_random(data: _Data) -> None:
     for key in data.others:
-        site = data.run.sites[key]
+        # Whether a latent of the model is random is for the guide to say.
+        site = data.run.sites.get(("guide", key[1]), data.run.sites[key])
         read = [name for name in data.run.factors[key].axes if name in data.run.draws]
         if is_random(site) or any(is_random(data.run.sites["guide", name]) for name in read):
             raise PlateError(f"Site '{site.name}' is drawn outside of a plate of the data, or reads draws.", hint="")
