@@ -51,12 +51,22 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
     for (role, name), factor in enumeration.factors.items():
         if role != "guide" or name not in enumeration.variables:
             continue
-        if name in enumeration.draws:
-            # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
-            values = factor.table.values
-            factor = replace(factor, table=Table(values - values.detach(), factor.table.axes))
-        result.append(factor)
+        score = enumeration.scores.get(name, factor) if name in enumeration.draws else factor
+        if score is not None:
+            result.append(_draw(score, enumeration) if name in enumeration.draws else score)
     return tuple(result)
+
+
+def _draw(score: Factor, enumeration: Enumeration) -> Factor:
+    """A draw as a variable of one value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+
+    What reads it from outside of its plates reads all its elements, and takes the scores of all.
+    """
+    table, plates = score.table, enumeration.variables[score.name].plates
+    values = table.values - table.values.detach()
+    gone = [dim for dim, axis in enumerate(table.axes) if axis in score.plates - plates]
+    axes = tuple(axis for axis in table.axes if axis not in score.plates - plates)
+    return replace(score, table=Table(values.sum(gone) if gone else values, axes), plates=plates)
 
 
 def log_q(enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES) -> Parts:

@@ -217,7 +217,7 @@ def _enumeration(
             if known.chain is None:
                 variables[site.name] = variable
         elif site.needs_score:
-            variables[site.name] = Variable(site.name, 1, site.plate_names, factors[key].scale)
+            variables[site.name] = Variable(site.name, 1, _plates_of_readers(site, factors), factors[key].scale)
 
     result = Enumeration(
         variables=variables,
@@ -234,6 +234,11 @@ def _enumeration(
     )
     check_absences(result.guided, sites, factors.values(), layout)
     return result
+
+
+def _plates_of_readers(draw: Site, factors: Mapping[SiteKey, Factor]) -> frozenset[str]:
+    """The plates around a draw and around all that reads it: what reads it from outside reads all its elements."""
+    return draw.plate_names.intersection(*(factor.plates for factor in factors.values() if draw.name in factor.axes))
 
 
 def _check_plate(known: Plate, plate: Plate) -> None:
