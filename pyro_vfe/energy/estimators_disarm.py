@@ -18,7 +18,7 @@ References:
     as U2G).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,8 +66,8 @@ def disarm_loss(
 
 def _mirrored_runs(run: Enumeration, again: Again) -> list[Enumeration]:
     """A run, and for each layer of its Bernoulli draws a run in which that layer is mirrored."""
-    logits = {name: _logits(run.sites["guide", name]) for name in run.draws}
-    found = {name: alpha for name, alpha in logits.items() if alpha is not None}
+    bases = {name: _bernoulli(run.sites["guide", name]) for name in run.draws}
+    found = {name: base for name, base in bases.items() if base is not None}
     layers = _layers(run, frozenset(found))
     if not layers:
         return [run]
@@ -84,13 +84,10 @@ def _mirrored_runs(run: Enumeration, again: Again) -> list[Enumeration]:
     return [_scored(run, found.keys(), own), *mirrored_runs]
 
 
-def _logits(site: Site) -> Tensor | None:
-    """The logits of a Bernoulli draw, of a shape that broadcasts to its value; None where it is another."""
-    base: Any = unwrapped(unmasked(site)[0])[0]
-    if type(base).__name__ != "Bernoulli":
-        return None
-    logits: Tensor = base.logits
-    return logits
+def _bernoulli(site: Site) -> Any:
+    """The distribution of a Bernoulli draw's elements; None where it is of another family."""
+    base = unwrapped(unmasked(site)[0])[0]
+    return base if type(base).__name__ == "Bernoulli" else None
 
 
 def _layers(run: Enumeration, names: frozenset[str]) -> list[list[str]]:
@@ -109,18 +106,20 @@ def _unmoved(run: Enumeration, layer: Sequence[str]) -> dict[str, Tensor]:
     return {key[1]: run.sites[key].value for key in drawn if set(layer).isdisjoint(run.factors[key].axes)}
 
 
-def _mirror_image(value: Tensor, logits: Tensor) -> Tensor:
+def _mirror_image(value: Tensor, base: Any) -> Tensor:
     """b~ given b."""
-    alpha = logits.detach()
-    return torch.bernoulli(torch.where(value > 0, -torch.expm1(-alpha.clamp(min=0)), alpha.clamp(max=0).exp()))
+    alpha, probs = base.logits.detach(), base.probs.detach()
+    mirrored = torch.where(value > 0, -torch.expm1(-alpha.clamp(min=0)), alpha.clamp(max=0).exp())
+    # The logits of probabilities 0 and 1 are clamped.
+    return torch.bernoulli(torch.where((probs > 0) & (probs < 1), mirrored, value))
 
 
-def _sign(value: Tensor, image: Tensor, logits: Tensor) -> Tensor:
+def _sign(value: Tensor, image: Tensor, base: Any) -> Tensor:
     """(-1)^b~ 1[b != b~] sigmoid(|alpha|)."""
-    return (value - image) * torch.sigmoid(logits.detach().abs())
+    return (value - image) * torch.sigmoid(base.logits.detach().abs())
 
 
-def _scored(run: Enumeration, names: Sequence[str] | Any, signs: Mapping[str, Tensor]) -> Enumeration:
+def _scored(run: Enumeration, names: Collection[str], signs: Mapping[str, Tensor]) -> Enumeration:
     """The run with the gradients of Bernoulli draws: signs times logits for some, none for the others."""
     scores: dict[str, Factor | None] = dict.fromkeys(names)
     if signs and torch.is_grad_enabled():
@@ -142,9 +141,7 @@ class _Signed(Scorer):
             site: The draw.
             fn: Its distribution, without masks.
         """
-        logits = _logits(site)
-        assert logits is not None
-        scores = self.signs[site.name] * logits
+        scores: Tensor = self.signs[site.name] * _bernoulli(site).logits
         event = tuple(range(-len(fn.event_shape), 0))
         return scores.sum(event) if event else scores
 

@@ -49,13 +49,13 @@ def vimco_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes: fl
     # What is drawn gets its gradient below, all at once.
     plain = [replace(run, scores=dict.fromkeys(run.draws)) for run in runs]
     plates, inside, outside = _by_datum(plain, side_by_side, max_bytes)
+    weight = _weight(runs[0], plates)
     log_weights = -inside
     bound = log_weights.logsumexp(0) - math.log(len(log_weights))
-    weight = _aligned(_weight(runs[0], plates), sorted(plates))
-    loss = outside - (weight * bound).sum()
-    if torch.is_grad_enabled() and runs[0].draws:
+    loss = outside - _weighted(bound, weight, plates).sum()
+    if torch.is_grad_enabled() and runs[0].draws and bool(loss.isfinite()):
         signals = bound.detach() - _without_own(log_weights.detach())
-        loss = loss - (weight * signals * _scores(runs, plates, side_by_side)).sum()
+        loss = loss - (_weighted(signals, weight, plates) * _scores(runs, plates, side_by_side)).sum()
     return loss
 
 
@@ -201,5 +201,9 @@ def _without_scale(run: Enumeration, plates: Plates) -> Enumeration:
     return run.with_factors(factors, variables)
 
 
-def _aligned(scale: Scale, axes: Sequence[str]) -> Tensor | float:
-    return scale.aligned(axes) if isinstance(scale, Table) else scale
+def _weighted(values: Tensor, weight: Scale, plates: Plates) -> Tensor:
+    """Each datum's values as many times as it counts: a datum of weight 0 counts nothing, whatever it is."""
+    if not isinstance(weight, Table):
+        return values * weight if weight else torch.zeros_like(values)
+    weights = weight.aligned(sorted(plates))
+    return values.where(weights != 0, 0.0) * weights

@@ -5,6 +5,7 @@ surprise = +inf exactly where P(v, u|G) = 0 for every v
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,24 +41,39 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         raise impossible_data(enumeration)
 
 
-def impossible_data(enumeration: Enumeration) -> ImpossibleDataError:
-    """The error for data of probability zero, naming the observations that rule everything out."""
-    ruled_out = []
-    for factor in enumeration.observed:
-        dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
-        best = factor.table.values.amax(dims) if dims else factor.table.values
-        if bool(best.isneginf().any()):
-            ruled_out.append(f"'{factor.name}'{_first_place(best.isneginf(), factor, enumeration)}")
-    if ruled_out:
-        fact = (
-            f"Observed site {', '.join(ruled_out[:_MOST_NAMED])} has probability zero under every value of the latents"
+def impossible_data(enumeration: Enumeration) -> VFEError:
+    """The error for data of probability zero, naming the observations that rule everything out.
+
+    Where something is drawn it may be the draw that is impossible, and not the data.
+    """
+    drawn = _ruled_out(enumeration.model_draws, enumeration)
+    if drawn:
+        return NotFiniteError(
+            f"F is +inf: the model gives probability zero to what the guide drew at {drawn}.",
+            hint="Give the guide the same zeros as the model.",
         )
+    given = " at what the guide drew" if enumeration.is_sampled else ""
+    ruled_out = _ruled_out(enumeration.observed, enumeration)
+    if ruled_out:
+        fact = f"Observed site {ruled_out} has probability zero under every value of the latents{given}"
     else:
-        fact = "No joint value of the latents explains all observations: each has probability zero"
+        fact = f"No joint value of the latents explains all observations{given}: each has probability zero"
     return ImpossibleDataError(
-        f"The data have probability zero under the model. {fact}.",
+        f"The data have probability zero under the model{given}. {fact}.",
         hint="Check the data and the parameters, or give the model a probability that is small instead of zero.",
     )
+
+
+def _ruled_out(factors: Iterable[Factor], enumeration: Enumeration) -> str:
+    """The sites that are impossible by themselves, whatever the latents that are enumerated, with the first place."""
+    names = []
+    for factor in factors:
+        dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
+        axes = tuple(axis for axis in factor.table.axes if axis not in enumeration.variables)
+        best = factor.table.values.amax(dims) if dims else factor.table.values
+        if bool(best.isneginf().any()):
+            names.append(f"'{factor.name}'{_first_place(best.isneginf(), axes)}")
+    return ", ".join(names[:_MOST_NAMED])
 
 
 @dataclass(frozen=True)
@@ -149,8 +165,7 @@ def _not_a_number(
     )
 
 
-def _first_place(where: Tensor, factor: Factor, enumeration: Enumeration) -> str:
-    axes = [axis for axis in factor.table.axes if axis not in enumeration.variables]
+def _first_place(where: Tensor, axes: Sequence[str]) -> str:
     if not axes:
         return ""
     index = where.nonzero()[0].tolist()
