@@ -17,7 +17,7 @@ import pytest
 import torch
 from oracles import gradients, oracle
 from outcomes import outcomes
-from programs.case import noise, real, tensor, unit
+from programs.case import real, tensor, unit
 from torch import Tensor
 
 import pyro_vfe as vfe
@@ -498,7 +498,7 @@ def test_a_particle_without_weight_leaves_the_gradient_finite() -> None:
 
     estimate()  # the programs are laid out by runs of their own
     found = list(outcomes(estimate))
-    q = real("q_b").sigmoid()
+    q = real("q_b").sigmoid().detach()
     # A datum both of whose particles are impossible has no bound.
     assert sum(probability for probability, one in found if one is None) == pytest.approx(float(1 - (1 - q**2).prod()))
     known = [one for _, one in found if one is not None]
@@ -591,20 +591,22 @@ def test_programs_that_branch_have_no_pairs() -> None:
         free_energy(gradient="disarm").loss(model, guide)
 
 
-def test_the_standard_error_covers_F() -> None:
-    """Of 200 intervals of two standard errors each, the mean of 20 runs inside, about 19 in 20 hold F."""
-    model, guide = PROGRAMS["layered"]
-    exact = oracle(model, guide).terms["free_energy"].item()
-    elbo = free_energy(num_particles=20)
-    covered = 0
-    for _ in range(100):
-        terms = elbo.decompose(model, guide)
+@pytest.mark.parametrize("name", ["layered", "read_from_outside"])
+def test_the_squared_standard_error_is_the_variance_of_the_mean(name: str) -> None:
+    """On average over all outcomes of two independent runs."""
+    model, guide = PROGRAMS[name]
+    _, mean, *_ = averaged(single := estimates(model, guide, ONE))
+    variance = sum(probability * (loss - mean) ** 2 for probability, loss, _ in single)
+    elbo = free_energy(num_particles=2)
+    elbo.decompose(model, guide)
+    squared = torch.zeros(())
+    for probability, terms in outcomes(lambda: elbo.decompose(model, guide)):
         assert terms.stderr is not None
-        covered += abs(terms.free_energy.item() - exact) < 2 * terms.stderr.item()
-    assert 85 <= covered <= 99
+        squared = squared + probability * terms.stderr**2
+    torch.testing.assert_close(squared, torch.as_tensor(variance) / 2)
 
 
-@pytest.mark.parametrize("name", ["layered", "after_v", "through_v"])
+@pytest.mark.parametrize("name", ["layered", "through_v"])
 def test_the_surprise_of_a_draw_is_an_upper_bound_on_average(name: str) -> None:
     """E[ log q(w) - log p(w, u) ] = surprise + KL( q(w) || p(w | u) ), and the rest of the gap is of v given w."""
     model, guide = PROGRAMS[name]

@@ -39,33 +39,39 @@ Again = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Enumeration]
 
 
 def disarm_loss(
-    runs: Sequence[Enumeration], again: Again, side_by_side: int = 1, max_bytes: float | None = None
+    particles: Sequence[Sequence[Enumeration]], side_by_side: int = 1, max_bytes: float | None = None
 ) -> Tensor:
     """Returns the mean of F over particles and the runs of each, whose gradient is an unbiased estimate of F's.
 
     Draws that are not Bernoulli have the leave-one-out score function in each run.
 
     Args:
-        runs: One enumeration per run of the programs.
-        again: Runs the programs again, given draws.
+        particles: What `mirrored_runs` made of each run of the programs.
         side_by_side: How many particles each run holds.
         max_bytes: The most memory that intermediate tables may take.
 
     Raises:
-        StructureError: The programs branch on a latent, or the layers differ from particle to particle.
+        StructureError: The layers differ from particle to particle.
     """
-    particles = [_mirrored_runs(run, again) for run in runs]
     if len({len(own) for own in particles}) > 1:
         raise StructureError(
             "Which draws depend on which differs from one particle to the next.",
             hint='Use gradient="leave-one-out", which takes each run as it comes.',
         )
-    losses = [surrogate_loss(runs_of_layer, side_by_side, max_bytes) for runs_of_layer in zip(*particles, strict=True)]
+    losses = [surrogate_loss(runs, side_by_side, max_bytes) for runs in zip(*particles, strict=True)]
     return torch.stack(losses).mean()
 
 
-def _mirrored_runs(run: Enumeration, again: Again) -> list[Enumeration]:
-    """A run, and for each layer of its Bernoulli draws a run in which that layer is mirrored."""
+def mirrored_runs(run: Enumeration, again: Again) -> list[Enumeration]:
+    """Returns a run, and for each layer of its Bernoulli draws a run in which that layer is mirrored.
+
+    Args:
+        run: One run of the programs.
+        again: Runs the programs again, given draws.
+
+    Raises:
+        StructureError: The programs branch on a latent.
+    """
     bases = {name: _bernoulli(run.sites["guide", name]) for name in run.draws}
     found = {name: base for name, base in bases.items() if base is not None}
     layers = _layers(run, frozenset(found))
@@ -74,14 +80,14 @@ def _mirrored_runs(run: Enumeration, again: Again) -> list[Enumeration]:
     _check_runs_once(run, layers[0][0])
     weight = (1 + len(layers)) / 2  # a half, in a mean over all runs
     own: dict[str, Tensor] = {}
-    mirrored_runs = []
+    images = []
     for layer in layers:
         values = {name: _mirror_image(run.sites["guide", name].value, found[name]) for name in layer}
         mirrored = again({**_unmoved(run, layer), **values}, run.subsamples)
         signs = {name: weight * _sign(run.sites["guide", name].value, values[name], found[name]) for name in layer}
         own |= signs
-        mirrored_runs.append(_scored(mirrored, found.keys(), {name: -sign for name, sign in signs.items()}))
-    return [_scored(run, found.keys(), own), *mirrored_runs]
+        images.append(_scored(mirrored, found.keys(), {name: -sign for name, sign in signs.items()}))
+    return [_scored(run, found.keys(), own), *images]
 
 
 def _bernoulli(site: Site) -> Any:

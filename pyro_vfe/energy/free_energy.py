@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
 from pyro_vfe.energy.estimators import surrogate_loss
-from pyro_vfe.energy.estimators_disarm import Again, disarm_loss
+from pyro_vfe.energy.estimators_disarm import disarm_loss, mirrored_runs
 from pyro_vfe.energy.estimators_vimco import vimco_loss
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
@@ -240,17 +240,18 @@ class FreeEnergy(ELBO):
                 stacklevel=3,
             )
         again = partial(self._again, model, guide, args, kwargs, side_by_side)
-        loss = self._estimate(runs, again, side_by_side)
+        particles = [mirrored_runs(run, again) if self.gradient == "disarm" else [run] for run in runs]
+        loss = self._estimate(particles, side_by_side)
         if not math.isfinite(loss.item()):
-            raise not_finite(runs[0], loss.item(), (model, guide))
+            raise not_finite([run for own in particles for run in own], loss.item(), (model, guide))
         return loss
 
-    def _estimate(self, runs: Sequence[Enumeration], again: Again, side_by_side: int) -> Tensor:
-        if self.gradient == "vimco":
-            return vimco_loss(runs, side_by_side, self.max_bytes)
-        if self.gradient == "disarm" and any(run.draws for run in runs):
-            return disarm_loss(runs, again, side_by_side, self.max_bytes)
-        return surrogate_loss(runs, side_by_side, self.max_bytes)
+    def _estimate(self, particles: Sequence[Sequence[Enumeration]], side_by_side: int) -> Tensor:
+        """The loss from the runs of each particle."""
+        if self.gradient == "disarm":
+            return disarm_loss(particles, side_by_side, self.max_bytes)
+        estimate = vimco_loss if self.gradient == "vimco" else surrogate_loss
+        return estimate([run for own in particles for run in own], side_by_side, self.max_bytes)
 
     def _again(
         self,

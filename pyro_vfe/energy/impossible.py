@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vfe.energy.estimators import free_energy_parts
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.terms import Terms
 from pyro_vfe.engine.elimination import log_normalizer
@@ -128,22 +129,34 @@ def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enume
 
 
 def not_finite(
-    enumeration: Enumeration,
+    runs: Sequence[Enumeration],
     value: float,
     programs: tuple[Program, Program],
 ) -> VFEError:
-    """The error for a training step whose free energy is not finite: nothing is differentiated then."""
+    """The error for a training step whose free energy is not finite: nothing is differentiated then.
+
+    Args:
+        runs: What the free energy was computed from.
+        value: What it is.
+        programs: The model and the guide.
+    """
     with torch.no_grad():
         if not math.isnan(value) and value > 0:
-            evidence = log_normalizer(joint_graph(enumeration)).total
+            run = next((run for run in runs if _is_infinite(run)), runs[0]) if len(runs) > 1 else runs[0]
+            evidence = log_normalizer(joint_graph(run)).total
             if bool(evidence.isneginf()):
-                return impossible_data(enumeration)
+                return impossible_data(run)
             return NotFiniteError(
-                f"F is +inf: {'; '.join(map(str, culprits(enumeration)))}.",
+                f"F is +inf: {'; '.join(map(str, culprits(run)))}.",
                 hint="Give the guide the same zeros as the model. A site that others determine (an OR, say) is best "
                 "left out of the guide: it is then summed out inside the model.",
             )
-        return _not_a_number(enumeration, value, programs)
+        return _not_a_number(runs[0], value, programs)
+
+
+def _is_infinite(run: Enumeration) -> bool:
+    """Whether the draws of a run are the impossible ones."""
+    return any(part.expectation().total.item() == math.inf for part in free_energy_parts(run))
 
 
 def _not_a_number(

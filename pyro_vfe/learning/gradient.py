@@ -97,7 +97,7 @@ class Gradient(EPhase, MPhase):
                 )
             loss = surrogate_loss([enumeration], 1, pair.max_bytes)
             if not math.isfinite(loss.item()):
-                raise not_finite(enumeration, loss.item(), (pair.model, pair.guide))
+                raise not_finite([enumeration], loss.item(), (pair.model, pair.guide))
             return loss
 
         self._descend(free_energy, lambda: pair.recognition)
