@@ -8,14 +8,14 @@ one is exact, and no annotations: every discrete latent with a finite support is
 References:
     Dayan, Hinton, Neal and Zemel (1995), The Helmholtz machine.
     Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
-    Kool, van Hoof and Welling (2019), Buy 4 REINFORCE samples, get a baseline for free (leave-one-out baseline).
 """
 
 import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from pyro.infer import ELBO
@@ -23,27 +23,43 @@ from torch import Tensor
 
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
 from pyro_vfe.energy.drawing import Drawing, OnCost
+from pyro_vfe.energy.estimators import surrogate_loss
+from pyro_vfe.energy.estimators_disarm import disarm_loss, mirrored_runs
+from pyro_vfe.energy.estimators_vimco import vimco_loss
 from pyro_vfe.energy.impossible import not_finite
-from pyro_vfe.energy.parts import Parts, conditionals_of, log_joint, log_q, negative
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
-from pyro_vfe.engine.expectation import Expectation
-from pyro_vfe.engine.factors import Factor, Table, total
 from pyro_vfe.errors import VFEError
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration
+from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
+
+Gradient = Literal["leave-one-out", "disarm", "vimco"]
+"""How the gradients of discrete draws are estimated."""
 
 
 class FreeEnergy(ELBO):
     """The free energy F = surprise + gap of a guide and a model, with discrete latents summed exactly.
 
     A `pyro.infer.ELBO`: pass it to `pyro.infer.SVI` as the loss, or call it on two modules. Discrete latents of the
-    guide
-    are summed under the guide, discrete latents that only the model has are summed inside the model, and what remains
-    is
-    drawn from the guide: by the pathwise gradient where the distribution allows it, otherwise by the score function,
-    with a leave-one-out baseline when there is more than one particle.
+    guide are summed under the guide, discrete latents that only the model has are summed inside the model, and what
+    remains is drawn from the guide: sites without a finite support, and those that say `infer={"enumerate": None}`.
+    Draws have the pathwise gradient where their distribution allows it; the others have one of three estimators, all
+    of them unbiased:
+
+    - "leave-one-out": the score function, each draw with the cost downstream of it. The baseline is the mean of that
+      cost over the other particles; one particle has none.
+    - "disarm": a Bernoulli draw (a vector, too) is paired with its mirror image, and the gradient is that of the
+      difference between the two. A particle is a pair, or T + 1 runs where draws depend on draws in T layers. Draws of
+      other families keep the score function, with the baseline of "leave-one-out".
+    - "vimco": the loss is no longer F but the importance-weighted bound F_K of all particles, for each datum by
+      itself: F >= F_K >= surprise. A datum is an element of the plates that all data share and that hold every draw;
+      where a draw lies outside of them, the data as a whole.
+
+    References:
+        Kool, van Hoof and Welling (2019), Buy 4 REINFORCE samples, get a baseline for free (leave-one-out baseline).
+        Dong, Mnih and Tucker (2020), DisARM: an antithetic gradient estimator for binary latent variables.
+        Mnih and Rezende (2016), Variational inference for Monte Carlo objectives (VIMCO).
     """
 
     def __init__(
@@ -61,9 +77,11 @@ class FreeEnergy(ELBO):
         check: Check = "first",
         max_bytes: float | None = None,
         on_cost: OnCost = "raise",
+        gradient: Gradient = "leave-one-out",
     ) -> None:
         """Args:
-        num_particles: How many draws of what is sampled are averaged.
+        num_particles: How many draws of what is sampled are averaged; pairs of draws for "disarm", and for "vimco" the
+            K of the bound.
         max_plate_nesting: Batch dims to reserve for plates; found from the programs by default.
         max_iarange_nesting: Pyro's deprecated name of the same, here so that arguments keep their positions.
         vectorize_particles: Draw all particles in one run, in a plate of their own.
@@ -78,6 +96,11 @@ class FreeEnergy(ELBO):
         on_cost: What to do where summing all latents out would not fit: "raise" an error, or "sample" as many latents
             of the guide as it takes, with a warning that names them. Loss and decomposition may differ in which: a
             decomposition also sums the model's posterior.
+        gradient: How the gradients of discrete draws are estimated; what is enumerated has its exact gradient with
+            each. "vimco" changes the loss as well; `decompose` is about F whichever it is.
+
+        Raises:
+            VFEError: There is no such estimator, or it needs more particles.
         """
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=num_particles,
@@ -92,6 +115,8 @@ class FreeEnergy(ELBO):
         )
         if num_particles < 1:
             raise VFEError(f"num_particles is {num_particles}.", hint="Use at least one particle.")
+        _check_gradient(gradient, num_particles)
+        self.gradient = gradient
         self.max_bytes = max_bytes
         self._drawing = Drawing(on_cost)
         nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
@@ -228,87 +253,41 @@ class FreeEnergy(ELBO):
                 "strict_enumeration_warning=False to silence this.",
                 stacklevel=3,
             )
-        loss = surrogate_loss(runs, side_by_side, self.max_bytes)
+        again = partial(self._again, model, guide, args, kwargs, side_by_side)
+        particles = [mirrored_runs(run, again) if self.gradient == "disarm" else [run] for run in runs]
+        loss = self._estimate(particles, side_by_side)
         if not math.isfinite(loss.item()):
-            raise not_finite(runs[0], loss.item(), (model, guide))
+            raise not_finite([run for own in particles for run in own], loss.item(), (model, guide))
         return loss
 
+    def _estimate(self, particles: Sequence[Sequence[Enumeration]], side_by_side: int) -> Tensor:
+        """The loss from the runs of each particle."""
+        if self.gradient == "disarm":
+            return disarm_loss(particles, side_by_side, self.max_bytes)
+        estimate = vimco_loss if self.gradient == "vimco" else surrogate_loss
+        return estimate([run for own in particles for run in own], side_by_side, self.max_bytes)
 
-def surrogate_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes: float | None = None) -> Tensor:
-    """Returns the mean of F over particles, whose gradient is an unbiased estimate of F's.
-
-    Args:
-        runs: One enumeration per run of the programs.
-        side_by_side: How many particles each run holds.
-        max_bytes: The most memory that intermediate tables may take.
-    """
-    parts = [free_energy_parts(run, max_bytes) for run in runs]
-    results = [
-        [part.expectation(downstream_of=run.draws) for part in own] for own, run in zip(parts, runs, strict=True)
-    ]
-    count = len(runs) * side_by_side
-    loss = torch.stack([result.total for own in results for result in own]).sum()
-    if count > 1 and runs[0].draws:
-        for baseline, run in zip(_baselines(results, runs, count), runs, strict=True):
-            loss = loss - _score_cost(run, baseline)
-    return loss / count
-
-
-def free_energy_parts(enumeration: Enumeration, max_bytes: float | None = None) -> list[Parts]:
-    """log Q - log P as one part where guide and model share a graph, as two where one had plates written out."""
-    q, joint = log_q(enumeration, max_bytes), log_joint(enumeration, max_bytes)
-    joint = Parts(joint.graph, joint.conditionals, negative(joint.costs))
-    if q.graph.variables.keys() | joint.graph.variables.keys() <= enumeration.variables.keys():
-        everything = enumeration.graph(*q.conditionals, *q.costs, *joint.costs)
-        return [Parts(everything, q.conditionals, (*q.costs, *joint.costs))]
-    return [q, joint]
+    def _again(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        side_by_side: int,
+        given: Mapping[str, Tensor],
+        subsamples: Mapping[str, Tensor],
+    ) -> Enumeration:
+        return self._programs.enumerate(
+            model, guide, args, kwargs, given=given, subsamples=subsamples, particles=side_by_side
+        )
 
 
-def _baselines(
-    results: Sequence[Sequence[Expectation]], runs: Sequence[Enumeration], count: int
-) -> list[dict[str, Table]]:
-    """For each run and draw, the mean downstream cost of the other particles: it does not depend on the draw."""
-    downstream = [_summed_downstream(own) for own in results]
-    if len(runs) == 1:
-        return [{name: _mean_of_others(table, count) for name, table in downstream[0].items()}]
-    baselines: list[dict[str, Table]] = []
-    for i in range(len(runs)):
-        others = [own for j, own in enumerate(downstream) if j != i]
-        baselines.append({name: _mean([own[name] for own in others if name in own]) for name in downstream[i]})
-    return baselines
-
-
-def _summed_downstream(results: Sequence[Expectation]) -> dict[str, Table]:
-    summed: dict[str, Table] = {}
-    for result in results:
-        for name, table in result.downstream.items():
-            summed[name] = _mean([summed[name], table], 1) if name in summed else table
-    return summed
-
-
-def _mean_of_others(table: Table, count: int) -> Table:
-    if PARTICLES not in table.axes:
-        return table
-    values = table.values
-    return Table((values.sum(table.axes.index(PARTICLES), keepdim=True) - values) / (count - 1), table.axes)
-
-
-def _mean(tables: Sequence[Table], divisor: int | None = None) -> Table:
-    if not tables:
-        return Table(torch.zeros(()), ())
-    summed = total(tables)
-    return Table(summed.values / (divisor or len(tables)), summed.axes)
-
-
-def _score_cost(run: Enumeration, baseline: Mapping[str, Table]) -> Tensor:
-    """The expected baseline times the score: zero in value and in expected gradient."""
-    conditionals = conditionals_of(run)
-    costs = []
-    for conditional in conditionals:
-        if conditional.name in baseline:
-            table, level = conditional.table, baseline[conditional.name]
-            axes = tuple(dict.fromkeys((*table.axes, *level.axes)))
-            costs.append(
-                Factor(conditional.name, Table(table.aligned(axes) * level.aligned(axes), axes), conditional.plates)
-            )
-    return Parts(run.graph(*conditionals), conditionals, tuple(costs)).expectation().total
+def _check_gradient(gradient: str, num_particles: int) -> None:
+    if gradient not in get_args(Gradient):
+        known = ", ".join(f'"{name}"' for name in get_args(Gradient))
+        raise VFEError(f"gradient is {gradient!r}.", hint=f"The estimators are {known}.")
+    if gradient == "vimco" and num_particles == 1:
+        raise VFEError(
+            'gradient="vimco" weighs particles against each other, and num_particles is 1.',
+            hint='Use num_particles=2 or more, or gradient="leave-one-out" or "disarm", which do with one.',
+        )

@@ -5,11 +5,13 @@ surprise = +inf exactly where P(v, u|G) = 0 for every v
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyro_vfe.energy.estimators import free_energy_parts
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.terms import Terms
 from pyro_vfe.engine.elimination import log_normalizer
@@ -40,24 +42,39 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         raise impossible_data(enumeration)
 
 
-def impossible_data(enumeration: Enumeration) -> ImpossibleDataError:
-    """The error for data of probability zero, naming the observations that rule everything out."""
-    ruled_out = []
-    for factor in enumeration.observed:
-        dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
-        best = factor.table.values.amax(dims) if dims else factor.table.values
-        if bool(best.isneginf().any()):
-            ruled_out.append(f"'{factor.name}'{_first_place(best.isneginf(), factor, enumeration)}")
-    if ruled_out:
-        fact = (
-            f"Observed site {', '.join(ruled_out[:_MOST_NAMED])} has probability zero under every value of the latents"
+def impossible_data(enumeration: Enumeration) -> VFEError:
+    """The error for data of probability zero, naming the observations that rule everything out.
+
+    Where something is drawn it may be the draw that is impossible, and not the data.
+    """
+    drawn = _ruled_out(enumeration.model_draws, enumeration)
+    if drawn:
+        return NotFiniteError(
+            f"F is +inf: the model gives probability zero to what the guide drew at {drawn}.",
+            hint="Give the guide the same zeros as the model.",
         )
+    given = " at what the guide drew" if enumeration.is_sampled else ""
+    ruled_out = _ruled_out(enumeration.observed, enumeration)
+    if ruled_out:
+        fact = f"Observed site {ruled_out} has probability zero under every value of the latents{given}"
     else:
-        fact = "No joint value of the latents explains all observations: each has probability zero"
+        fact = f"No joint value of the latents explains all observations{given}: each has probability zero"
     return ImpossibleDataError(
-        f"The data have probability zero under the model. {fact}.",
+        f"The data have probability zero under the model{given}. {fact}.",
         hint="Check the data and the parameters, or give the model a probability that is small instead of zero.",
     )
+
+
+def _ruled_out(factors: Iterable[Factor], enumeration: Enumeration) -> str:
+    """The sites that are impossible by themselves, whatever the latents that are enumerated, with the first place."""
+    names = []
+    for factor in factors:
+        dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
+        axes = tuple(axis for axis in factor.table.axes if axis not in enumeration.variables)
+        best = factor.table.values.amax(dims) if dims else factor.table.values
+        if bool(best.isneginf().any()):
+            names.append(f"'{factor.name}'{_first_place(best.isneginf(), axes)}")
+    return ", ".join(names[:_MOST_NAMED])
 
 
 @dataclass(frozen=True)
@@ -112,22 +129,34 @@ def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enume
 
 
 def not_finite(
-    enumeration: Enumeration,
+    runs: Sequence[Enumeration],
     value: float,
     programs: tuple[Program, Program],
 ) -> VFEError:
-    """The error for a training step whose free energy is not finite: nothing is differentiated then."""
+    """The error for a training step whose free energy is not finite: nothing is differentiated then.
+
+    Args:
+        runs: What the free energy was computed from.
+        value: What it is.
+        programs: The model and the guide.
+    """
     with torch.no_grad():
         if not math.isnan(value) and value > 0:
-            evidence = log_normalizer(joint_graph(enumeration)).total
+            run = next((run for run in runs if _is_infinite(run)), runs[0]) if len(runs) > 1 else runs[0]
+            evidence = log_normalizer(joint_graph(run)).total
             if bool(evidence.isneginf()):
-                return impossible_data(enumeration)
+                return impossible_data(run)
             return NotFiniteError(
-                f"F is +inf: {'; '.join(map(str, culprits(enumeration)))}.",
+                f"F is +inf: {'; '.join(map(str, culprits(run)))}.",
                 hint="Give the guide the same zeros as the model. A site that others determine (an OR, say) is best "
                 "left out of the guide: it is then summed out inside the model.",
             )
-        return _not_a_number(enumeration, value, programs)
+        return _not_a_number(runs[0], value, programs)
+
+
+def _is_infinite(run: Enumeration) -> bool:
+    """Whether the draws of a run are the impossible ones."""
+    return any(part.expectation().total.item() == math.inf for part in free_energy_parts(run))
 
 
 def _not_a_number(
@@ -149,8 +178,7 @@ def _not_a_number(
     )
 
 
-def _first_place(where: Tensor, factor: Factor, enumeration: Enumeration) -> str:
-    axes = [axis for axis in factor.table.axes if axis not in enumeration.variables]
+def _first_place(where: Tensor, axes: Sequence[str]) -> str:
     if not axes:
         return ""
     index = where.nonzero()[0].tolist()

@@ -52,23 +52,23 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
     for (role, name), factor in enumeration.factors.items():
         if role != "guide" or name not in enumeration.variables:
             continue
-        if name in enumeration.draws:
-            # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
-            factor = _drawn_as_one(factor, enumeration)
-            values = factor.table.values
-            factor = replace(factor, table=Table(values - values.detach(), factor.table.axes))
-        result.append(factor)
+        score = enumeration.scores.get(name, factor) if name in enumeration.draws else factor
+        if score is not None:
+            result.append(_draw(score, enumeration) if name in enumeration.draws else score)
     return tuple(result)
 
 
-def _drawn_as_one(factor: Factor, enumeration: Enumeration) -> Factor:
-    """The factor of a draw over the plates of its variable: a chain is one draw, since later elements hang on it."""
-    variable = enumeration.variables[factor.name]
-    along = factor.plates - variable.plates
-    if not along:
-        return factor
-    whole = without_plates(replace(factor, scale=1.0), along, enumeration.graph(factor))
-    return replace(whole, scale=variable.scale)
+def _draw(score: Factor, enumeration: Enumeration) -> Factor:
+    """A draw as a variable of one value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+
+    What reads it from outside of its plates reads all its elements, and takes the scores of all.
+    """
+    variable = enumeration.variables[score.name]
+    along = score.plates - variable.plates
+    if along:
+        score = replace(without_plates(replace(score, scale=1.0), along, enumeration.graph(score)), scale=variable.scale)
+    values = score.table.values
+    return replace(score, table=Table(values - values.detach(), score.table.axes))
 
 
 def log_q(enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES) -> Parts:

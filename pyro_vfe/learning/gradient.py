@@ -18,7 +18,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_vfe.energy.free_energy import surrogate_loss
+from pyro_vfe.energy.estimators import surrogate_loss
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
 from pyro_vfe.learning.belief import Belief
@@ -97,7 +97,7 @@ class Gradient(EPhase, MPhase):
                 )
             loss = surrogate_loss([enumeration], 1, pair.max_bytes)
             if not math.isfinite(loss.item()):
-                raise not_finite(enumeration, loss.item(), (pair.model, pair.guide))
+                raise not_finite([enumeration], loss.item(), (pair.model, pair.guide))
             return loss
 
         self._descend(free_energy, lambda: pair.recognition)

@@ -220,7 +220,7 @@ def _enumeration(
                 variables[site.name] = variable
         elif site.needs_score:
             # A chain's elements hang on those before them: it is one draw, outside of its plate.
-            around = site.plate_names - {drawn_along(site)}
+            around = _plates_of_readers(site, factors) - {drawn_along(site)}
             variables[site.name] = Variable(site.name, 1, around, factors[key].scale)
 
     result = Enumeration(
@@ -238,6 +238,11 @@ def _enumeration(
     )
     check_absences(result.guided, sites, factors.values(), layout)
     return result
+
+
+def _plates_of_readers(draw: Site, factors: Mapping[SiteKey, Factor]) -> frozenset[str]:
+    """The plates around a draw and around all that reads it: what reads it from outside reads all its elements."""
+    return draw.plate_names.intersection(*(factor.plates for factor in factors.values() if draw.name in factor.axes))
 
 
 def _check_plate(known: Plate, plate: Plate) -> None:

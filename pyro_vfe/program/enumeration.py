@@ -67,11 +67,13 @@ class Enumeration:
     """Makes the factors of some sites again, of what a scorer says in place of log-probabilities."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
+    scores: Mapping[str, Factor | None] = field(default_factory=dict)
+    """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
         parameters = {name: value.detach() for name, value in self.parameters.items()}
-        return {**self.__dict__, "rescored": _not_here, "parameters": parameters}
+        return {**self.__dict__, "rescored": _not_here, "parameters": parameters, "scores": {}}
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:
@@ -100,7 +102,7 @@ class Enumeration:
 
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
-        return replace(self, paths=(), rescored=_not_here, parameters={})
+        return replace(self, paths=(), rescored=_not_here, parameters={}, scores={})
 
     def _group(self, role: Role, *kinds: str) -> tuple[Factor, ...]:
         return tuple(self.factors[key] for key, site in self.sites.items() if site.role == role and site.kind in kinds)
