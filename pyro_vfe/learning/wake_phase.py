@@ -68,7 +68,7 @@ class Wake:
         run = machine.programs.enumerate(machine.model, machine.held_guide, args, kwargs)
         loss = -log_joint(run, machine.max_bytes).expectation().total
         if not math.isfinite(loss.item()):
-            raise not_finite(run, loss.item(), (machine.given_model, machine.given_guide))
+            raise not_finite([run], loss.item(), (machine.given_model, machine.given_guide))
         return loss
 
     def _drawn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
