@@ -1,0 +1,102 @@
+"""The networks as parts of the guide: their weights in its state and in Pyro's store are the same tensors."""
+
+import warnings
+from collections.abc import Mapping
+from operator import attrgetter
+
+import pyro
+import torch
+from pyro.infer.autoguide.utils import deep_setattr
+from pyro.nn import PyroModule
+from pyro.params.param_store import param_with_module_name
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from pyro_vfe.errors import StructureError, VFEWarning
+from pyro_vfe.guides.mean_field import attribute_of
+from pyro_vfe.program.parameters import other_shape
+
+
+def registered(network: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
+    """Returns the module that holds what the user gave, each site's network under the site's name.
+
+    Args:
+        network: One module, or a mapping from sites to modules.
+
+    Raises:
+        StructureError: Something in it is no module, or has no weights yet.
+    """
+    if not isinstance(network, Mapping | nn.ModuleDict):
+        return _checked(network, "its network")
+    if not network:
+        raise StructureError("AutoAmortized was given no network.", hint="Pass one, or one for each latent site.")
+    holder = PyroModule()
+    for site, module in network.items():
+        deep_setattr(holder, attribute_of(site), _checked(module, f"the network of '{site}'"))
+    return holder
+
+
+def _checked(network: object, what: str) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        kind = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
+        raise StructureError(
+            f"AutoAmortized was given {kind} as {what}.",
+            hint="Pass a torch module, torch.nn.Sequential(...) say: its weights become the guide's.",
+        )
+    if any(is_lazy(weight) for weight in network.parameters()):
+        raise StructureError(
+            f"AutoAmortized was given a lazy module as {what}: its weights have no shape yet.",
+            hint="Run it once on the data first, or say the sizes.",
+        )
+    return network
+
+
+def network_for(guide: PyroModule, site: str | None) -> nn.Module:
+    """Returns a network of a running guide, its weights known to Pyro's store.
+
+    Args:
+        guide: The guide, which holds it under `network`.
+        site: The site whose network it is; None for one network of all.
+
+    Raises:
+        StructureError: The store has weights of another shape under the same name.
+    """
+    if site is None:
+        return _in_store(guide, "network")
+    *path, last = ["network", *attribute_of(site).split(".")]
+    return _in_store(attrgetter(".".join(path))(guide), last)
+
+
+def _in_store(owner: PyroModule, attribute: str) -> nn.Module:
+    """A submodule; where the store has its weights already it takes them over, as PyroModule does with its own.
+
+    Pyro registers a plain module's weights and leaves the module as it is: an optimiser that asks the store would then
+    train tensors that the module does not use.
+    """
+    module: nn.Module = getattr(owner, attribute)
+    if isinstance(module, PyroModule) or not owner._pyro_context.active or pyro.settings.get("module_local_params"):
+        return module
+    name, store = owner._pyro_get_fullname(attribute), pyro.get_param_store()._params
+    for path, own in module.named_parameters():
+        stored = store.get(param_with_module_name(name, path))
+        if stored is None or stored is own:
+            continue
+        if stored.shape != own.shape:
+            raise other_shape(param_with_module_name(name, path), stored.shape, own.shape)
+        _replace(module, own, stored, name)
+    return module
+
+
+def _replace(module: nn.Module, own: torch.Tensor, stored: torch.Tensor, name: str) -> None:
+    if not torch.equal(own.detach(), stored.detach().to(own.device)):
+        warnings.warn(
+            f"The network '{name}' takes over the weights that Pyro's store has under its name, from a guide made "
+            "before. Call pyro.clear_param_store() before a new guide, or keep the two apart by "
+            "pyro.settings.set(module_local_params=True).",
+            VFEWarning,
+            stacklevel=2,
+        )
+    for part in module.modules():
+        for leaf, weight in part._parameters.items():
+            if weight is own:
+                part._parameters[leaf] = stored  # type: ignore[assignment]
