@@ -19,19 +19,23 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
 from pyro_vfe.errors import StructureError
-from pyro_vfe.guides.amortized_inputs import Inputs
+from pyro_vfe.guides.amortized_inputs import Inputs, signature_of
 from pyro_vfe.guides.amortized_latents import latents_of
 from pyro_vfe.guides.amortized_logits import Rows, Share, called, divided
-from pyro_vfe.guides.amortized_networks import network_for, registered
+from pyro_vfe.guides.amortized_networks import network_for, registered, unregistered
 from pyro_vfe.guides.amortized_plan import Plan, Question, Step, plan_of, shape_key
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 
 Program = Callable[..., Any]
+
+Chosen = Callable[[PyroModule, str | None], nn.Module]
+"""Finds a guide's network of a site."""
 
 _MAX_PLANS = 32
 """How many shapes of data are remembered."""
@@ -93,6 +97,7 @@ class AutoAmortized(AutoGuide):
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
         self._question = Question(network, inputs, edges)
         self.network: nn.Module = registered(network)
+        self._signature = signature_of(model)
         self._plans: OrderedDict[object, Plan] = OrderedDict()
 
     @property
@@ -112,63 +117,44 @@ class AutoAmortized(AutoGuide):
             ShapeError: A network cannot read its input, or returns another shape than is wanted.
             NotFiniteError: A network returns NaN.
         """
-        plan = self._plan(args, kwargs)
+        return self._run(self._plan(args, kwargs), args, kwargs, network_for)
+
+    def _run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], network: Chosen) -> dict[str, Tensor]:
         plates = self._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]
         rows = {name: _rows(plate, plates[name]) for name, plate in plan.plates.items()}
-        inputs = Inputs(self.model, args, kwargs, plan.latents)
+        inputs = Inputs(self._signature, args, kwargs, plan.latents)
         for step in plan.steps:
-            logits = self._logits(step, inputs, [rows[plate.name] for plate in step.plates])
+            logits = _logits(network(self, step.site), step, inputs, [rows[plate.name] for plate in step.plates])
             for share in step.order:
                 name = share.latent.name
-                inputs.values[name] = self._sample(share, share.distribution(logits[name], inputs.values), plates)
+                inputs.values[name] = _sample(share, share.distribution(logits[name], inputs.values), plates)
         return {name: inputs.values[name] for name in plan.latents}
 
-    def _logits(self, step: Step, inputs: Inputs, rows: Sequence[Rows]) -> dict[str, Tensor]:
-        """The output of one network, by site."""
-        network = network_for(self, step.site)
-
-        def present(argument: Tensor) -> Tensor:
-            for plate in rows:
-                argument = plate.taken(argument)
-            return argument
-
-        output = called(network, inputs.read(step.source, network, step.whose, present), step.whose)
-        return divided(output, step.shares, rows, inputs.carried(step.source), step.whose)
-
-    def _sample(self, share: Share, fn: Any, plates: Mapping[str, Any]) -> Tensor:
-        infer: dict[str, Any] = {FOLLOWS_MODEL: True}
-        if share.latent.drawn:
-            infer["enumerate"] = None
-        with ExitStack() as stack:
-            for plate in share.latent.plates:
-                stack.enter_context(plates[plate.name])
-            value: Tensor = pyro.sample(share.latent.name, fn, infer=infer)
-        return value
-
-    def _plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """The plan for arguments of these shapes; the model is looked at where they are new."""
         key = shape_key((args, kwargs))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._look(args, kwargs)
+            plan = self._plans[key] = self._rehearsed(args, kwargs)
             if len(self._plans) > _MAX_PLANS:
                 self._plans.popitem(last=False)
-        self.prototype_trace = pyro.poutine.Trace()
-        self._prototype_frames = {
-            plate.name: CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
-            for plate in plan.plates.values()
-        }
+        self._prototype_frames = _frames(plan)
         return plan
 
-    def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+    def _rehearsed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        """A plan that has been carried out once, so that a network which does not fit leaves nothing in the store."""
         if self._model is None:
             raise StructureError(
                 "AutoAmortized was loaded without its model, and is called with arguments of shapes that it has not "
                 "met before.",
                 hint="Make it anew, vfe.AutoAmortized(model, network), and load its state_dict.",
             )
-        with undisturbed_randomness(), pyro.poutine.block():
-            return plan_of(self._question, latents_of(self.model, args, kwargs))
+        with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+            plan = plan_of(self._question, latents_of(self.model, args, kwargs))
+            self._prototype_frames = _frames(plan)
+            self._run(plan, args, kwargs, unregistered)
+        self.prototype_trace = pyro.poutine.Trace()
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the model, which need not be something that can be pickled; the guide itself keeps it."""
@@ -183,6 +169,37 @@ class AutoAmortized(AutoGuide):
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         made.__dict__["_model"] = self._model
         return made
+
+
+def _frames(plan: Plan) -> dict[str, Any]:
+    """What Pyro's guides make their plates from."""
+    return {
+        plate.name: CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
+        for plate in plan.plates.values()
+    }
+
+
+def _logits(network: nn.Module, step: Step, inputs: Inputs, rows: Sequence[Rows]) -> dict[str, Tensor]:
+    """The output of one network, by site."""
+
+    def present(argument: Tensor) -> Tensor:
+        for plate in rows:
+            argument = plate.taken(argument)
+        return argument
+
+    output = called(network, inputs.read(step.source, network, step.whose, present), step.whose)
+    return divided(output, step.shares, rows, inputs.carried(step.source), step.whose)
+
+
+def _sample(share: Share, fn: Any, plates: Mapping[str, Any]) -> Tensor:
+    infer: Any = {FOLLOWS_MODEL: True}
+    if share.latent.drawn:
+        infer["enumerate"] = None
+    with ExitStack() as stack:
+        for plate in share.latent.plates:
+            stack.enter_context(plates[plate.name])
+        value: Tensor = pyro.sample(share.latent.name, fn, infer=infer)
+    return value
 
 
 def _rows(plate: Plate, live: Any) -> Rows:

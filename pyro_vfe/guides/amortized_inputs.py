@@ -40,15 +40,32 @@ def source_of(inputs: Any, whose: str) -> Source:
     )
 
 
-def arguments_of(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call by name, in the program's order; unnamed ones by their position, "0", "1", ...
+def signature_of(program: Any) -> inspect.Signature | None:
+    """Returns the signature of what the user wrote, without its annotations; None where there is none to be had.
 
     Args:
         program: A function, a module, or either with Pyro's handlers around it.
-        args: Its arguments.
+    """
+    while type(program).__name__ == "_bound_partial":  # Pyro's handlers: partial(call, handler, program)
+        program = program.func.args[1] if isinstance(program.func, functools.partial) else program.func
+    try:
+        found = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+    except (TypeError, ValueError):
+        return None
+    empty = inspect.Parameter.empty
+    return inspect.Signature([parameter.replace(annotation=empty) for parameter in found.parameters.values()])
+
+
+def arguments_of(
+    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of a call by name, in the program's order; unnamed ones by their position, "0", "1", ...
+
+    Args:
+        signature: That of the program; None where it is not known.
+        args: The program's arguments.
         kwargs: Its keyword arguments.
     """
-    signature = _signature(program)
     if signature is None:
         return {**{str(place): value for place, value in enumerate(args)}, **kwargs}
     bound = signature.bind(*args, **kwargs)
@@ -65,35 +82,25 @@ def arguments_of(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     return named
 
 
-def _signature(program: Any) -> inspect.Signature | None:
-    """The signature of what the user wrote; None where there is none to be had."""
-    while type(program).__name__ == "_bound_partial":  # Pyro's handlers: partial(call, handler, program)
-        program = program.func.args[1] if isinstance(program.func, functools.partial) else program.func
-    try:
-        return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
-    except (TypeError, ValueError):
-        return None
-
-
 class Inputs:
     """The inputs of the networks at one call."""
 
     def __init__(
         self,
-        program: Callable[..., Any],
+        signature: inspect.Signature | None,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         latents: Mapping[str, Latent],
     ) -> None:
         """Args:
-        program: The model.
+        signature: That of the model; None where it is not known.
         args: The arguments of the call.
         kwargs: Its keyword arguments.
         latents: The latents that may be read, by name.
         """
         self.args = args
         self.kwargs = kwargs
-        self.arguments = arguments_of(program, args, kwargs)
+        self.arguments = arguments_of(signature, args, kwargs)
         self.latents = latents
         self.values: dict[str, Tensor] = {}
         """The values of the latents that the guide has sampled so far."""

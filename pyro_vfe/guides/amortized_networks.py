@@ -61,10 +61,27 @@ def network_for(guide: PyroModule, site: str | None) -> nn.Module:
     Raises:
         StructureError: The store has weights of another shape under the same name.
     """
-    if site is None:
-        return _in_store(guide, "network")
-    *path, last = ["network", *attribute_of(site).split(".")]
-    return _in_store(attrgetter(".".join(path))(guide), last)
+    path, last = _path(site)
+    return _in_store(attrgetter(path)(guide) if path else guide, last)
+
+
+def unregistered(guide: PyroModule, site: str | None) -> nn.Module:
+    """Returns the same network, which Pyro's store hears nothing of.
+
+    Args:
+        guide: The guide.
+        site: The site whose network it is; None for one network of all.
+    """
+    module: nn.Module = guide
+    for part in ".".join(filter(None, _path(site))).split("."):
+        module = module._modules[part]  # type: ignore[assignment]  # getattr would tell the store
+    return module
+
+
+def _path(site: str | None) -> tuple[str, str]:
+    """Where a network is: the path of its owner from the guide, and its own name."""
+    path, _, last = (f"network.{attribute_of(site)}" if site is not None else "network").rpartition(".")
+    return path, last
 
 
 def _in_store(owner: PyroModule, attribute: str) -> nn.Module:
@@ -77,18 +94,20 @@ def _in_store(owner: PyroModule, attribute: str) -> nn.Module:
     if isinstance(module, PyroModule) or not owner._pyro_context.active or pyro.settings.get("module_local_params"):
         return module
     name, store = owner._pyro_get_fullname(attribute), pyro.get_param_store()._params
+    others: dict[nn.Parameter, torch.Tensor] = {}
     for path, own in module.named_parameters():
-        stored = store.get(param_with_module_name(name, path))
-        if stored is None or stored is own:
-            continue
+        stored = store.get(param_with_module_name(name, path), own)
         if stored.shape != own.shape:
             raise other_shape(param_with_module_name(name, path), stored.shape, own.shape)
-        _replace(module, own, stored, name)
+        if stored is not own:
+            others[own] = stored
+    if others:
+        _replace(module, others, name)
     return module
 
 
-def _replace(module: nn.Module, own: torch.Tensor, stored: torch.Tensor, name: str) -> None:
-    if not torch.equal(own.detach(), stored.detach().to(own.device)):
+def _replace(module: nn.Module, others: Mapping[nn.Parameter, torch.Tensor], name: str) -> None:
+    if not all(torch.equal(own.detach(), other.detach().to(own.device)) for own, other in others.items()):
         warnings.warn(
             f"The network '{name}' takes over the weights that Pyro's store has under its name, from a guide made "
             "before. Call pyro.clear_param_store() before a new guide, or keep the two apart by "
@@ -98,5 +117,5 @@ def _replace(module: nn.Module, own: torch.Tensor, stored: torch.Tensor, name: s
         )
     for part in module.modules():
         for leaf, weight in part._parameters.items():
-            if weight is own:
-                part._parameters[leaf] = stored  # type: ignore[assignment]
+            if weight in others:
+                part._parameters[leaf] = others[weight]  # type: ignore[index, assignment]
