@@ -18,6 +18,11 @@ from pyro_vfe.guides.amortized_latents import Latent, chain_of
 from pyro_vfe.program.log_prob import looked_up
 from pyro_vfe.program.provenance import untracked
 
+_BATCH_DIMS = (
+    "Values of latents come in with further dims at the left: to a network that reads them all dims but the last are "
+    "batch dims."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Share:
@@ -124,9 +129,8 @@ def called(network: nn.Module, inputs: Tensor, whose: str) -> Tensor:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ShapeError(
             f"The network of {whose} cannot read its input, {_described(inputs)}: {said.rstrip('.')}.",
-            hint="Let inputs be a function of the model's arguments that returns what the network reads, lambda u: "
-            "u.float() say. Values of latents come with further dims at the left: to the network all dims but the last "
-            "are batch dims.",
+            hint="Let inputs be a function of the model's arguments that returns what the network reads, such as "
+            f"lambda u: u.unsqueeze(-1).float(). {_BATCH_DIMS}",
         ) from error
     if isinstance(output, Tensor) and output.dim():
         return output
@@ -193,7 +197,8 @@ def _wrong_shape(
     else:
         hint = (
             "Its dims but the last are the plates', counted from the right, of the size of the plate, of its subsample "
-            "or 1; what the network reads by default is the model's first argument as it is (see inputs=)."
+            "or 1; what the network reads by default is the model's first argument as it is (see inputs=). "
+            f"{_BATCH_DIMS}"
         )
     return ShapeError(
         f"The network of {whose} returned shape {tuple(got)} where {wanted} is wanted: {around or 'no plate'}, then "

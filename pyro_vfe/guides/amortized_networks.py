@@ -91,7 +91,13 @@ def _in_store(owner: PyroModule, attribute: str) -> nn.Module:
     train tensors that the module does not use.
     """
     module: nn.Module = getattr(owner, attribute)
-    if isinstance(module, PyroModule) or not owner._pyro_context.active or pyro.settings.get("module_local_params"):
+    if isinstance(module, PyroModule):
+        # Its plain submodules are known to the store once they are asked for by name, which a Sequential does not do.
+        for name, part in module._modules.items():
+            if part is not None:
+                _in_store(module, name)
+        return module
+    if not owner._pyro_context.active or pyro.settings.get("module_local_params"):
         return module
     name, store = owner._pyro_get_fullname(attribute), pyro.get_param_store()._params
     others: dict[nn.Parameter, torch.Tensor] = {}
