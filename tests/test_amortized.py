@@ -309,6 +309,68 @@ def test_it_is_the_guide_that_one_writes_by_hand_around_the_network(name: str) -
     torch.testing.assert_close(found_gradients, expected_gradients, rtol=1e-9, atol=1e-10)
 
 
+SEEN, SCALES = torch.tensor([True, False, True, True]), torch.tensor([1.0, 1.0, 2.5, 0.5])
+
+
+def masked_and_scaled(points: Tensor) -> None:
+    with pyro.plate("data", 4), pyro.poutine.scale(scale=SCALES.to(points)), pyro.poutine.mask(mask=SEEN):
+        a = categorical("a", simplex("p", 3))
+        observe(noise(3, seed=5)[a], points)
+
+
+def test_masks_and_weights_of_a_latent_are_those_of_the_model() -> None:
+    net = KINDS["categorical"].network
+
+    def by_hand(points: Tensor) -> None:
+        with pyro.plate("data", 4), pyro.poutine.scale(scale=SCALES.to(points)), pyro.poutine.mask(mask=SEEN):
+            pyro.sample("a", dist.Categorical(logits=net(points)))
+
+    elbo = vfe.FreeEnergy(check="always")
+    found = elbo.decompose(masked_and_scaled, vfe.AutoAmortized(masked_and_scaled, net), POINTS)
+    expected = elbo.decompose(masked_and_scaled, by_hand, POINTS)
+    for term in TERMS:
+        torch.testing.assert_close(getattr(found, term), getattr(expected, term), rtol=1e-11, atol=1e-11)
+
+
+def branching(points: Tensor) -> None:
+    if pyro.sample("a", dist.Bernoulli(unit("q"))):
+        b = categorical("b", simplex("p", 3))
+        pyro.sample("u", dist.Normal(noise(3, seed=5)[b], 1.0), obs=points[0, 0])
+    else:
+        pyro.sample("u", dist.Normal(0.5, 1.0), obs=points[0, 0])
+
+
+def test_of_a_branching_model_it_has_the_latents_of_all_branches() -> None:
+    net = network((2, 4), seed=3)
+    guide = vfe.AutoAmortized(branching, net, inputs=lambda points: points[0])
+
+    def by_hand(points: Tensor) -> None:
+        logits = net(points[0])
+        pyro.sample("a", dist.Bernoulli(logits=logits[0]))
+        pyro.sample("b", dist.Categorical(logits=logits[1:]))
+
+    elbo = vfe.FreeEnergy(check="always")
+    assert elbo.loss(branching, guide, POINTS) == pytest.approx(elbo.loss(branching, by_hand, POINTS), rel=1e-12)
+    assert guide.latents == ("a", "b")
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_a_chain_may_have_any_length(length: int) -> None:
+    net, elbo = PAIRS["chain"].network, vfe.FreeEnergy(check="always")
+    guide = vfe.AutoAmortized(chain, net, edges="model")
+    elbo.loss(chain, guide, POINTS[:3])
+    tables = net(POINTS[:length]).unflatten(-1, (3, 3)).softmax(-1).detach()
+    probs = [simplex("initial", 3).detach(), *[simplex("transition", 3, 3).detach()] * (length - 1)]
+    expected, paths = 0.0, torch.cartesian_prod(*[torch.arange(3)] * length).reshape(-1, length)
+    for path in paths:
+        q, p = tables[0, 0, path[0]], probs[0][path[0]]
+        for t in range(1, length):
+            q, p = q * tables[t, path[t - 1], path[t]], p * probs[t][path[t - 1], path[t]]
+        seen = dist.Normal(noise(3, seed=5)[path][:, None], 1.0).log_prob(POINTS[:length]).sum()
+        expected += (q * (q.log() - p.log() - seen)).item()
+    assert elbo.loss(chain, guide, POINTS[:length]) == pytest.approx(expected, rel=1e-11)
+
+
 # --- A Helmholtz machine: Q(mid|u) Q(top|mid) against sums written out ---
 
 LAYERED = {"mid": network((6, 4, 3), seed=6), "top": network((3, 4, 2), seed=7)}
@@ -357,6 +419,17 @@ def test_in_layers_only_the_first_table_varies_along_the_data() -> None:
     factors = Programs().enumerate(machine, guide, (BITS,), {}).factors
     assert factors["guide", "mid"].table.sizes == {"data": 5, "mid": 8}
     assert factors["guide", "top"].table.sizes == {"mid": 8, "top": 4}
+
+
+def test_given_values_of_the_latents_it_scores_them() -> None:
+    dreamt = pyro.poutine.trace(machine).get_trace(BITS)
+    values = {name: dreamt.nodes[name]["value"] for name in ("mid", "top")}
+    guide = vfe.AutoAmortized(machine, LAYERED, INPUTS)
+    found = pyro.poutine.trace(pyro.condition(guide, values)).get_trace(BITS).log_prob_sum()
+    expected = log_bernoulli(LAYERED["mid"](BITS), values["mid"]) + log_bernoulli(
+        LAYERED["top"](values["mid"]), values["top"]
+    )
+    assert found.item() == pytest.approx(expected.sum().item(), rel=1e-12)
 
 
 def test_a_network_may_read_data_and_latents_side_by_side() -> None:

@@ -121,7 +121,8 @@ class AutoAmortized(AutoGuide):
 
     def _run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], network: Chosen) -> dict[str, Tensor]:
         plates = self._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]
-        rows = {name: _rows(plate, plates[name]) for name, plate in plan.plates.items()}
+        given = self.master is not None or self.create_plates is not None
+        rows = {name: _rows(plate, plates[name], given) for name, plate in plan.plates.items()}
         inputs = Inputs(self._signature, args, kwargs, plan.latents)
         for step in plan.steps:
             logits = _logits(network(self, step.site), step, inputs, [rows[plate.name] for plate in step.plates])
@@ -202,14 +203,14 @@ def _sample(share: Share, fn: Any, plates: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def _rows(plate: Plate, live: Any) -> Rows:
-    """A plate of the latents as it is at this call.
+def _rows(plate: Plate, live: Any, given: bool) -> Rows:
+    """A plate of the latents as it is at this call; `given` by the user, or made by Pyro's guide.
 
     Raises:
         StructureError: Its elements are all there, in another order.
     """
     present, full = int(live.subsample_size), int(live.size)
-    indices = None if live._indices is None else torch.as_tensor(live._indices)
+    indices = torch.as_tensor(live._indices) if given or present != full else None
     if present == full and indices is not None and not torch.equal(indices.cpu(), torch.arange(full)):
         raise StructureError(
             f"The subsample of plate '{plate.name}' is the whole plate in another order: whether row n of a network's "

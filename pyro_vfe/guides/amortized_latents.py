@@ -6,7 +6,7 @@ A vector that is one site (`to_event`) is factorised inside: n Bernoulli element
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vfe.program.finite import Finite
-from pyro_vfe.program.layout import SiteStructure, discrete_latents
+from pyro_vfe.program.layout import discrete_latents
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.provenance import untracked
 from pyro_vfe.program.recorder import Plate, plates_around
@@ -143,7 +143,8 @@ def latents_of(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             return program(*args, **kwargs)
 
     structures = discrete_latents(watched, args, kwargs)
-    return {name: _latent(*seen, structures.get(name)) for name, seen in look.found.items()}
+    reads = {name: structure.scope - {name} for name, structure in structures.items()}
+    return {name: replace(latent, reads=reads.get(name, frozenset())) for name, latent in look.found.items()}
 
 
 class _Look(Messenger):
@@ -151,7 +152,7 @@ class _Look(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, tuple[str, Any, bool, tuple[Plate, ...], Tensor, torch.Size]] = {}
+        self.found: dict[str, Latent] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         fn, infer = msg["fn"], msg["infer"]
@@ -161,9 +162,19 @@ class _Look(Messenger):
             too_many = support_size(fn) > MOST_VALUES
             element, elements = _element(fn)
             support = finite_support(element, msg["name"]).detach()
-        drawn = too_many or ("enumerate" in infer and infer["enumerate"] is None)
-        family = type(element).__name__
-        self.found.setdefault(msg["name"], (msg["name"], family, drawn, plates_around(msg), support, elements))
+        plates = plates_around(msg)
+        time = next((plate.name for plate in plates if plate.dim == -1), None)
+        latent = Latent(
+            name=msg["name"],
+            family=type(element).__name__,
+            elements=elements,
+            size=len(support),
+            support=support,
+            drawn=too_many or ("enumerate" in infer and infer["enumerate"] is None),
+            plates=plates,
+            chain=time if isinstance(element, MarkovChain) else None,
+        )
+        self.found.setdefault(latent.name, latent)
         others = {key: value for key, value in infer.items() if key != "enumerate"}
         msg["infer"] = {**others, "enumerate": None} if too_many else others
 
@@ -177,28 +188,6 @@ def _element(fn: Any) -> tuple[Any, torch.Size]:
         elements = (*elements, *batch[len(batch) - count :])
         fn = unwrapped(fn.base_dist)
     return fn, torch.Size(elements)
-
-
-def _latent(
-    name: str,
-    family: str,
-    drawn: bool,
-    plates: tuple[Plate, ...],
-    support: Tensor,
-    elements: torch.Size,
-    structure: SiteStructure | None,
-) -> Latent:
-    return Latent(
-        name=name,
-        family=family,
-        elements=elements,
-        size=len(support),
-        support=support,
-        drawn=drawn,
-        plates=plates,
-        reads=frozenset() if structure is None else structure.scope - {name},
-        chain=None if structure is None else structure.chain,
-    )
 
 
 def chain_of(latent: Latent, logits: Tensor) -> MarkovChain:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import nn
 
@@ -141,7 +142,7 @@ def _parents(edges: Edges, latents: Mapping[str, Latent]) -> dict[str, list[str]
         if parent == child and latents[child].chain is None:
             raise StructureError(
                 f"AutoAmortized was given the edge ('{parent}', '{child}'), and '{child}' is no chain.",
-                hint="Only a vfe.MarkovChain of more than one step depends on its own state before.",
+                hint="Only a vfe.MarkovChain depends on its own state before.",
             )
     return {child: [parent for parent in latents if (parent, child) in pairs] for child in latents}
 
@@ -234,7 +235,7 @@ class _Same:
 
 
 def shape_key(value: Any) -> object:
-    """Returns what two arguments have in common where a program has the same sites and sizes: shapes, not numbers.
+    """Returns what two arguments have in common where a program has the same sites and sizes: shapes and counts.
 
     Args:
         value: An argument of a program, or a collection of them.
@@ -243,8 +244,9 @@ def shape_key(value: Any) -> object:
         return type(value), value
     if isinstance(value, float):
         return float
-    if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
-        return type(value), tuple(value.shape) if hasattr(value, "shape") else value
+    if isinstance(value, torch.Tensor | numpy.ndarray | numpy.generic):
+        number = value.item() if value.ndim == 0 else None
+        return type(value), tuple(value.shape), number if isinstance(number, bool | int) else None
     if isinstance(value, Mapping):
         return type(value), tuple((name, shape_key(part)) for name, part in value.items())
     if isinstance(value, list | tuple):
