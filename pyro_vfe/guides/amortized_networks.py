@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pyro_vfe.errors import StructureError, VFEWarning
-from pyro_vfe.guides.mean_field import attribute_of
 from pyro_vfe.program.parameters import other_shape
 
 
@@ -32,7 +31,7 @@ def registered(network: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
         raise StructureError("AutoAmortized was given no network.", hint="Pass one, or one for each latent site.")
     holder = PyroModule()
     for site, module in network.items():
-        deep_setattr(holder, attribute_of(site), _checked(module, f"the network of '{site}'"))
+        deep_setattr(holder, _attribute(site), _checked(module, f"the network of '{site}'"))
     return holder
 
 
@@ -49,6 +48,11 @@ def _checked(network: object, what: str) -> nn.Module:
             hint="Run it once on the data first, or say the sizes.",
         )
     return network
+
+
+def _attribute(name: str) -> str:
+    """The attribute path of a site: its name, with `_` behind parts that modules use themselves."""
+    return ".".join(f"{part}_" if hasattr(PyroModule, part) else part for part in name.split("."))
 
 
 def network_for(guide: PyroModule, site: str | None) -> nn.Module:
@@ -80,7 +84,7 @@ def unregistered(guide: PyroModule, site: str | None) -> nn.Module:
 
 def _path(site: str | None) -> tuple[str, str]:
     """Where a network is: the path of its owner from the guide, and its own name."""
-    path, _, last = (f"network.{attribute_of(site)}" if site is not None else "network").rpartition(".")
+    path, _, last = (f"network.{_attribute(site)}" if site is not None else "network").rpartition(".")
     return path, last
 
 

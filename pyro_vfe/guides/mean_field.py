@@ -83,7 +83,7 @@ class AutoMeanField(AutoGuide):
         for site in self._latents.values():
             for plate in site.plates:
                 self._prototype_frames[plate.name] = _frame(plate)
-            deep_setattr(self.logits, attribute_of(site.name), torch.nn.Parameter(self._initial_logits(site)))
+            deep_setattr(self.logits, _attribute(site.name), torch.nn.Parameter(self._initial_logits(site)))
         if self.init == "posterior":
             self._start_at_posterior(args, kwargs)
 
@@ -168,17 +168,13 @@ class AutoMeanField(AutoGuide):
             logits[tuple(place[where] for place in places) if rows else where] = values[where].to(logits)
 
 
-def attribute_of(name: str) -> str:
-    """Returns the attribute path of a site: its name, with `_` behind parts that modules use themselves.
-
-    Args:
-        name: The site.
-    """
+def _attribute(name: str) -> str:
+    """The attribute path of a site: its name, with `_` behind parts that modules use themselves."""
     return ".".join(f"{part}_" if hasattr(PyroModule, part) else part for part in name.split("."))
 
 
 def _logits(guide: AutoMeanField, name: str) -> Tensor:
-    logits: Tensor = attrgetter(attribute_of(name))(guide.logits)
+    logits: Tensor = attrgetter(_attribute(name))(guide.logits)
     own = _shape(guide._latents[name])
     if logits.shape != own:  # The store keeps what it has under the name, that of a guide for other data.
         raise other_shape(str(pyro.get_param_store().param_name(logits)), logits.shape, own)
