@@ -232,7 +232,8 @@ def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> Spot
         hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
         "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0. Or it "
         "changes a tensor in place that the site was given (write `mask = mask | new`, not `mask |= new`), or uses "
-        "random numbers of NumPy or Python. If you are sure, pass check=False.",
+        "random numbers of NumPy or Python, or passes a latent through torch.nn.Dropout (call .eval() on the network). "
+        "If you are sure, pass check=False.",
     )
 
 
