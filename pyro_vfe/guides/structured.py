@@ -34,6 +34,7 @@ from pyro_vfe.guides.tables import (
     latent_of,
     loaded_modules,
     read_parameter,
+    whole_plates,
 )
 from pyro_vfe.program.layout import SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
@@ -96,6 +97,11 @@ class AutoStructured(AutoGuide):
     def latents(self) -> tuple[str, ...]:
         """The sites that it samples, in its order; known after its first call."""
         return tuple(self._latents)
+
+    @property
+    def whole_plates(self) -> tuple[str, ...]:
+        """The names of the plates around the latents that were not subsampled at the first call, outermost first."""
+        return whole_plates(latent.plates for latent in self._latents.values())
 
     def parents(self, name: str) -> tuple[str, ...]:
         """Returns the latents that a latent depends on, in the order of its table's axes; known after the first call.
