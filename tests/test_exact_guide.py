@@ -232,14 +232,17 @@ def test_behind_other_guides_it_is_the_posterior_given_what_they_drew() -> None:
     both, alone = AutoGuideList(signs), AutoNormal(hidden)
     both.append(AutoNormal(hidden))
     both.append(vfe.AutoPosterior(signs))
-    losses = []
+    losses, gradients = [], []
     for guide in (both, alone):
         elbo = vfe.FreeEnergy(num_particles=3)
         elbo.loss(signs, guide, POINTS)
         pyro.set_rng_seed(3)
         pyro.get_param_store().clear()
-        losses.append(elbo.loss(signs, guide, POINTS))
+        losses.append(elbo.loss_and_grads(signs, guide, POINTS))
+        gradients.append([parameter.grad.clone() for parameter in guide.parameters()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
     terms = vfe.FreeEnergy(num_particles=3).decompose(signs, both, POINTS)
     assert not terms.exact
     assert terms.gap.item() == pytest.approx(0.0, abs=1e-10)

@@ -584,3 +584,21 @@ def test_the_number_of_parameters_is_that_of_the_tables() -> None:
     guide(COUNTS[:2])
     shapes, _ = HELD["mixed"]
     assert sum(logits.numel() for logits in guide.parameters()) == sum(map(prod, shapes.values()))
+
+
+def three_counts(counts: Tensor) -> None:
+    with pyro.plate("data", len(counts)):
+        z = categorical("z", simplex("weights", 2))
+        pyro.sample("u", dist.Poisson(positive("rates", 2, seed=1)[z]), obs=counts)
+
+
+def test_batches_as_long_as_its_tables_are_refused_or_noted() -> None:
+    batches = [(COUNTS[:2],), (COUNTS[2:],)]
+    guide = vfe.AutoStructured(three_counts)
+    em = vfe.EM(three_counts, guide, e_phase=vfe.Gradient(pyro.optim.Adam({"lr": 0.1}), 2))
+    with pytest.raises(VFEError, match="AutoStructured holds a factor for each element of plate 'data'"):
+        em.run_batches(batches, num_epochs=2, progress_bar=False)
+    assert guide.whole_plates == ("data",)
+    optim = pyro.optim.Adam({"lr": 0.1})
+    run = vfe.fit(three_counts, guide, batches=batches, optim=optim, num_steps=2, progress_bar=False)
+    assert any("AutoStructured has its own parameters for each element of plate 'data'" in note for note in run.notes)

@@ -27,6 +27,7 @@ from pyro_vfe.guides.tables import (
     sampled,
     set_parameter,
     whole_batch,
+    whole_plates,
 )
 from pyro_vfe.program.layout import SiteStructure
 from pyro_vfe.program.randomness import undisturbed_randomness
@@ -67,8 +68,7 @@ class AutoMeanField(AutoGuide):
     @property
     def whole_plates(self) -> tuple[str, ...]:
         """The names of the plates around the latents that were not subsampled at the first call, outermost first."""
-        plates = [plate for site in self._latents.values() for plate in site.plates]
-        return tuple(dict.fromkeys(plate.name for plate in plates if plate.size == plate.full_size))
+        return whole_plates(site.plates for site in self._latents.values())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._latents, _ = find_latents(self, "AutoMeanField", args, kwargs)

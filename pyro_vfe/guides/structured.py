@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vfe.energy.conditionals import conditionals, uniform_conditionals
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import posterior
+from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.guides.conditionals import Logits, logits_of, present, sample_given
 from pyro_vfe.guides.edges import Edges, Parents, parents_of
@@ -34,6 +35,7 @@ from pyro_vfe.guides.tables import (
     latent_of,
     loaded_modules,
     read_parameter,
+    whole_plates,
 )
 from pyro_vfe.program.layout import SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
@@ -96,6 +98,11 @@ class AutoStructured(AutoGuide):
     def latents(self) -> tuple[str, ...]:
         """The sites that it samples, in its order; known after its first call."""
         return tuple(self._latents)
+
+    @property
+    def whole_plates(self) -> tuple[str, ...]:
+        """The names of the plates around the latents that were not subsampled at the first call, outermost first."""
+        return whole_plates(latent.plates for latent in self._latents.values())
 
     def parents(self, name: str) -> tuple[str, ...]:
         """Returns the latents that a latent depends on, in the order of its table's axes; known after the first call.
@@ -190,12 +197,11 @@ class AutoStructured(AutoGuide):
         """Where the model rules values out, the tables are uniform over the others: F would start at infinity."""
         if any(plate.size != plate.full_size for latent in self._latents.values() for plate in latent.plates):
             return {}
+        room = min(table_limit(self.max_bytes), _LOOK_BYTES)
         try:
             with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
-                enumeration = Programs(check=False, max_bytes=self.max_bytes).enumerate(
-                    self.model, no_guide, args, kwargs
-                )
-                found = uniform_conditionals(joint_graph(enumeration), self._parents, max_bytes=self.max_bytes)
+                enumeration = Programs(check=False, max_bytes=room).enumerate(self.model, no_guide, args, kwargs)
+                found = uniform_conditionals(joint_graph(enumeration), self._parents, max_bytes=room)
         except VFEError:  # Other latents have to be drawn, or the model is too large: F tells where zeros clash.
             return {}
         return {name: logits_of(self._latents[name], one) for name, one in (found or {}).items()}
@@ -216,6 +222,9 @@ class AutoStructured(AutoGuide):
                 loaded_modules(getattr(self, holder), state_dict, f"{prefix}{holder}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+
+_LOOK_BYTES = 2**28
+"""What a look for values that are ruled out may take: it is not worth more than a step of training."""
 
 _CHEAPER = "Give it fewer parents (edges=[...]), or use vfe.AutoMeanField or vfe.AutoAmortized"
 

@@ -75,6 +75,12 @@ def whole_batch(plates: tuple[Plate, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def whole_plates(around: Iterable[tuple[Plate, ...]]) -> tuple[str, ...]:
+    """Returns the names of the plates around some latents that are not subsampled, outermost first."""
+    plates = [plate for plates in around for plate in plates]
+    return tuple(dict.fromkeys(plate.name for plate in plates if plate.size == plate.full_size))
+
+
 def is_subsampled(latents: Mapping[str, SiteStructure]) -> bool:
     """Whether a plate around some latent holds a part of its elements only."""
     return any(plate.size != plate.full_size for site in latents.values() for plate in site.plates)

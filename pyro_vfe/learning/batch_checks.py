@@ -3,9 +3,13 @@
 import inspect
 from collections.abc import Mapping
 
+import torch
+
 from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.guides.mean_field import AutoMeanField
+from pyro_vfe.guides.structured import AutoStructured
 from pyro_vfe.learning.closed_form import ClosedForm
-from pyro_vfe.learning.coordinate import Coordinate, mean_fields
+from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.data_plate import Share
 from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.em_checks import check_ranges
@@ -51,13 +55,16 @@ def check_e_phase(e_phase: EPhase, pair: Pair, share: Share) -> None:
             "The E-phase Annealed lowers the temperature from iteration to iteration, and an epoch is no iteration.",
             hint="Call run with all data, or leave e_phase out.",
         )
-    by_datum = isinstance(e_phase, Coordinate) or any(mean_fields(inspect.unwrap(pair.guide)))
-    if by_datum and share.full_size is None:
+    guide = inspect.unwrap(pair.guide)
+    modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+    by_datum = [type(module).__name__ for module in modules if isinstance(module, AutoMeanField | AutoStructured)]
+    if (by_datum or isinstance(e_phase, Coordinate)) and share.full_size is None:
+        who = (*by_datum, "AutoMeanField")[0]
         raise VFEError(
-            f"AutoMeanField holds a factor for each element of {share.words}, which is as long as the batch: the "
+            f"{who} holds a factor for each element of {share.words}, which is as long as the batch: the "
             "batches would overwrite each other's factors.",
             hint="Let the plate be a subsample of all data in model and guide, pyro.plate(name, num_data, "
-            "subsample=indices) (create_plates= of AutoMeanField), or leave the guide out: Q is then the exact "
+            f"subsample=indices) (create_plates= of {who}), or leave the guide out: Q is then the exact "
             "posterior.",
         )
 

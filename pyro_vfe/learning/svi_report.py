@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.guides.mean_field import AutoMeanField
+from pyro_vfe.guides.structured import AutoStructured
 from pyro_vfe.learning.em_report import row_by_tag, row_in_words
 from pyro_vfe.learning.em_run import counted
 from pyro_vfe.learning.history import History, Row
@@ -141,11 +142,11 @@ def notes_of_own_parameters(guide: Program) -> list[str]:
     Args:
         guide: Any guide; only those that tell of their plates are known to have such parameters.
     """
-    plates = guide.whole_plates if isinstance(guide, AutoMeanField) else ()
+    plates = guide.whole_plates if isinstance(guide, AutoMeanField | AutoStructured) else ()
     return [
-        f"AutoMeanField has its own parameters for each element of plate '{name}', the same for all data that are "
-        "passed in turn. If the elements are data, Q of one is that of another: subsample the plate, use a guide that "
-        "computes Q from the data, or leave the latents out of the guide."
+        f"{type(guide).__name__} has its own parameters for each element of plate '{name}', the same for all data "
+        "that are passed in turn. If the elements are data, Q of one is that of another: subsample the plate, use a "
+        "guide that computes Q from the data, or leave the latents out of the guide."
         for name in plates
     ]
 
