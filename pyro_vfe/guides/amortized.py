@@ -115,7 +115,7 @@ class AutoAmortized(AutoGuide):
         Raises:
             StructureError: The networks do not fit the latents of the model.
             ShapeError: A network cannot read its input, or returns another shape than is wanted.
-            NotFiniteError: A network returns NaN.
+            NotFiniteError: A network returns NaN or infinity.
         """
         return self._run(self._plan(args, kwargs), args, kwargs, network_for)
 
