@@ -1017,6 +1017,11 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "a mapping as its inputs",
         amortized(machine, fresh, inputs=INPUTS),
     ),
+    "inputs with weights": (
+        StructureError,
+        r"a module with weights as inputs.*Sequential",
+        lambda: vfe.AutoAmortized(machine, fresh(), inputs=nn.Linear(6, 6)),
+    ),
     "strange inputs": (StructureError, r"inputs=3 for", amortized(machine, fresh, inputs=3)),
     "an unknown input": (
         StructureError,
