@@ -897,10 +897,9 @@ def clashing(mid: Tensor) -> None:
     machine(mid)
 
 
-def not_a_number() -> nn.Module:
-    net = fresh()
+def with_bias(net: Any, element: int, bias: float) -> nn.Module:
     with torch.no_grad():
-        net[-1].bias[1] = torch.nan
+        net[-1].bias[element] = bias
     return net
 
 
@@ -973,11 +972,20 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "dtype": (ShapeError, "float32 of shape", amortized(machine, fresh, BITS.float())),
     "a tuple": (ShapeError, "returned a tuple where", amortized(machine, lambda: nn.LSTM(6, 5))),
     "a number": (ShapeError, "returned a number where", amortized(machine, Summed())),
-    "NaN": (NotFiniteError, "NaN for 5 of 10 logits of latent site 'top'", amortized(machine, not_a_number)),
+    "NaN": (
+        NotFiniteError,
+        "NaN or infinity for 5 of 10 logits of latent site 'top'",
+        lambda: amortized(machine, with_bias(fresh(), 1, torch.nan))(),
+    ),
+    "infinity": (
+        NotFiniteError,
+        "infinity for 4 of 12 logits of latent site 'z'",
+        lambda: amortized(chain, with_bias(network((2, 3), seed=1), 0, torch.inf), POINTS)(),
+    ),
     "NaN in a chain": (
         NotFiniteError,
-        "NaN for 4 of 36 logits of latent site 'z'",
-        lambda: vfe.AutoAmortized(chain, nan_step(), edges="model")(POINTS),
+        "NaN or infinity for 4 of 36 logits of latent site 'z'",
+        lambda: vfe.AutoAmortized(chain, with_bias(network((2, 9), seed=1), 2, torch.nan), edges="model")(POINTS),
     ),
     "two plates": (
         StructureError,
@@ -1008,6 +1016,11 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         StructureError,
         "a mapping as its inputs",
         amortized(machine, fresh, inputs=INPUTS),
+    ),
+    "inputs with weights": (
+        StructureError,
+        r"a module with weights as inputs.*Sequential",
+        lambda: vfe.AutoAmortized(machine, fresh(), inputs=nn.Linear(6, 6)),
     ),
     "strange inputs": (StructureError, r"inputs=3 for", amortized(machine, fresh, inputs=3)),
     "an unknown input": (
@@ -1070,13 +1083,6 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: vfe.AutoAmortized(Machine(), WIDE, ["u", "extra"])(u=BITS, extra=POINTS),
     ),
 }
-
-
-def nan_step() -> nn.Module:
-    net = nn.Linear(2, 9)
-    with torch.no_grad():
-        net.bias[2] = torch.nan
-    return net
 
 
 @pytest.mark.parametrize("name", ERRORS)

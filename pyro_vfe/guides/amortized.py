@@ -50,6 +50,9 @@ class AutoAmortized(AutoGuide):
     returns is checked, and an error says the shape that is wanted. Or a mapping gives each site a network of its own,
     which may read the values of latents that come before: Q(mid|u) Q(top|mid).
 
+    A site with more than a million joint values, or one that the model marks `infer={"enumerate": None}`, is drawn; all
+    others leave it to the loss to sum them.
+
     The weights are registered as `network` at once: `state_dict`, `load_state_dict`, `parameters` and `to` work before
     the first call. Pyro's store knows them by the guide's name, as those of any PyroModule.
 
@@ -83,7 +86,7 @@ class AutoAmortized(AutoGuide):
                 unless it has an Embedding. With a mapping of networks a mapping from sites to any of these; names may
                 then be those of latents, whose values are joined in: a Bernoulli as 0 or 1, a category as a one-hot
                 vector. In enumeration these values have further dims at the left, so to such a network all dims but
-                the last are batch dims.
+                the last are batch dims; batch norm and, in training mode, Dropout do not fit that.
             edges: Pairs (parent, child) of latents, or "model" for the dependencies that the model has: the child then
                 takes as many logits for each joint value of its parents, in the model's order with the last one
                 fastest. A chain (`vfe.MarkovChain`) is factorised over time, K logits for each step; with the edge
@@ -115,7 +118,7 @@ class AutoAmortized(AutoGuide):
         Raises:
             StructureError: The networks do not fit the latents of the model.
             ShapeError: A network cannot read its input, or returns another shape than is wanted.
-            NotFiniteError: A network returns NaN.
+            NotFiniteError: A network returns NaN or infinity.
         """
         return self._run(self._plan(args, kwargs), args, kwargs, network_for)
 
@@ -211,7 +214,7 @@ def _rows(plate: Plate, live: Any, given: bool) -> Rows:
     """
     present, full = int(live.subsample_size), int(live.size)
     indices = torch.as_tensor(live._indices) if given or present != full else None
-    if present == full and indices is not None and not torch.equal(indices.cpu(), torch.arange(full)):
+    if present == full and indices is not None and not torch.equal(indices.cpu(), torch.arange(full, device="cpu")):
         raise StructureError(
             f"The subsample of plate '{plate.name}' is the whole plate in another order: whether row n of a network's "
             "output is of element n, or of the n-th one present, cannot be told from shapes.",

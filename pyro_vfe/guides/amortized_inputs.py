@@ -27,8 +27,13 @@ def source_of(inputs: Any, whose: str) -> Source:
         whose: The network, in words.
 
     Raises:
-        StructureError: It is none of these.
+        StructureError: It is none of these, or has weights of its own.
     """
+    if isinstance(inputs, nn.Module) and any(True for _ in inputs.parameters()):
+        raise StructureError(
+            f"AutoAmortized was given a module with weights as inputs for the network of {whose}.",
+            hint="Put it in front of the network, torch.nn.Sequential(module, network): only the network is trained.",
+        )
     if inputs is None or callable(inputs):
         return inputs  # type: ignore[no-any-return]
     names = (inputs,) if isinstance(inputs, str) else inputs

@@ -52,7 +52,7 @@ class Share:
             values: The values of the latents sampled so far.
 
         Raises:
-            NotFiniteError: The logits hold NaN.
+            NotFiniteError: The logits hold NaN or infinity.
         """
         if self.parents:
             logits = _at(logits, self.parents, values)
@@ -80,11 +80,11 @@ def _at(logits: Tensor, parents: Sequence[Latent], values: Mapping[str, Tensor])
 
 def _not_a_number(name: str, logits: Tensor) -> NotFiniteError | None:
     with untracked():
-        lost = int(logits.isnan().sum())
+        lost = int((logits.isnan() | logits.isposinf()).sum())
     if not lost:
         return None
     return NotFiniteError(
-        f"The network returned NaN for {lost} of {logits.numel()} logits of latent site '{name}'.",
+        f"The network returned NaN or infinity for {lost} of {logits.numel()} logits of latent site '{name}'.",
         hint="Look for NaN in its inputs (missing data?) and in its weights (a learning rate that is too large?).",
     )
 

@@ -120,8 +120,8 @@ def _replace(module: nn.Module, others: Mapping[nn.Parameter, torch.Tensor], nam
     if not all(torch.equal(own.detach(), other.detach().to(own.device)) for own, other in others.items()):
         warnings.warn(
             f"The network '{name}' takes over the weights that Pyro's store has under its name, from a guide made "
-            "before. Call pyro.clear_param_store() before a new guide, or keep the two apart by "
-            "pyro.settings.set(module_local_params=True).",
+            "before. Call pyro.clear_param_store() before a new guide, or keep the two apart: "
+            "with pyro.get_param_store().scope().",
             VFEWarning,
             stacklevel=2,
         )
