@@ -450,7 +450,7 @@ def test_an_impossible_draw_has_no_weight_and_impossible_draws_alone_no_bound() 
     found = vfe.bounds(is_four, guide_of_four, torch.tensor([1, 1]), num_particles=40)
     assert found.lower_by_datum[0].isfinite() and found.lower_by_datum[1] == -math.inf
     assert found.lower == -math.inf and found.free_energy == math.inf
-    assert found.effective_sample_size[1] == 0
+    assert found.effective_sample_size[1] == 0 and found.by("data").gap_at_least[1] == 0
     assert "all draws of a datum have probability zero at site 'u' of the model" in str(found)
     some = vfe.bounds(is_four, guide_of_four, torch.tensor([1, 0]), num_particles=40)
     torch.testing.assert_close(some.lower_by_datum[1], tensor(0.5).log())
