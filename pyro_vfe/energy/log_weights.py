@@ -69,7 +69,7 @@ def log_weights(run: Enumeration, plates: Plates, max_bytes: float | None = None
         NotFiniteError: A log-probability is NaN.
     """
     _check_normalised(run)
-    data = _split(without_draws(normalized(run, torch.float64)), plates)
+    data = _split(normalized(without_draws(run), torch.float64), plates)
     _check_numbers(data.run)
     scales = [_scale(data, group) for group in data.groups]
     found = [_log_weight(data, group, data.plates, max_bytes) for group in data.groups]

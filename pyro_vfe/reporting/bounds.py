@@ -149,8 +149,12 @@ class Bounds:
 
     @property
     def gap_at_least(self) -> Tensor:
-        """`free_energy + lower`, F - F_K: an estimate of a lower bound on the gap F + log p(u); never below zero."""
-        return self._summed(self.lower_by_datum - self.log_weights.mean(0))
+        """`free_energy + lower`, F - F_K: an estimate of a lower bound on the gap F + log p(u); never below zero.
+
+        A datum all of whose draws are impossible counts nothing.
+        """
+        found = self.lower_by_datum - self.log_weights.mean(0)
+        return self._summed(torch.where(self.lower_by_datum.isneginf(), 0.0, found))
 
     @property
     def gap_at_least_stderr(self) -> Tensor | None:
