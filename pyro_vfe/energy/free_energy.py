@@ -22,6 +22,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
+from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.energy.estimators import surrogate_loss
 from pyro_vfe.energy.estimators_disarm import disarm_loss, mirrored_runs
 from pyro_vfe.energy.estimators_vimco import vimco_loss
@@ -75,6 +76,7 @@ class FreeEnergy(ELBO):
         *,
         check: Check = "first",
         max_bytes: float | None = None,
+        on_cost: OnCost = "raise",
         gradient: Gradient = "leave-one-out",
     ) -> None:
         """Args:
@@ -91,6 +93,9 @@ class FreeEnergy(ELBO):
         check: When the enumerated tables are compared with an ordinary run at a random assignment: at the "first" call
             for a pair of programs, "always", or never (False).
         max_bytes: The most memory that tables may take; by default half of what is free.
+        on_cost: What to do where summing all latents out would not fit: "raise" an error, or "sample" as many latents
+            of the guide as it takes, with a warning that names them. Loss and decomposition may differ in which: a
+            decomposition also sums the model's posterior.
         gradient: How the gradients of discrete draws are estimated; what is enumerated has its exact gradient with
             each. "vimco" changes the loss as well; `decompose` is about F whichever it is.
 
@@ -113,6 +118,7 @@ class FreeEnergy(ELBO):
         _check_gradient(gradient, num_particles)
         self.gradient = gradient
         self.max_bytes = max_bytes
+        self._drawing = Drawing(on_cost)
         nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
         self._programs = Programs(
             check=check, max_bytes=max_bytes, min_nesting=0 if math.isinf(nesting) else int(nesting)
@@ -182,9 +188,13 @@ class FreeEnergy(ELBO):
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
         with torch.no_grad():
-            own = given_guide(model, guide)
-            runs = [self._programs.enumerate_given_draws(model, own, args, kwargs) for _ in range(self.num_particles)]
-            return decomposition(runs, self.max_bytes)
+
+            def decomposed(own: Program) -> Decomposition:
+                count = range(self.num_particles)
+                runs = [self._programs.enumerate_given_draws(model, own, args, kwargs) for _ in count]
+                return decomposition(runs, self.max_bytes)
+
+            return self._drawing(decomposed, model, given_guide(model, guide), args, kwargs, purpose="decompose")
 
     def compute_marginals(
         self, model: Program, guide: Program | None, *args: Any, **kwargs: Any
@@ -226,7 +236,11 @@ class FreeEnergy(ELBO):
     def _finite_loss(
         self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Tensor:
-        guide = given_guide(model, guide)
+        return self._drawing(
+            lambda own: self._loss_of(model, own, args, kwargs), model, given_guide(model, guide), args, kwargs
+        )
+
+    def _loss_of(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         vectorized = self.vectorize_particles and self.num_particles > 1
         side_by_side = self.num_particles if vectorized else 1
         runs = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pyro_vfe.engine.elimination import eliminate
+from pyro_vfe.engine.execution import without_plates
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
@@ -51,22 +52,29 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
     for (role, name), factor in enumeration.factors.items():
         if role != "guide" or name not in enumeration.variables:
             continue
-        score = enumeration.scores.get(name, factor) if name in enumeration.draws else factor
+        if name not in enumeration.draws:
+            result.append(factor)
+            continue
+        score = enumeration.scores.get(name, factor)
         if score is not None:
-            result.append(_draw(score, enumeration) if name in enumeration.draws else score)
+            # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+            score = _drawn_as_one(score, enumeration)
+            values = score.table.values
+            result.append(replace(score, table=Table(values - values.detach(), score.table.axes)))
     return tuple(result)
 
 
-def _draw(score: Factor, enumeration: Enumeration) -> Factor:
-    """A draw as a variable of one value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+def _drawn_as_one(factor: Factor, enumeration: Enumeration) -> Factor:
+    """The factor of a draw over the plates of its variable.
 
-    What reads it from outside of its plates reads all its elements, and takes the scores of all.
+    A chain is one draw, since later elements hang on it, and so is what is read from outside of a plate.
     """
-    table, plates = score.table, enumeration.variables[score.name].plates
-    values = table.values - table.values.detach()
-    gone = [dim for dim, axis in enumerate(table.axes) if axis in score.plates - plates]
-    axes = tuple(axis for axis in table.axes if axis not in score.plates - plates)
-    return replace(score, table=Table(values.sum(gone) if gone else values, axes), plates=plates)
+    variable = enumeration.variables[factor.name]
+    along = factor.plates - variable.plates
+    if not along:
+        return factor
+    whole = without_plates(replace(factor, scale=1.0), along, enumeration.graph(factor))
+    return replace(whole, scale=variable.scale)
 
 
 def log_q(enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES) -> Parts:

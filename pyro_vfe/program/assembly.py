@@ -18,7 +18,7 @@ from pyro_vfe.engine.factors import Factor, Table, Variable
 from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
-from pyro_vfe.program.chain_sites import time_plate
+from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Rescored, SiteKey
 from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.masks import check_absences
@@ -217,7 +217,7 @@ def _enumeration(
             if known.chain is None:
                 variables[site.name] = variable
         elif site.needs_score:
-            variables[site.name] = Variable(site.name, 1, _plates_of_readers(site, factors), factors[key].scale)
+            variables[site.name] = _draw(site, factors)
 
     result = Enumeration(
         variables=variables,
@@ -236,9 +236,15 @@ def _enumeration(
     return result
 
 
-def _plates_of_readers(draw: Site, factors: Mapping[SiteKey, Factor]) -> frozenset[str]:
-    """The plates around a draw and around all that reads it: what reads it from outside reads all its elements."""
-    return draw.plate_names.intersection(*(factor.plates for factor in factors.values() if draw.name in factor.axes))
+def _draw(site: Site, factors: Mapping[SiteKey, Factor]) -> Variable:
+    """A draw as a variable, in the plates of all that reads it: what is outside of a plate reads all its elements.
+
+    A chain's elements hang on those before them: it is one draw, outside of its plate.
+    """
+    readers = (factor.plates for factor in factors.values() if site.name in factor.axes)
+    plates = site.plate_names.intersection(*readers) - {drawn_along(site)}
+    scale = factors[site.role, site.name].scale
+    return Variable(site.name, 1, plates, scale if not isinstance(scale, Table) or plates >= set(scale.axes) else 1.0)
 
 
 def _check_plate(known: Plate, plate: Plate) -> None:
