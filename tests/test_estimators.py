@@ -617,4 +617,5 @@ def test_the_surprise_of_a_draw_is_an_upper_bound_on_average(name: str) -> None:
     surprise = sum(probability * terms.surprise for probability, terms in found)
     assert all(not terms.exact for _, terms in found)
     assert surprise > exact["surprise"]
+    assert all("on average above -log p(u)" in str(terms) for _, terms in found)
     torch.testing.assert_close(sum(p * terms.free_energy for p, terms in found), exact["free_energy"].detach())
