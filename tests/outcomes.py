@@ -9,6 +9,7 @@ pathwise gradient is, stays true of these two points.
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -64,6 +65,11 @@ class _Script:
             chosen = [[self.choose(row)] for row in probs.detach().tolist()]
         return torch.tensor(chosen) + (0.0 * probs[:, :1]).long()
 
+    def randperm(self, size: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands in for torch.randperm, by which a plate draws its subsample."""
+        orders = list(permutations(range(size)))
+        return torch.tensor(orders[self.choose([1 / len(orders)] * len(orders))])
+
     def standard_normal(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Stands in for what Normal.rsample draws its noise by."""
         with torch._C.DisableTorchFunction():
@@ -80,6 +86,7 @@ def outcomes(function: Callable[[], T]) -> Iterator[tuple[float, T]]:
         with (
             mock.patch.object(torch, "bernoulli", script.bernoulli),
             mock.patch.object(torch, "multinomial", script.multinomial),
+            mock.patch.object(torch, "randperm", script.randperm),
             mock.patch.object(torch.distributions.normal, "_standard_normal", script.standard_normal),
         ):
             result = function()

@@ -217,6 +217,38 @@ def test_the_average_over_all_outcomes_is_the_full_joint_table(
         torch.testing.assert_close(found[parameter], expected, msg=lambda text, p=parameter: f"{p}: {text}")
 
 
+def in_batches() -> None:
+    with pyro.plate("data", 2, subsample_size=1) as n:
+        observe(1.5 * bernoulli("b", real("b_logits")), POINTS[n])
+
+
+def in_batches_guide() -> None:
+    with pyro.plate("data", 2, subsample_size=1) as n:
+        bernoulli("b", real("q_b", 2, seed=3)[n])
+
+
+def whole() -> None:
+    with pyro.plate("data", 2):
+        observe(1.5 * bernoulli("b", real("b_logits")))
+
+
+def whole_guide() -> None:
+    with pyro.plate("data", 2):
+        bernoulli("b", real("q_b", 2, seed=3))
+
+
+@pytest.mark.parametrize("gradient", ["leave-one-out", "disarm"])
+@pytest.mark.parametrize("options", [ONE, SIDE_BY_SIDE], ids=["one", "side_by_side"])
+def test_batches_average_to_all_the_data(gradient: str, options: dict[str, Any]) -> None:
+    """The mirror image of a batch is of the same batch."""
+    mass, loss, found, _ = averaged(estimates(in_batches, in_batches_guide, {"gradient": gradient, **options}))
+    exact = oracle(whole, whole_guide)
+    assert mass == pytest.approx(1.0)
+    torch.testing.assert_close(loss, exact.terms["free_energy"].detach())
+    for parameter, expected in exact.gradients().items():
+        torch.testing.assert_close(found[parameter], expected)
+
+
 def test_a_draw_that_the_model_masks_has_no_gradient() -> None:
     mask = tensor([1.0, 0.0]).bool()
 
@@ -423,7 +455,14 @@ def shared_v_draws() -> Draws:
     return log_q_b.exp(), (log_q_v.exp()[:, None] * given_v).sum(1) + of_v / 2
 
 
+def whole_draws() -> Draws:
+    log_q = log_bernoulli(real("q_b"))
+    log_p = log_bernoulli(real("b_logits")) + log_data(1.5 * tensor([0.0, 1.0]))
+    return log_q.exp(), log_q - log_p
+
+
 BOUNDS: dict[str, tuple[Program, Program, Callable[[], Draws]]] = {
+    "in_batches": (in_batches, in_batches_guide, whole_draws),
     "in_plate": (in_plate, in_plate_guide, in_plate_draws),
     "after_v": (in_plate, after_v_guide, after_v_draws),
     "vectors": (vectors, vectors_guide, vectors_draws),
@@ -617,4 +656,5 @@ def test_the_surprise_of_a_draw_is_an_upper_bound_on_average(name: str) -> None:
     surprise = sum(probability * terms.surprise for probability, terms in found)
     assert all(not terms.exact for _, terms in found)
     assert surprise > exact["surprise"]
+    assert all("on average above -log p(u)" in str(terms) for _, terms in found)
     torch.testing.assert_close(sum(p * terms.free_energy for p, terms in found), exact["free_energy"].detach())

@@ -45,10 +45,12 @@ class Decomposition:
     """H[Q]: how undecided the guide is."""
 
     surprise: Tensor
-    """-log p(u): the model's share. Where something is sampled, an upper bound on it in expectation."""
+    """-log p(u): the model's share. Where the guide draws latents w, log q(w) - log p(w, u) with the other latents
+    summed out: on average above -log p(u), by what the guide loses on w."""
 
     gap: Tensor
-    """KL(Q(v|u) || P(v|u)): the guide's share."""
+    """KL(Q(v|u) || P(v|u)): the guide's share. Where the guide draws latents w, KL(Q(v|w, u) || P(v|w, u)) of the
+    others, exact for each draw; 0 where it draws them all."""
 
     complexity: Tensor
     """KL(Q(v|u) || P(v)): how far the guide moves from the prior."""
@@ -57,10 +59,12 @@ class Decomposition:
     """E_Q[log P(u|v)]: how well the guide's account predicts the data."""
 
     exact: bool
-    """Whether nothing was drawn at random (a point estimate is not) and no plate subsampled."""
+    """Whether nothing was drawn at random (a point estimate is not) and no plate subsampled. Discrete latents that were
+    drawn, by `infer={"enumerate": None}` or `on_cost="sample"`, make it False as continuous ones do."""
 
     stderr: Tensor | None
-    """The standard error of the free energy over particles; None where it is exact or there is one particle."""
+    """The standard error of the free energy over particles, each with draws of its own; None where it is exact or there
+    is one particle."""
 
     num_data: int
     """The number of data: elements of the plates that all observed sites share, as the whole data set has them."""

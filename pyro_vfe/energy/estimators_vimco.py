@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.estimators import free_energy_parts
-from pyro_vfe.energy.parts import Parts
+from pyro_vfe.energy.parts import Parts, conditionals_of
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import PlateError, ScaleError
@@ -93,6 +93,7 @@ def _candidates(run: Enumeration) -> Iterator[Plates]:
     """Sets of plates whose elements may be data, those with most elements first: no draw lies outside of them."""
     drawn = [site for site in run.sites.values() if site.role == "guide" and site.kind == "sampled"]
     random = [site.plate_names for site in drawn if type(unwrapped(site.fn)).__name__ != "Delta"]
+    random += [run.variables[name].plates for name in run.draws]
     chains = {variable.chain for variable in run.variables.values()}
     shared = run.plates_of_data[0].intersection(*random) - chains
     subsets = [frozenset(own) for size in range(len(shared) + 1) for own in combinations(sorted(shared), size)]
@@ -128,18 +129,25 @@ def _measured(
 
 def _measured_once(parts: Sequence[Parts], keep: Plates, plates: Plates) -> tuple[Tensor, Tensor]:
     """F of each element of the plates, the particles' first, and what lies outside of them."""
-    found = [part.expectation(keep) for part in parts]
-    inside = Table(torch.stack([own.inside.values for own in found]).sum(0), found[0].inside.axes)
-    outside = torch.stack([own.outside for own in found]).sum()
-    infinite = inside.values.detach() == math.inf
-    if bool(infinite.any()):
+    axes = (*sorted(keep - plates), *sorted(plates))
+    inside, outside = _expected(parts, keep, axes)
+    infinite = inside.detach() == math.inf
+    if keep and bool(infinite.any()):
         # A draw without weight has no gradient either; the infinities would make it NaN.
         cleared = [Parts(part.graph, part.conditionals, tuple(map(_cleared, part.costs))) for part in parts]
-        finite = torch.stack([part.expectation(keep).inside.values for part in cleared]).sum(0)
-        inside = Table(finite.masked_fill(infinite, math.inf), inside.axes)
-    if not keep:
-        return inside.values + outside, torch.zeros_like(outside)
-    return inside.aligned((*sorted(keep - plates), *sorted(plates))), outside
+        inside = _expected(cleared, keep, axes)[0].masked_fill(infinite, math.inf)
+    return (inside, outside) if keep else (inside + outside, torch.zeros_like(outside))
+
+
+def _expected(parts: Sequence[Parts], keep: Plates, axes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The expectations of all parts together; one without costs is a zero of no device in particular."""
+    device = next(cost.table.values.device for part in parts for cost in part.costs)
+    found = [part.expectation(keep) for part in parts]
+    inside, outside = (
+        torch.stack([values.to(device) for values in own]).sum(0)
+        for own in zip(*((one.inside.aligned(axes), one.outside) for one in found), strict=True)
+    )
+    return inside, outside
 
 
 def _cleared(cost: Factor) -> Factor:
@@ -151,11 +159,9 @@ def _scores(runs: Sequence[Enumeration], plates: Plates, side_by_side: int) -> T
     axes = (PARTICLES, *sorted(plates))
     found = []
     for run in runs:
-        own = [_summed(run.factors["guide", name].table, axes) for name in sorted(run.draws)]
-        total = torch.zeros([side_by_side] + [run.plates[plate] for plate in axes[1:]]).to(own[0])
-        for values in own:
-            total = total + values - values.detach()
-        found.append(total)
+        own = [_summed(draw.table, axes) for draw in conditionals_of(run) if draw.name in run.draws]
+        nothing = own[0].new_zeros([side_by_side, *(run.plates[plate] for plate in axes[1:])])
+        found.append(sum(own, nothing))
     return torch.cat(found)
 
 

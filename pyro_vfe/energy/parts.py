@@ -52,23 +52,29 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
     for (role, name), factor in enumeration.factors.items():
         if role != "guide" or name not in enumeration.variables:
             continue
-        score = enumeration.scores.get(name, factor) if name in enumeration.draws else factor
+        if name not in enumeration.draws:
+            result.append(factor)
+            continue
+        score = enumeration.scores.get(name, factor)
         if score is not None:
-            result.append(_draw(score, enumeration) if name in enumeration.draws else score)
+            # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+            score = _drawn_as_one(score, enumeration)
+            values = score.table.values
+            result.append(replace(score, table=Table(values - values.detach(), score.table.axes)))
     return tuple(result)
 
 
-def _draw(score: Factor, enumeration: Enumeration) -> Factor:
-    """A draw as a variable of one value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+def _drawn_as_one(factor: Factor, enumeration: Enumeration) -> Factor:
+    """The factor of a draw over the plates of its variable.
 
-    What reads it from outside of its plates reads all its elements, and takes the scores of all.
+    A chain is one draw, since later elements hang on it, and so is what is read from outside of a plate.
     """
-    variable = enumeration.variables[score.name]
-    along = score.plates - variable.plates
-    if along:
-        score = replace(without_plates(replace(score, scale=1.0), along, enumeration.graph(score)), scale=variable.scale)
-    values = score.table.values
-    return replace(score, table=Table(values - values.detach(), score.table.axes))
+    variable = enumeration.variables[factor.name]
+    along = factor.plates - variable.plates
+    if not along:
+        return factor
+    whole = without_plates(replace(factor, scale=1.0), along, enumeration.graph(factor))
+    return replace(whole, scale=variable.scale)
 
 
 def log_q(enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES) -> Parts:
@@ -121,8 +127,7 @@ def normalized(enumeration: Enumeration, dtype: torch.dtype) -> Enumeration:
 
     def converted(role: str, factor: Factor) -> Factor:
         scale = factor.scale.to(dtype) if isinstance(factor.scale, Table) else factor.scale
-        # A draw has one value, whose probability is not 1.
-        is_guide = role == "guide" and factor.name not in enumeration.draws
+        is_guide = role == "guide"
         return replace(
             factor.mapped(lambda table: _precise(table, dtype, factor.name if is_guide else None)), scale=scale
         )

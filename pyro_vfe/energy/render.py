@@ -18,6 +18,12 @@ _ROWS = (
     ("- accuracy", "accuracy", "E_Q[log P(u | v)]"),
 )
 
+_GIVEN_DRAWS = {
+    "surprise": "log q(w) - log p(w, u), w drawn: on average above -log p(u)",
+    "gap": "what the guide loses on the rest, given w: KL(Q || posterior)",
+}
+"""What two of them mean where the guide draws latents w."""
+
 
 def as_text(terms: "Decomposition") -> str:
     """Returns the terms as an aligned table in nats, total and per datum (or the mean per element of a plate)."""
@@ -52,16 +58,22 @@ def _columns(terms: "Decomposition") -> tuple[tuple[str, ...], list[tuple[str, t
     if terms.plate is not None:
         size = terms.energy.numel()
         header: tuple[str, ...] = ("sum, nats", f"mean over {size}", "largest")
-        rows = [(label, _over_plate(getattr(terms, name)), meaning) for label, name, meaning in _ROWS]
+        rows = [(label, _over_plate(getattr(terms, name)), meaning) for label, name, meaning in _meanings(terms)]
         return header, rows
     per_datum = terms.num_data > 1
     header = ("nats", f"per datum (N={terms.num_data:,})") if per_datum else ("nats",)
     rows = []
-    for label, name, meaning in _ROWS:
+    for label, name, meaning in _meanings(terms):
         total = float(getattr(terms, name))
         numbers = (_number(total), _number(total / terms.num_data)) if per_datum else (_number(total),)
         rows.append((label, numbers, meaning))
     return header, rows
+
+
+def _meanings(terms: "Decomposition") -> tuple[tuple[str, str, str], ...]:
+    if not terms.runs or not terms.runs[0].is_sampled:
+        return _ROWS
+    return tuple((label, name, _GIVEN_DRAWS.get(name, meaning)) for label, name, meaning in _ROWS)
 
 
 def _over_plate(values: Tensor) -> tuple[str, ...]:

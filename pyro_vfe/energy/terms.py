@@ -4,6 +4,9 @@ r"""The numbers of a decomposition, from one enumeration.
     surprise + gap          =  log q(w) - log p(w, u)   +   KL( Q(v | w) || P(v | w, u) )
     complexity - accuracy   =  E[log Q(v, w) - log P(v, w)] - E[log P(u | v, w)]
 
+w are the latents that the guide draws, continuous ones and discrete ones alike, v those that are summed. On average
+over draws the surprise is above -log p(u) by KL( q(w) || p(w | u) ); the gap is exact for each draw.
+
 The data's log-probabilities are large and common to both sides of the gap. Their maxima over the latents are taken out
 first and added back to energy, surprise and accuracy alone: a gap of 1e-12 stands beside a surprise of 1e5.
 

@@ -146,9 +146,7 @@ def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor 
             hint=f"Sample '{name}' in the guide wherever the model does, or leave it out of the guide altogether.",
         )
     if role == "guide" and key in run.factors and ("model", name) not in run.factors:
-        others = {other: f for other, f in run.factors.items() if f.name != name and name in f.axes}
-        # A reader of the guide that the model lacks here too is pinned itself: it reads nothing.
-        readers = [f.name for other, f in others.items() if other[0] == "model" or ("model", f.name) in run.factors]
+        readers = [f.name for f in run.factors.values() if f.name != name and name in f.axes]
         if readers:
             raise StructureError(
                 f"The guide has latent site '{name}' in a branch where the model has not, and '{readers[0]}' reads it.",
@@ -219,9 +217,7 @@ def _enumeration(
             if known.chain is None:
                 variables[site.name] = variable
         elif site.needs_score:
-            # A chain's elements hang on those before them: it is one draw, outside of its plate.
-            around = _plates_of_readers(site, factors) - {drawn_along(site)}
-            variables[site.name] = Variable(site.name, 1, around, factors[key].scale)
+            variables[site.name] = _draw(site, factors)
 
     result = Enumeration(
         variables=variables,
@@ -240,9 +236,15 @@ def _enumeration(
     return result
 
 
-def _plates_of_readers(draw: Site, factors: Mapping[SiteKey, Factor]) -> frozenset[str]:
-    """The plates around a draw and around all that reads it: what reads it from outside reads all its elements."""
-    return draw.plate_names.intersection(*(factor.plates for factor in factors.values() if draw.name in factor.axes))
+def _draw(site: Site, factors: Mapping[SiteKey, Factor]) -> Variable:
+    """A draw as a variable, in the plates of all that reads it: what is outside of a plate reads all its elements.
+
+    A chain's elements hang on those before them: it is one draw, outside of its plate.
+    """
+    readers = (factor.plates for factor in factors.values() if site.name in factor.axes)
+    plates = site.plate_names.intersection(*readers) - {drawn_along(site)}
+    scale = factors[site.role, site.name].scale
+    return Variable(site.name, 1, plates, scale if not isinstance(scale, Table) or plates >= set(scale.axes) else 1.0)
 
 
 def _check_plate(known: Plate, plate: Plate) -> None:
