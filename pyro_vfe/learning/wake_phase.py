@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import log_joint
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import NotFiniteError, VFEError
 from pyro_vfe.learning.machine import Machine, check_finite, gradients
 from pyro_vfe.learning.reweighting import Losses, drawn_losses, enumerated_losses
 from pyro_vfe.program.drawing_runs import total_log_prob
@@ -104,9 +104,10 @@ class ReweightedWake:
         machine = self._machine
         machine.look(args, kwargs)
         losses = machine.either(lambda: self._enumerated(args, kwargs), lambda: self._drawn(args, kwargs))
-        gradients(losses.model, machine.theta)
         if self._insomnia > 0:
+            _check_covers(losses.guide)
             gradients(self._insomnia * losses.guide, machine.phi)
+        gradients(losses.model, machine.theta)
         return losses.surprise
 
     def _enumerated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Losses:
@@ -134,3 +135,18 @@ class ReweightedWake:
                 hint="Use num_particles=10, say; or let the latents be enumerated (no infer={'enumerate': None}), "
                 "where the weights are the exact posterior.",
             )
+
+
+def _check_covers(loss: Tensor) -> None:
+    """Checks that the guide holds possible what the posterior does.
+
+    Raises:
+        NotFiniteError: It does not.
+    """
+    if not math.isfinite(loss.item()):
+        raise NotFiniteError(
+            f"The guide's loss is {loss.item():g}: it gives probability zero to values of the latents that the data do "
+            "not rule out.",
+            hint="Give the guide zeros only where the model has them; or take insomnia=0, where it learns from dreams "
+            "alone. This phase changed nothing.",
+        )
