@@ -19,8 +19,7 @@ from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked
-from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
-from pyro_vfe.program.supports import is_enumerable
+from pyro_vfe.program.recorder import Plate, Recorder, Role, Site, is_pathwise, is_summed
 
 
 class IsEnumerable(Exception):
@@ -71,24 +70,22 @@ class _Handler(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not self.handled.detaches or msg["value"] is not None or type(msg["fn"]).__name__ == "_Subsample":
             return
-        drawn = msg["infer"].get("enumerate", "") is None or not is_enumerable(msg["fn"])
-        if drawn and getattr(msg["fn"], "has_rsample", False):
+        if not is_summed(msg) and is_pathwise(msg["fn"]):
             msg["value"], msg["done"] = msg["fn"].sample(), True
 
 
-def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, draws_all: bool = False) -> Recorder:
+def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recorder:
     """Returns an ordinary run of a guide.
 
     Args:
         guide: The guide.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        draws_all: Whether latents that could be enumerated are drawn too.
 
     Raises:
         IsEnumerable: The guide has a latent that is to be enumerated.
     """
-    run = Recorder("guide", _drawn if draws_all else _refused)
+    run = Recorder("guide", _refused)
     run.run(guide, args, kwargs)
     return run
 
@@ -141,12 +138,6 @@ def run_guide_at(
 
 def _refused(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
     raise IsEnumerable(name)
-
-
-def _drawn(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
-    with torch.no_grad():
-        value: Tensor = fn.sample()
-    return value
 
 
 def total_log_prob(sites: Iterable[Site]) -> Tensor:
