@@ -8,6 +8,7 @@ the same after it as before.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from math import inf, nan
 from typing import Any
@@ -44,7 +45,10 @@ class Reader:
         """
         self._model = model
         self._guide = guide
-        self._elbo = elbo
+        self._elbo = copy(elbo)
+        # The loss of "vimco" is another bound; what is wanted is F, and no gradient.
+        self._trains_on_F = elbo.gradient != "vimco"
+        self._elbo.gradient = "leave-one-out"
         self._to_skip = 0
         self._next_skip = 1
         self._knows_total = True
@@ -78,7 +82,7 @@ class Reader:
 
     def _total_alone(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Row:
         """F where its parts cannot be told: as one number, or else what training has of it."""
-        free_energy = nan if loss is None else loss
+        free_energy = loss if loss is not None and self._trains_on_F else nan
         if self._knows_total:
             try:
                 free_energy = self._elbo.loss(self._model, self._guide, *args, **kwargs)
