@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
+from pyro_vfe.program.finite import Finite
+
 
 def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
     """The log-probability of `value` in nats, exact at zero, with repeated axes dropped.
@@ -47,7 +49,8 @@ def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
 
 def is_listed(fn: Any) -> bool:
     """Whether the log-probabilities of all values of `fn` can be had at once, without scoring each of them."""
-    return type(_unexpanded(fn)).__name__ in _LISTED
+    fn = _unexpanded(fn)
+    return type(fn).__name__ in _LISTED or isinstance(fn, Finite)
 
 
 def listed(fn: Any) -> Tensor:
