@@ -15,6 +15,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import Parts, conditionals_of, log_joint, log_q, negative
+from pyro_vfe.energy.portioned import HasExpectation, PortionedParts
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
 from pyro_vfe.engine.expectation import Expectation
 from pyro_vfe.engine.factors import Factor, Table, total
@@ -240,8 +242,10 @@ def surrogate_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes
     return loss / count
 
 
-def free_energy_parts(enumeration: Enumeration, max_bytes: float | None = None) -> list[Parts]:
+def free_energy_parts(enumeration: Enumeration, max_bytes: float | None = None) -> Sequence[HasExpectation]:
     """log Q - log P as one part where guide and model share a graph, as two where one had plates written out."""
+    if enumeration.portions is not None:
+        return [PortionedParts(enumeration.portions, partial(free_energy_parts, max_bytes=max_bytes))]
     q, joint = log_q(enumeration, max_bytes), log_joint(enumeration, max_bytes)
     joint = Parts(joint.graph, joint.conditionals, negative(joint.costs))
     if q.graph.variables.keys() | joint.graph.variables.keys() <= enumeration.variables.keys():

@@ -5,13 +5,15 @@ surprise = +inf exactly where P(v, u|G) = 0 for every v
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_vfe.energy.parts import joint_graph
-from pyro_vfe.energy.terms import Terms
+from pyro_vfe.energy.portioned import normalizer_of
+from pyro_vfe.energy.terms import NAMES, Terms, measured
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import marginals
@@ -30,7 +32,11 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         ImpossibleDataError: log p(u) is -inf.
         NotFiniteError: Some table holds a NaN.
     """
-    names = [f"'{f.name}'" for f in enumeration.factors.values() if any(bool(t.values.isnan().any()) for t in f.tables)]
+    is_finite = all(bool(getattr(terms, name).isfinite().all()) for name in NAMES)
+    if enumeration.portions is not None and is_finite:
+        return  # Tables that are made in portions are not made once more to look at them.
+    part, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
+    names = _with_nan(part)
     if names:
         raise NotFiniteError(
             f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
@@ -40,14 +46,45 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         raise impossible_data(enumeration)
 
 
+def _with_nan(enumeration: Enumeration) -> list[str]:
+    """The sites whose tables hold NaN."""
+    factors = enumeration.factors.values()
+    return [f"'{f.name}'" for f in factors if any(bool(t.values.isnan().any()) for t in f.tables)]
+
+
+def _portion_where(
+    enumeration: Enumeration, holds: Callable[[Enumeration], bool]
+) -> tuple[Enumeration, dict[str, int]]:
+    """The first portion for which something holds, and the element that it begins with; otherwise the last.
+
+    An enumeration that is made whole is its only portion.
+    """
+    if enumeration.portions is None:
+        return enumeration, {}
+    for start, length in enumeration.portions.stretches:
+        part = enumeration.portions.make(start, length)
+        if holds(part):
+            break
+    return part, {enumeration.portions.plate: start}
+
+
+def _is_impossible(enumeration: Enumeration) -> bool:
+    return bool(log_normalizer(joint_graph(enumeration)).total.isneginf())
+
+
+def _is_forbidden(enumeration: Enumeration) -> bool:
+    return bool(measured(enumeration)[1].gap.isposinf())
+
+
 def impossible_data(enumeration: Enumeration) -> ImpossibleDataError:
     """The error for data of probability zero, naming the observations that rule everything out."""
+    enumeration, begin = _portion_where(enumeration, _is_impossible)
     ruled_out = []
     for factor in enumeration.observed:
         dims = [dim for dim, axis in enumerate(factor.table.axes) if axis in enumeration.variables]
         best = factor.table.values.amax(dims) if dims else factor.table.values
         if bool(best.isneginf().any()):
-            ruled_out.append(f"'{factor.name}'{_first_place(best.isneginf(), factor, enumeration)}")
+            ruled_out.append(f"'{factor.name}'{_first_place(best.isneginf(), factor, enumeration, begin)}")
     if ruled_out:
         fact = (
             f"Observed site {', '.join(ruled_out[:_MOST_NAMED])} has probability zero under every value of the latents"
@@ -77,6 +114,7 @@ class Clash:
 
 def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
     """Where the guide puts mass that the model forbids."""
+    enumeration, begin = _portion_where(enumeration, _is_forbidden)
     result = []
     guide = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
     known = frozenset(f.name for f in enumeration.guide_latents)
@@ -85,7 +123,7 @@ def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
         if role == "guide" or factor.first is not None or not known.issuperset(scope):
             continue
         some = bool(factor.table.values.isneginf().any())
-        found = _forbidden(factor, scope, guide, enumeration) if some else None
+        found = _forbidden(factor, scope, guide, enumeration, begin) if some else None
         if found:
             words = f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero"
             result.append(Clash(words, factor.name, scope))
@@ -94,7 +132,9 @@ def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
     )
 
 
-def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration) -> str | None:
+def _forbidden(
+    factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration, begin: Mapping[str, int]
+) -> str | None:
     certain = Table(factor.table.values.new_ones(()), ())
     weights = marginals(guide, [scope])[scope] if scope else certain
     axes = (*dict.fromkeys(a for a in (*weights.axes, *factor.table.axes) if a not in scope), *scope)
@@ -107,7 +147,7 @@ def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enume
         if axis in enumeration.supports:
             words.append(f"{axis} = {_shown(enumeration.supports[axis][index])}")
         elif axis in enumeration.plates:
-            words.append(f"{axis} element {index}")
+            words.append(f"{axis} element {index + begin.get(axis, 0)}")
     return ", ".join(words) or "this draw"
 
 
@@ -119,8 +159,7 @@ def not_finite(
     """The error for a training step whose free energy is not finite: nothing is differentiated then."""
     with torch.no_grad():
         if not math.isnan(value) and value > 0:
-            evidence = log_normalizer(joint_graph(enumeration)).total
-            if bool(evidence.isneginf()):
+            if bool(normalizer_of(enumeration, joint_graph).total.isneginf()):
                 return impossible_data(enumeration)
             return NotFiniteError(
                 f"F is +inf: {'; '.join(map(str, culprits(enumeration)))}.",
@@ -135,6 +174,7 @@ def _not_a_number(
     value: float,
     programs: tuple[Program, Program],
 ) -> NotFiniteError:
+    enumeration, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
     bad = [
         f"'{factor.name}' of the {role}"
         for (role, _), factor in enumeration.factors.items()
@@ -149,12 +189,13 @@ def _not_a_number(
     )
 
 
-def _first_place(where: Tensor, factor: Factor, enumeration: Enumeration) -> str:
+def _first_place(where: Tensor, factor: Factor, enumeration: Enumeration, begin: Mapping[str, int]) -> str:
     axes = [axis for axis in factor.table.axes if axis not in enumeration.variables]
     if not axes:
         return ""
     index = where.nonzero()[0].tolist()
-    return " (" + ", ".join(f"{axis} element {i}" for axis, i in zip(axes, index, strict=True)) + ")"
+    places = (f"{axis} element {i + begin.get(axis, 0)}" for axis, i in zip(axes, index, strict=True))
+    return f" ({', '.join(places)})"
 
 
 def _shown(value: Tensor) -> str:
