@@ -30,7 +30,8 @@ def narrowed(fn: Any, dim: int, start: int, length: int) -> Any:
     kind = type(fn).__name__
     if kind in ("ExpandedDistribution", "MaskedDistribution") or isinstance(fn, Independent):
         return _narrowed_wrapper(fn, dim, start, length)
-    event_dims = event_dims_of(type(fn))
+    family: Any = type(fn)
+    event_dims = event_dims_of(family)
     if event_dims is None:
         return None
     made: dict[int, Tensor] = {}  # one tensor may have two names, by which a family knows what it was given

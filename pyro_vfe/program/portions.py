@@ -32,16 +32,19 @@ class WithheldTable(Table):
     site: str
     """The site it is of."""
 
+    shape: tuple[int, ...]
+    """The size of each axis, in order."""
+
     def __init__(self, site: str, sizes: Mapping[str, int]) -> None:
         """Args:
         site: The site it is of.
         sizes: The size of each axis, in order.
         """
-        for name, value in (("site", site), ("axes", tuple(sizes)), ("_sizes", dict(sizes))):
+        for name, value in (("site", site), ("axes", tuple(sizes)), ("shape", tuple(sizes.values()))):
             object.__setattr__(self, name, value)
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """Never there.
 
         Raises:
@@ -53,7 +56,7 @@ class WithheldTable(Table):
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis."""
-        return self._sizes  # type: ignore[attr-defined, no-any-return]
+        return dict(zip(self.axes, self.shape, strict=True))
 
 
 def withheld(sites: Sequence[str], what: str = "") -> CostError:
