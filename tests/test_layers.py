@@ -20,7 +20,9 @@ from pyro_vfe.energy.posterior import Posterior
 from pyro_vfe.errors import CostError, ImpossibleDataError, NotFiniteError
 from pyro_vfe.program.cost import table_entries, within_limit
 from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, Portioning
+from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.programs import Programs
 
 NUM_DATA, VISIBLE = 7, 5
@@ -452,3 +454,25 @@ def own_unchecked(own: Net, weights: Values) -> Callable[[Tensor], None]:
             own.model(weights)(u)
 
     return program
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_probabilities_of_zero_and_one_are_exact_in_large_layers(dtype: torch.dtype) -> None:
+    """A saturated unit has no finite log-odds; what it forbids is -inf, and has no gradient."""
+    probs = noise(8, seed=1)[:, None].mul(noise(8, 9, seed=2)).mul(3).sigmoid().round(decimals=1).to(dtype)
+    assert bool((probs == 0).any()) and bool((probs == 1).any())
+    values = torch.tensor(list(product((0, 1), repeat=9)), dtype=dtype)
+    data = torch.cat([probs.round(), values[::4]]).repeat(4, 1)
+    fn = dist.Bernoulli(probs.repeat(4, 1)[:, None].requires_grad_()).to_event(1)
+    table = product_table(fn, data)
+    assert table is not None
+    expected = torch.where(data == 1, fn.base_dist.probs, 1 - fn.base_dist.probs).log().sum(-1)
+    assert bool(expected.isneginf().any()) and bool(expected.isfinite().any())
+    assert torch.equal(table.isneginf(), expected.isneginf())
+    possible = expected.isfinite()
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-4
+    assert torch.allclose(table[possible], expected[possible], atol=tolerance)
+    (gradient,) = torch.autograd.grad(table[possible].sum(), fn.base_dist.probs)
+    inside = (probs > 0) & (probs < 1)
+    (by_hand,) = torch.autograd.grad(log_prob(fn, data)[possible].sum(), fn.base_dist.probs)
+    assert torch.allclose(gradient[:8, 0][inside], by_hand[:8, 0][inside], rtol=1e-4)
