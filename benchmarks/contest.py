@@ -78,6 +78,11 @@ def added_microseconds(limit: float, items: int) -> Target:
     return Target(limit, lambda ours, peer: 1e6 * (ours.seconds - peer.seconds) / items, " µs")
 
 
+def microseconds_each(limit: float, items: int) -> Target:
+    """Our time for each of some items."""
+    return Target(limit, lambda ours, peer: 1e6 * ours.seconds / items, " µs each")
+
+
 def first_call_seconds(limit: float) -> Target:
     """What our first call takes beyond a later one: the search for a plan."""
     return Target(limit, lambda ours, peer: ours.first - ours.seconds, " s first")

@@ -28,7 +28,7 @@ from pyro_vfe.energy.estimators import free_energy_parts
 from pyro_vfe.energy.parts import Parts, conditionals_of
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.scales import same_scale
-from pyro_vfe.errors import PlateError, ScaleError
+from pyro_vfe.errors import CostError, PlateError, ScaleError
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.supports import unwrapped
 
@@ -121,10 +121,25 @@ def _measured(
     runs: Sequence[Enumeration], plates: Plates, side_by_side: int, max_bytes: float | None
 ) -> tuple[Tensor, Tensor]:
     keep = plates | {PARTICLES} if side_by_side > 1 else plates
-    found = [_measured_once([*free_energy_parts(run, max_bytes, keep)], keep, plates) for run in runs]
+    found = [_measured_once(_whole_parts(run, max_bytes, keep), keep, plates) for run in runs]
     inside = torch.cat([own for own, _ in found]) if side_by_side > 1 else torch.stack([own for own, _ in found])
     outside = torch.stack([other for _, other in found]).sum() / len(inside)
     return inside, outside
+
+
+def _whole_parts(run: Enumeration, max_bytes: float | None, keep: Plates) -> list[Parts]:
+    """The parts of F, whose elements can be kept apart.
+
+    Raises:
+        CostError: The tables do not fit at once.
+    """
+    if run.portions is not None:
+        raise CostError(
+            f"The tables fit in portions of plate '{run.portions.plate}' alone, and the importance-weighted bound takes "
+            "each datum by itself from all at once.",
+            hint='Use gradient="leave-one-out" or "disarm", subsample the plate, or raise max_bytes.',
+        )
+    return [part for part in free_energy_parts(run, max_bytes, keep) if isinstance(part, Parts)]
 
 
 def _measured_once(parts: Sequence[Parts], keep: Plates, plates: Plates) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ from pyro_vfe.engine.cost import readable_bytes, table_limit
 from pyro_vfe.engine.ordering import listed
 from pyro_vfe.engine.outline import Outline, outline
 from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, previous
-from pyro_vfe.program.cost import table_entries
+from pyro_vfe.program.cost import table_entries, varying_plates
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
 from pyro_vfe.program.programs import Programs
+from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.variation import with_variations
 
 _SHOWN_STEPS = 40
 
@@ -72,7 +74,10 @@ def explain(
     Raises:
         VFEError: The programs cannot be enumerated. One that would merely not fit is explained.
     """
-    layout = Programs(check=False, max_bytes=math.inf).layout(model, given_guide(model, guide), args, kwargs)
+    own = given_guide(model, guide)
+    layout = Programs(check=False, max_bytes=math.inf).layout(model, own, args, kwargs)
+    with undisturbed_randomness():
+        layout = with_variations(layout, model, own, args, kwargs)
     return Explanation(layout, outline(_structure(layout)), table_limit(max_bytes))
 
 
@@ -94,7 +99,8 @@ def _structure(layout: Layout) -> Structure:
 
 def _axes(site: SiteStructure, latents: Sequence[str]) -> tuple[str, ...]:
     scope = [name for name in latents if name in site.scope or name == site.name]
-    plates = [plate.name for plate in site.plates if plate.name != site.chain]
+    varying = varying_plates(site)
+    plates = [plate.name for plate in site.plates if plate.name in varying and plate.name != site.chain]
     return (*scope, *plates) if site.chain is None else (*scope, previous(site.name), *plates)
 
 

@@ -5,7 +5,7 @@ surprise = +inf exactly where P(v, u|G) = 0 for every v
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyro_vfe.energy.estimators import free_energy_parts
 from pyro_vfe.energy.parts import joint_graph
-from pyro_vfe.energy.terms import Terms
+from pyro_vfe.energy.portioned import normalizer_of
+from pyro_vfe.energy.terms import NAMES, Terms, measured
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import marginals
@@ -32,7 +33,11 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         ImpossibleDataError: log p(u) is -inf.
         NotFiniteError: Some table holds a NaN.
     """
-    names = [f"'{f.name}'" for f in enumeration.factors.values() if any(bool(t.values.isnan().any()) for t in f.tables)]
+    is_finite = all(bool(getattr(terms, name).isfinite().all()) for name in NAMES)
+    if enumeration.portions is not None and is_finite:
+        return  # Tables that are made in portions are not made once more to look at them.
+    part, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
+    names = _with_nan(part)
     if names:
         raise NotFiniteError(
             f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
@@ -42,19 +47,50 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         raise impossible_data(enumeration)
 
 
+def _with_nan(enumeration: Enumeration) -> list[str]:
+    """The sites whose tables hold NaN."""
+    factors = enumeration.factors.values()
+    return [f"'{f.name}'" for f in factors if any(bool(t.values.isnan().any()) for t in f.tables)]
+
+
+def _portion_where(
+    enumeration: Enumeration, holds: Callable[[Enumeration], bool]
+) -> tuple[Enumeration, dict[str, int]]:
+    """The first portion for which something holds, and the element that it begins with; otherwise the last.
+
+    An enumeration that is made whole is its only portion.
+    """
+    if enumeration.portions is None:
+        return enumeration, {}
+    for start, length in enumeration.portions.stretches:
+        part = enumeration.portions.make(start, length)
+        if holds(part):
+            break
+    return part, {enumeration.portions.plate: start}
+
+
+def _is_impossible(enumeration: Enumeration) -> bool:
+    return bool(log_normalizer(joint_graph(enumeration)).total.isneginf())
+
+
+def _is_forbidden(enumeration: Enumeration) -> bool:
+    return bool(measured(enumeration)[1].gap.isposinf())
+
+
 def impossible_data(enumeration: Enumeration) -> VFEError:
     """The error for data of probability zero, naming the observations that rule everything out.
 
     Where something is drawn it may be the draw that is impossible, and not the data.
     """
-    drawn = _ruled_out(enumeration.model_draws, enumeration)
+    enumeration, begin = _portion_where(enumeration, _is_impossible)
+    drawn = _ruled_out(enumeration.model_draws, enumeration, begin)
     if drawn:
         return NotFiniteError(
             f"F is +inf: the model gives probability zero to what the guide drew at {drawn}.",
             hint="Give the guide the same zeros as the model.",
         )
     given = " at what the guide drew" if enumeration.is_sampled else ""
-    ruled_out = _ruled_out(enumeration.observed, enumeration)
+    ruled_out = _ruled_out(enumeration.observed, enumeration, begin)
     if ruled_out:
         fact = f"Observed site {ruled_out} has probability zero under every value of the latents{given}"
     else:
@@ -65,7 +101,7 @@ def impossible_data(enumeration: Enumeration) -> VFEError:
     )
 
 
-def _ruled_out(factors: Iterable[Factor], enumeration: Enumeration) -> str:
+def _ruled_out(factors: Iterable[Factor], enumeration: Enumeration, begin: Mapping[str, int]) -> str:
     """The sites that are impossible by themselves, whatever the latents that are enumerated, with the first place."""
     names = []
     for factor in factors:
@@ -73,7 +109,7 @@ def _ruled_out(factors: Iterable[Factor], enumeration: Enumeration) -> str:
         axes = tuple(axis for axis in factor.table.axes if axis not in enumeration.variables)
         best = factor.table.values.amax(dims) if dims else factor.table.values
         if bool(best.isneginf().any()):
-            names.append(f"'{factor.name}'{_first_place(best.isneginf(), axes)}")
+            names.append(f"'{factor.name}'{_first_place(best.isneginf(), axes, begin)}")
     return ", ".join(names[:_MOST_NAMED])
 
 
@@ -94,6 +130,7 @@ class Clash:
 
 def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
     """Where the guide puts mass that the model forbids."""
+    enumeration, begin = _portion_where(enumeration, _is_forbidden)
     result = []
     guide = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
     known = frozenset(f.name for f in enumeration.guide_latents)
@@ -102,7 +139,7 @@ def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
         if role == "guide" or factor.first is not None or not known.issuperset(scope):
             continue
         some = bool(factor.table.values.isneginf().any())
-        found = _forbidden(factor, scope, guide, enumeration) if some else None
+        found = _forbidden(factor, scope, guide, enumeration, begin) if some else None
         if found:
             words = f"the guide gives positive probability to {found}, where site '{factor.name}' has probability zero"
             result.append(Clash(words, factor.name, scope))
@@ -111,7 +148,9 @@ def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
     )
 
 
-def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration) -> str | None:
+def _forbidden(
+    factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enumeration: Enumeration, begin: Mapping[str, int]
+) -> str | None:
     certain = Table(factor.table.values.new_ones(()), ())
     weights = marginals(guide, [scope])[scope] if scope else certain
     axes = (*dict.fromkeys(a for a in (*weights.axes, *factor.table.axes) if a not in scope), *scope)
@@ -124,7 +163,7 @@ def _forbidden(factor: Factor, scope: tuple[str, ...], guide: FactorGraph, enume
         if axis in enumeration.supports:
             words.append(f"{axis} = {_shown(enumeration.supports[axis][index])}")
         elif axis in enumeration.plates:
-            words.append(f"{axis} element {index}")
+            words.append(f"{axis} element {index + begin.get(axis, 0)}")
     return ", ".join(words) or "this draw"
 
 
@@ -143,8 +182,7 @@ def not_finite(
     with torch.no_grad():
         if not math.isnan(value) and value > 0:
             run = next((run for run in runs if _is_infinite(run)), runs[0]) if len(runs) > 1 else runs[0]
-            evidence = log_normalizer(joint_graph(run)).total
-            if bool(evidence.isneginf()):
+            if bool(normalizer_of(run, joint_graph).total.isneginf()):
                 return impossible_data(run)
             return NotFiniteError(
                 f"F is +inf: {'; '.join(map(str, culprits(run)))}.",
@@ -164,6 +202,7 @@ def _not_a_number(
     value: float,
     programs: tuple[Program, Program],
 ) -> NotFiniteError:
+    enumeration, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
     bad = [
         f"'{factor.name}' of the {role}"
         for (role, _), factor in enumeration.factors.items()
@@ -178,11 +217,12 @@ def _not_a_number(
     )
 
 
-def _first_place(where: Tensor, axes: Sequence[str]) -> str:
+def _first_place(where: Tensor, axes: Sequence[str], begin: Mapping[str, int]) -> str:
     if not axes:
         return ""
     index = where.nonzero()[0].tolist()
-    return " (" + ", ".join(f"{axis} element {i}" for axis, i in zip(axes, index, strict=True)) + ")"
+    places = (f"{axis} element {i + begin.get(axis, 0)}" for axis, i in zip(axes, index, strict=True))
+    return f" ({', '.join(places)})"
 
 
 def _shown(value: Tensor) -> str:

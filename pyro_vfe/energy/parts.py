@@ -9,6 +9,7 @@ v are the latents that both programs have, w the draws. All three are lists of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -112,6 +113,11 @@ def joint_graph(enumeration: Enumeration) -> FactorGraph:
     return enumeration.graph(*enumeration.model_latents, *enumeration.model_draws, *enumeration.observed)
 
 
+def prior_graph(enumeration: Enumeration) -> FactorGraph:
+    """log P(v, w) over all latents of the model: its normaliser is log p(w)."""
+    return enumeration.graph(*enumeration.model_latents, *enumeration.model_draws)
+
+
 def guide_graph(enumeration: Enumeration) -> FactorGraph:
     """log Q(v, w) over all latents of the guide: its normaliser is log q(w)."""
     return enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
@@ -132,6 +138,8 @@ def normalized(enumeration: Enumeration, dtype: torch.dtype) -> Enumeration:
             factor.mapped(lambda table: _precise(table, dtype, factor.name if is_guide else None)), scale=scale
         )
 
+    if enumeration.portions is not None:
+        return replace(enumeration, portions=enumeration.portions.mapped(partial(normalized, dtype=dtype)))
     factors = {key: converted(key[0], factor) for key, factor in enumeration.factors.items()}
     variables = {
         name: replace(variable, scale=variable.scale.to(dtype) if isinstance(variable.scale, Table) else variable.scale)

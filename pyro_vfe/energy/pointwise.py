@@ -10,15 +10,17 @@ References:
     likelihoods.
 """
 
+from collections.abc import Callable
 from itertools import combinations
 from math import prod
 
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.parts import joint_graph
+from pyro_vfe.energy.parts import joint_graph, prior_graph
+from pyro_vfe.energy.portioned import normalizer_of
 from pyro_vfe.energy.terms import Terms, measured, stacked_terms, together
-from pyro_vfe.engine.elimination import LogNormalizer, log_normalizer
+from pyro_vfe.engine.elimination import LogNormalizer
 from pyro_vfe.engine.factors import FactorGraph
 from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.enumeration import Enumeration
@@ -62,7 +64,7 @@ def log_likelihood(run: Enumeration, plates: Plates, max_bytes: float | None = N
     """
     if _is_sequential(run, plates):
         return torch.stack([log_likelihood(step, (), max_bytes) for step in run.steps(plates[0])])
-    return _given_draws(_by(joint_graph(run), plates, max_bytes), run, plates, max_bytes)
+    return _given_draws(_by(run, joint_graph, plates, max_bytes), run, plates, max_bytes)
 
 
 def log_joint_and_likelihood(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> tuple[Tensor, Tensor]:
@@ -78,8 +80,8 @@ def log_joint_and_likelihood(run: Enumeration, plates: Plates, max_bytes: float 
         CostError: The latents cannot be summed out.
     """
     if _is_sequential(run, plates):
-        return log_normalizer(joint_graph(run), max_bytes=max_bytes).total, log_likelihood(run, plates, max_bytes)
-    joint = log_normalizer(joint_graph(run), keep_plates=frozenset(plates), max_bytes=max_bytes)
+        return normalizer_of(run, joint_graph, max_bytes=max_bytes).total, log_likelihood(run, plates, max_bytes)
+    joint = normalizer_of(run, joint_graph, keep_plates=frozenset(plates), max_bytes=max_bytes)
     return joint.total, _given_draws(_of_data(joint, plates), run, plates, max_bytes)
 
 
@@ -132,11 +134,13 @@ def _given_draws(joint: Tensor, run: Enumeration, plates: Plates, max_bytes: flo
     """log p(u | w) from log p(w, u), by data."""
     if not run.model_draws:
         return joint
-    return joint - _by(run.graph(*run.model_latents, *run.model_draws), plates, max_bytes)
+    return joint - _by(run, prior_graph, plates, max_bytes)
 
 
-def _by(graph: FactorGraph, plates: Plates, max_bytes: float | None) -> Tensor:
-    return _of_data(log_normalizer(graph, keep_plates=frozenset(plates), max_bytes=max_bytes), plates)
+def _by(
+    run: Enumeration, graph_of: Callable[[Enumeration], FactorGraph], plates: Plates, max_bytes: float | None
+) -> Tensor:
+    return _of_data(normalizer_of(run, graph_of, keep_plates=frozenset(plates), max_bytes=max_bytes), plates)
 
 
 def _of_data(found: LogNormalizer, plates: Plates) -> Tensor:

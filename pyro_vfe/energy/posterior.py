@@ -77,7 +77,7 @@ class Posterior:
         """The model's factors, in float64."""
         self._max_bytes = max_bytes
         self._graph: FactorGraph = joint_graph(self.enumeration)
-        self.log_evidence: Tensor = evidence(self._graph, max_bytes=max_bytes)
+        self.log_evidence: Tensor = _log_evidence(self.enumeration, max_bytes)
         """log p(u), a scalar in nats."""
         if bool(self.log_evidence.isneginf()):
             raise impossible_data(self.enumeration)
@@ -225,3 +225,8 @@ class Posterior:
         ]
         squeezed = index.reshape([s for axis, s in zip(axes, index.shape, strict=True) if axis in keep])
         return Table(squeezed, tuple(keep))
+
+
+def _log_evidence(run: Enumeration, max_bytes: float | None) -> Tensor:
+    """log p(u), from all data together or from portions of them."""
+    return torch.stack([evidence(joint_graph(part), max_bytes=max_bytes) for part in run.parts]).sum(0)

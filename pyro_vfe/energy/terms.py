@@ -31,6 +31,7 @@ from pyro_vfe.energy.parts import (
     log_prior,
     log_q,
 )
+from pyro_vfe.energy.portioned import put_together
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
@@ -88,6 +89,18 @@ def measured(
         PlateError: A latent outside a kept plate ties its elements together.
         CostError: An elimination would not fit.
     """
+    if enumeration.portions is None:
+        return _measured(enumeration, keep_plates, max_bytes)
+    found = [_measured(part, keep_plates, max_bytes) for part in enumeration.portions]
+    inside = {
+        name: put_together([getattr(own, name) for own, _ in found], enumeration.portions, keep_plates)
+        for name in NAMES
+    }
+    outside = stacked_terms([own for _, own in found])
+    return Terms(**inside), Terms(**{name: getattr(outside, name).sum() for name in NAMES})
+
+
+def _measured(enumeration: Enumeration, keep_plates: frozenset[str], max_bytes: float | None) -> tuple[Terms, Terms]:
     shifted, offsets = _shifted(enumeration)
     measure = _Measure(shifted, keep_plates)
     q, joint = (measure(part(shifted, max_bytes, keep_plates)) for part in (log_q, log_joint))

@@ -19,9 +19,10 @@ from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
-from pyro_vfe.program.enumeration import Enumeration, Rescored, SiteKey
+from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
 from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.masks import check_absences
+from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
 from pyro_vfe.program.tables import Scorer
@@ -38,6 +39,8 @@ class Run:
     lost: frozenset[tuple[str, str, str]]
     label: Callable[[Mapping[SiteKey, Site], Scorer], dict[SiteKey, Factor]]
     """Makes factors of some of its sites again, of other numbers than log-probabilities."""
+    portioned: PortionedRun | None = None
+    """Where the tables are withheld: what makes them a portion of a plate at a time."""
 
 
 def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
@@ -76,7 +79,23 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         return _factors(again, layout, supports, {key: sites[key] for key in keys})
 
     whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
-    return replace(whole, paths=tuple(run.sites for run in runs.values()))
+    if last.portioned is None:
+        check_absences(whole.guided, sites, whole.factors.values(), layout)
+        return replace(whole, paths=tuple(run.sites for run in runs.values()))
+    return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
+
+
+def _portions(whole: Enumeration, run: Run, portioned: PortionedRun, layout: Layout) -> Portions:
+    """What makes the enumeration of a run whose tables are withheld, a portion at a time."""
+    assert layout.portioning is not None
+    plate, length = layout.portioning.plate, layout.portioning.length
+
+    def made(start: int, length: int) -> Enumeration:
+        sites = portioned.restricted(start, length)
+        part = replace(run, sites=sites, factors=portioned.factors(sites), portioned=None)
+        return replace(assembled({(): part}, layout), plates={**whole.plates, plate: length})
+
+    return Portions(plate, portioned.size, length, made)
 
 
 def _factors(
@@ -219,7 +238,7 @@ def _enumeration(
         elif site.needs_score:
             variables[site.name] = _draw(site, factors)
 
-    result = Enumeration(
+    return Enumeration(
         variables=variables,
         plates={name: plate.size for name, plate in plates.items()},
         supports=supports,
@@ -232,8 +251,6 @@ def _enumeration(
         paths=(sites,),
         rescored=rescored,
     )
-    check_absences(result.guided, sites, factors.values(), layout)
-    return result
 
 
 def _draw(site: Site, factors: Mapping[SiteKey, Factor]) -> Variable:

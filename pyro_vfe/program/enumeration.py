@@ -7,7 +7,7 @@ Every latent stands along its own axis with its whole support, so one run of eac
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,6 +40,33 @@ def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
 
 
 @dataclass(frozen=True, eq=False)
+class Portions:
+    """The elements of a plate a portion at a time: enumerations of it, made when they are asked for."""
+
+    plate: str
+    """The plate; nothing ties its elements together."""
+    size: int
+    """The number of its elements."""
+    length: int
+    """How many of them make a portion."""
+    make: "Callable[[int, int], Enumeration]"
+    """Makes the enumeration of some elements, from their first and their number. What lies outside of the plate is in
+    the portion that begins with element 0."""
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """The first element and the number of elements of each portion."""
+        return [(start, min(self.length, self.size - start)) for start in range(0, self.size, self.length)]
+
+    def __iter__(self) -> "Iterator[Enumeration]":
+        return (self.make(*stretch) for stretch in self.stretches)
+
+    def mapped(self, function: "Callable[[Enumeration], Enumeration]") -> "Portions":
+        """The portions with something done to each when it is made."""
+        return replace(self, make=lambda start, length: function(self.make(start, length)))
+
+
+@dataclass(frozen=True, eq=False)
 class Enumeration:
     """What one enumerated run of a guide and a model says, in factors."""
 
@@ -65,6 +92,8 @@ class Enumeration:
     """The sites of each path of choices, where the programs branch on a latent; otherwise of the one run."""
     rescored: Rescored
     """Makes the factors of some sites again, of what a scorer says in place of log-probabilities."""
+    portions: Portions | None = None
+    """Where tables are too large to be made whole: the enumeration in portions. The tables are withheld then."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
     scores: Mapping[str, Factor | None] = field(default_factory=dict)
@@ -73,7 +102,7 @@ class Enumeration:
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
         parameters = {name: value.detach() for name, value in self.parameters.items()}
-        return {**self.__dict__, "rescored": _not_here, "parameters": parameters, "scores": {}}
+        return {**self.__dict__, "rescored": _not_here, "parameters": parameters, "scores": {}, "portions": None}
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:
@@ -102,7 +131,13 @@ class Enumeration:
 
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
-        return replace(self, paths=(), rescored=_not_here, parameters={}, scores={})
+        portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
+        return replace(self, paths=(), rescored=_not_here, parameters={}, scores={}, portions=portions)
+
+    @property
+    def parts(self) -> "Iterable[Enumeration]":
+        """The enumeration in portions, if it is made so; itself otherwise."""
+        return (self,) if self.portions is None else self.portions
 
     def _group(self, role: Role, *kinds: str) -> tuple[Factor, ...]:
         return tuple(self.factors[key] for key, site in self.sites.items() if site.role == role and site.kind in kinds)

@@ -215,6 +215,16 @@ BINOMIAL = Family(
     width=lambda size: 2 * size,
 )
 
+BERNOULLI_OUTCOMES = Family(
+    {"probs": 0},
+    lambda x, _: torch.stack([x, 1 - x], -1),
+    _log_successes_and_failures,
+    _nothing,
+    _zero,
+    width=lambda size: 2 * size,
+)
+"""Bernoulli with a term for each outcome: probabilities of zero and one have no finite log-odds."""
+
 NEGATIVE_BINOMIAL = Family(
     {"probs": 0, "total_count": 0},
     lambda x, p: torch.stack(torch.broadcast_tensors(x, p["total_count"].to(_float(x))), -1),

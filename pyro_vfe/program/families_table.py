@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.families import Form, form_of, unwrapped
+from pyro_vfe.program.families_forms import BERNOULLI, BERNOULLI_OUTCOMES
 from pyro_vfe.program.log_prob import slim
 
 WORTHWHILE = 2**17
@@ -70,7 +71,7 @@ def product_table(fn: Any, value: Tensor) -> Tensor | None:
     if not _is_gain(rows, columns, independent * event_size, independent * form.family.width(event_size)):
         return None
     _validate(fn, form, value)
-    wide = form.to(torch.float64).centred(x)
+    wide = _with_outcomes(form).to(torch.float64).centred(x)
     natural = wide.natural.reshape(rows, -1)
     offset = -wide.log_normalizer.reshape(-1, 1).expand(rows, 1)
     statistics = ChunkedStatistics.of(wide, x, data, natural.shape[1])
@@ -128,6 +129,10 @@ def _product(
     natural: Tensor, offset: Tensor, statistics: ChunkedStatistics, dtype: torch.dtype, elements: int
 ) -> Tensor | None:
     """The product, shape `(K, N)`, unless its rounding error might pass the tolerance."""
+    forbidden = natural.detach().isneginf()
+    some_forbidden = bool(forbidden.any())
+    if some_forbidden:
+        natural = natural.masked_fill(forbidden, 0.0)
     table = natural.new_empty(len(natural), len(statistics.x), dtype=dtype)
     tolerance = TOLERANCE.get(dtype, 8 * torch.finfo(torch.float32).eps) * elements
     largest, most = _largest(natural), _largest(offset)
@@ -138,6 +143,13 @@ def _product(
             if not error <= tolerance:
                 return None
             table[:, where] = torch.addmm(offset + log_base, natural, statistic.mT)
+            if some_forbidden:
+                # 0 * -inf is 0: a value is impossible where it has something of what has probability zero.
+                if bool((statistic < 0).any()):
+                    return None
+                table[:, where] = table[:, where].masked_fill(forbidden.double() @ statistic.mT > 0, -torch.inf)
+    if some_forbidden and statistics.x.requires_grad:
+        return None
     if statistics.x.requires_grad:
         everything = slice(None)
         statistic, log_base = statistics.statistic(everything), statistics.log_base_measure(everything)
@@ -183,6 +195,14 @@ class _Sums(torch.autograd.Function):
         rows = (ctx.statistics.statistic(where) for where in ctx.statistics.slices())
         table = torch.cat([torch.addmm(offset, natural, part.mT).to(ctx.dtype) for part in rows], 1).detach()
         return _Table.apply(natural, offset, ctx.statistics, (table,)), None  # type: ignore[no-untyped-call]
+
+
+def _with_outcomes(form: Form) -> Form:
+    """The form; where a Bernoulli's probabilities hold zero or one, that of its outcomes."""
+    probs = form.parameters.get("probs")
+    if form.family is not BERNOULLI or probs is None or not bool(((probs == 0) | (probs == 1)).any()):
+        return form
+    return replace(form, family=BERNOULLI_OUTCOMES)
 
 
 def _entries(*shapes: Sequence[int]) -> int:

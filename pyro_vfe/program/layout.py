@@ -5,6 +5,7 @@ colouring of the graph of meetings, in program order: a chain of any length need
 tracked to tell which latent of a colour was read, so that a program may change how it is wired from call to call.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,28 @@ _MAX_DIMS = 60
 
 
 @dataclass(frozen=True)
+class Variation:
+    """What the size of a site's table depends on besides its latents."""
+
+    plates: frozenset[str]
+    """The plates along which it can vary."""
+    elements: int
+    """Numbers that are made for each of its entries: the event's elements where no matrix product sums over them."""
+    separable: frozenset[str]
+    """The plates around it to a stretch of which the site can be restricted."""
+
+
+@dataclass(frozen=True)
+class Portioning:
+    """That the elements of a plate are summed a portion at a time, as the tables of all together would not fit."""
+
+    plate: str
+    """The plate."""
+    length: int
+    """How many of its elements make a portion."""
+
+
+@dataclass(frozen=True)
 class SiteStructure:
     """What one site is, from an ordinary run."""
 
@@ -60,6 +83,12 @@ class SiteStructure:
     """The latents that meet in the tensors of its log-probability; all values listed at once meet nothing."""
     chain: str | None
     """The plate along which a latent is a chain."""
+    elements: int = 1
+    """The numbers of which one event has its log-probability."""
+    needs_score: bool = False
+    """Whether it is a draw of the guide whose gradient needs the score function."""
+    variation: Variation | None = None
+    """What else the size of its table depends on; None where that has not been looked at."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +105,15 @@ class Layout:
     """Latents of the model without finite support that the guide lacks and nothing depends on."""
     sites: Mapping[tuple[Role, str], SiteStructure]
     """All sites that some ordinary run met."""
+    portioning: Portioning | None = None
+    """Which plate is summed in portions; None where all tables fit whole."""
+    room: float = math.inf
+    """How many times more elements the plates may have before the tables have to be looked at again."""
+
+    @cached_property
+    def plate_sizes(self) -> dict[str, int]:
+        """The size of each plate in the ordinary run."""
+        return {plate.name: plate.size for site in self.sites.values() for plate in site.plates}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -219,6 +257,8 @@ def _structure(site: Site, provenance: Provenance) -> SiteStructure:
         auxiliary=site.auxiliary,
         support=support,
         chain=time_plate(site),
+        elements=1 if alone else math.prod(site.fn.event_shape),
+        needs_score=site.needs_score,
         meets=scope - {site.name} if alone else scope,
     )
 

@@ -237,7 +237,7 @@ def _common_shape(shapes: Sequence[torch.Size]) -> torch.Size:
 def _slim_distribution(fn: Any, own_dims: int) -> Any:
     """A copy of `fn` whose parameters lack the repetitions of plates; `fn` itself where that may not be safe."""
     family: Any = type(fn)
-    event_dims = _event_dims(family)
+    event_dims = event_dims_of(family)
     if event_dims is None:
         return fn
     slimmed, shapes, changed = {}, [], False
@@ -261,7 +261,7 @@ def _slim_distribution(fn: Any, own_dims: int) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _event_dims(family: Any) -> dict[str, int | None] | None:
+def event_dims_of(family: Any) -> dict[str, int | None] | None:
     """How many dims of each parameter are the event's; None for one, or for a family, where that is not known."""
     arguments = getattr(family, "arg_constraints", None)
     if not isinstance(arguments, dict):

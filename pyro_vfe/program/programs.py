@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
 from pyro_vfe.program.calls import one_call
-from pyro_vfe.program.cost import check_cost
+from pyro_vfe.program.cost import fits_at_once, within_limit
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout, Program, lay_out
@@ -24,6 +24,7 @@ from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.sharing import Unshareable
 from pyro_vfe.program.spot_check import spot_check
+from pyro_vfe.program.variation import with_variations
 
 Check = Literal["first", "always", False]
 
@@ -86,8 +87,9 @@ class Programs:
         """
         with undisturbed_randomness():
             layout = lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
-        check_cost(layout, self.max_bytes)
-        return layout
+            if not fits_at_once(layout, self.max_bytes):
+                layout = with_variations(layout, model, guide, args, kwargs)
+        return within_limit(layout, self.max_bytes)
 
     def enumerate(
         self,

@@ -3,8 +3,9 @@
 One run of each program makes all tables; where the programs branch on a latent there is one run per value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
+from pyro_vfe.program.portions import PortionedRun, withheld
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -72,6 +74,15 @@ def enumerate_programs(
     return assembled(runs, layout)
 
 
+def _withheld(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
+    """What stands in for the making of other tables where even those of log-probabilities are withheld.
+
+    Raises:
+        CostError: Always.
+    """
+    raise withheld([name for _, name in some])
+
+
 class _Runner:
     """One run of both programs along one path of choices."""
 
@@ -118,21 +129,63 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
-        absent = absences(sites, alone=self.pin_masked)
         mask_draws(sites)
         self._check_unread(sites)
+        self._check_room(sites)
         labeller = self._labeller(sites)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            factors = labeller.factors(sites, absent)
-            while read := read_where_masked(absent, sites, factors, self.layout):
-                absent = {name: where for name, where in absent.items() if name not in read}
-                factors |= labeller.factors({key: site for key, site in sites.items() if key[1] in read}, absent)
+        plate = self._portioned_plate(sites)
+        if plate is not None:
+            return self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
+        factors, absent = self._factors(labeller, sites.keys(), sites)
         self.provenance.finish()
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
             return replace(labeller, scorer=scorer).factors(some, absent)
 
         return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label)
+
+    def _factors(
+        self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
+    ) -> tuple[dict[SiteKey, Factor], dict[str, Tensor | bool]]:
+        """The factors of some of the sites, and where latents do not exist."""
+        absent = absences(sites, alone=self.pin_masked)
+        wanted = {key: site for key, site in sites.items() if key in keys}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            factors = labeller.factors(wanted, absent)
+            while read := read_where_masked(absent, sites, factors, self.layout):
+                absent = {name: where for name, where in absent.items() if name not in read}
+                factors |= labeller.factors({key: site for key, site in wanted.items() if key[1] in read}, absent)
+        return factors, absent
+
+    def _portioned(
+        self, sites: Mapping[SiteKey, Site], plate: str, labeller: Labeller, subsamples: dict[str, Tensor]
+    ) -> Run:
+        """The run with its tables withheld, which are made a portion of a plate at a time."""
+        portioned = PortionedRun(
+            sites, plate, lambda keys, portion: self._factors(labeller, keys, portion)[0], labeller.scale
+        )
+        self.provenance.finish()
+        factors = portioned.withheld()
+        lost = frozenset(labeller.lost)
+        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, portioned)
+
+    def _portioned_plate(self, sites: Mapping[SiteKey, Site]) -> str | None:
+        """The plate that is summed in portions, where it has more elements than one."""
+        wanted = self.layout.portioning
+        if wanted is None:
+            return None
+        sizes = {plate.size for site in sites.values() for plate in site.plates if plate.name == wanted.plate}
+        return wanted.plate if max(sizes, default=0) > wanted.length else None
+
+    def _check_room(self, sites: Mapping[SiteKey, Site]) -> None:
+        """Checks that plates have not grown by so much that their tables might not fit."""
+        known, portioning = self.layout.plate_sizes, self.layout.portioning
+        around = {id(site.plates): site.plates for site in sites.values()}
+        for plates in around.values():
+            rest = [plate for plate in plates if portioning is None or plate.name != portioning.plate]
+            grown = prod(max(1.0, plate.size / max(1, known.get(plate.name, plate.size))) for plate in rest)
+            if grown > self.layout.room:
+                raise StructureChanged("a plate has grown so much that the tables may no longer fit")
 
     def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         with untracked():

@@ -7,7 +7,7 @@ What provenance cannot see (a program that reshapes away the enumerated dims, a 
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.engine.lookup import read_factor
 from pyro_vfe.errors import SpotCheckError
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.masks import absences
+from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
@@ -64,20 +65,51 @@ def spot_check(
     )
     first = {name: torch.randint(len(support), ()) for name, support in enumeration.supports.items()}
     rounds = min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in enumeration.supports), default=1))
-    for number in range(rounds):
+
+    def run(number: int) -> _Round:
         assignment = _assignment(enumeration, first, number, rounds)
         set_random_state(state)
         ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
-        _compare(enumeration, *ordinary, assignment, layout.nesting)
+        return _Round(assignment, *ordinary)
+
+    if enumeration.portions is None:
+        for number in range(rounds):
+            _compare(enumeration, run(number), layout.nesting)
+        return
+    everything = [run(number) for number in range(rounds)]
+    for start, length in enumeration.portions.stretches:  # Each portion's tables are made once, for all rounds.
+        part = enumeration.portions.make(start, length)
+        for whole in everything:
+            _compare(part, whole.narrowed(enumeration.portions.plate, start, length), layout.nesting)
 
 
-def _compare(
-    enumeration: Enumeration,
-    ordinary: Mapping[tuple[Role, str], Site],
-    log_probs: Mapping[tuple[Role, str], Tensor],
-    assignment: Mapping[str, Table],
-    nesting: int,
-) -> None:
+class _Round(NamedTuple):
+    """An ordinary run at an assignment."""
+
+    assignment: Mapping[str, Table]
+    """The index of each latent's value, over its plates."""
+    sites: Mapping[SiteKey, Site]
+    """The sites as they ran."""
+    log_probs: Mapping[SiteKey, Tensor]
+    """What each said of its value when it was reached."""
+
+    def narrowed(self, plate: str, start: int, length: int) -> "_Round":
+        """What it says of some elements of a plate; what lies outside of the plate is with the first of them."""
+        sites, log_probs = {}, {}
+        for key, site in self.sites.items():
+            inside = plate in site.plate_names
+            if inside or start == 0:
+                part = narrowed_site(site, plate, start, length) if inside else site
+                assert part is not None, "a portion has only sites that can be restricted"
+                sites[key] = part
+                dim = next((around.dim for around in site.plates if around.name == plate), 0)
+                log_probs[key] = stretch(self.log_probs[key], dim, start, length) if inside else self.log_probs[key]
+        assignment = {name: table.narrowed(plate, start, length) for name, table in self.assignment.items()}
+        return _Round(assignment, sites, log_probs)
+
+
+def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
+    assignment, ordinary, log_probs = run
     absent = absences(ordinary)
     for key, site in ordinary.items():
         counterpart = ("model", site.name)

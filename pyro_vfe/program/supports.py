@@ -120,7 +120,7 @@ def _product_support(fn: Independent, name: str) -> Tensor:
             f"Latent site '{name}' has {size:.3g} joint values ({support_size(fn.base_dist)} to the power "
             f"{math.prod(elements)}).",
             hint="Give its elements a plate of their own instead of to_event, or sample it: "
-            "infer={'enumerate': None} and a site of that name in the guide.",
+            "infer={'enumerate': None} and a site of that name in the guide, or vfe.FreeEnergy(on_cost=\"sample\").",
             sites=(name,),
         )
     base = finite_support(fn.base_dist, name)

@@ -113,6 +113,8 @@ class Labeller:
     """Program, site and latent where the site reads the latent and does not vary with it."""
     scorer: Scorer = field(default_factory=Scorer)
     """What the tables hold."""
+    ran: Mapping[SiteKey, Site] = field(default_factory=dict)
+    """The sites as they ran, where those that are labelled are parts of them: they know what they were made from."""
 
     def factors(self, sites: Mapping[SiteKey, Site], absent: Mapping[str, Tensor | bool]) -> dict[SiteKey, Factor]:
         """The factor of each site; those of equal sites share their numbers.
@@ -135,6 +137,7 @@ class Labeller:
         if self.provenance is None:
             return _Reading(fn, mask, None, self._may_be_listed(site, fn), None)
         of = self.provenance.of
+        site = self.ran.get((site.role, site.name), site)
         sites, identity = self.provenance.look(site.fn)
         sites = sites.union(of(site.mask), of(site.scale), site.controls)
         listed_own = self._may_be_listed(site, fn) and site.name not in sites
