@@ -1,0 +1,417 @@
+r"""
+Bars: what a Helmholtz machine dreams of
+========================================
+
+Images of 4 x 4 pixels show horizontal bars or vertical ones: a coin says which, and each of the four bars is on with
+probability 0.3. A Helmholtz machine, which knows nothing of bars, learns them: a generative model that turns one unit
+into eight and these into an image, and a recognition model that goes the other way:
+
+.. math::
+
+    P(v, u) &= P(\text{top}) \prod_j P(\text{hidden}_j \mid \text{top}) \prod_i P(u_i \mid \text{hidden})
+
+    Q(v \mid u) &= \prod_j Q(\text{hidden}_j \mid u) \; Q(\text{top} \mid \text{hidden})
+
+Every factor is a Bernoulli whose logit is linear in the layer before. Three ways of learning start from the same
+machine: the wake-sleep algorithm, its reweighted form, and descent on *F*. There are 30 different images, so what a
+machine costs per image is a sum over them, and exact:
+
+.. math::
+
+    F = \text{entropy of the images} + \text{KL}(\text{images} \, \| \, P(u)) + \text{gap}
+
+No machine can go below the entropy. The rest, the excess, has two parts: the generative model's, surprise less entropy,
+and the recognition model's, the gap.
+
+References:
+
+- Hinton, Dayan, Frey and Neal (1995), The "wake-sleep" algorithm for unsupervised neural networks: the machine, and
+  bars to teach it.
+- Dayan, Hinton, Neal and Zemel (1995), The Helmholtz machine.
+- Bornschein and Bengio (2015), Reweighted wake-sleep.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pyro import poutine
+from torch import Tensor, nn
+
+import pyro_vfe as vfe
+
+SIDE, NUM_HIDDEN = 4, 8
+NUM_PIXELS = SIDE * SIDE
+ON = 0.3
+"""The probability of a bar to be on."""
+NUM_STEPS, BATCH = 2000, 200
+"""Steps of learning, and fresh images for each step of wake-sleep."""
+NUM_PARTICLES = 5
+"""Draws that reweighted wake-sleep weighs against each other, for each image."""
+NUM_READINGS = 50
+RATES = {"wake-sleep": 0.1, "reweighted wake-sleep": 0.05, "descent on F": 0.05}
+"""Learning rates of Adam at the first step."""
+LAST = 0.05
+"""What is left of them at the last step."""
+NUM_SHOWN, NUM_IN_A_ROW = 40, 10
+SEED = 0
+DARK, LIGHT, GREY = "#0b3c5d", "#e69f00", "0.45"
+
+# %%
+# The bars, all of them
+# ---------------------
+# Each orientation has 16 images. No bar and four bars look alike in both, so there are 30 images.
+
+
+@dataclass(frozen=True, eq=False)
+class Bars:
+    """All images of bars."""
+
+    images: Tensor
+    """Pixels, 0 or 1, shape `(30, 16)`."""
+    probs: Tensor
+    """How probable each image is, shape `(30,)`."""
+
+    @property
+    def entropy(self) -> float:
+        """What an image costs that is drawn from these, nats."""
+        return float(-(self.probs * self.probs.log()).sum())
+
+    def drawn(self, num_images: int) -> Tensor:
+        """Returns images drawn at random, shape `(num_images, 16)`."""
+        return self.images[torch.multinomial(self.probs, num_images, replacement=True)]
+
+    def batches(self, num_steps: int) -> Iterator[Tensor]:
+        """Yields fresh images for each step."""
+        for _ in range(num_steps):
+            yield self.drawn(BATCH)
+
+
+def bars() -> Bars:
+    """Returns all images, by going through all ways to make one."""
+    probability: dict[tuple[float, ...], float] = {}
+    for is_vertical, on in product((False, True), product((0.0, 1.0), repeat=SIDE)):
+        image = tuple(on[column if is_vertical else row] for row in range(SIDE) for column in range(SIDE))
+        of_bars = ON ** sum(on) * (1 - ON) ** (SIDE - sum(on))
+        probability[image] = probability.get(image, 0.0) + of_bars / 2
+    return Bars(torch.tensor(list(probability)), torch.tensor(list(probability.values())))
+
+
+# %%
+# The machine
+# -----------
+# Two Pyro programs with the same arguments. A layer is a vector of Bernoullis, and *F* sums over all of its values.
+# `weights` says how often each image counts: once for images that were drawn; by its probability where all images are
+# given, so that sums over images are expectations.
+
+
+class Generative(nn.Module):
+    """The generative model's parameters: logits of the top unit, and of each layer given the one above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top = nn.Parameter(torch.zeros(1))
+        self.hidden = nn.Linear(1, NUM_HIDDEN)
+        self.u = nn.Linear(NUM_HIDDEN, NUM_PIXELS)
+
+
+class Recognition(nn.Module):
+    """The recognition model's parameters: logits of each layer given the one below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(NUM_PIXELS, NUM_HIDDEN)
+        self.top = nn.Linear(NUM_HIDDEN, 1)
+
+
+class Machine:
+    """A Helmholtz machine, which has learned nothing so far; the same one each time."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(SEED)
+        self.generative, self.recognition = Generative(), Recognition()
+
+    def model(self, u: Tensor, weights: Tensor | float = 1.0) -> None:
+        """From the top unit down to the image."""
+        down = pyro.module("generative", self.generative)
+        with pyro.plate("images", len(u)), poutine.scale(scale=weights):
+            top = pyro.sample("top", dist.Bernoulli(logits=down.top).to_event(1))
+            hidden = pyro.sample("hidden", dist.Bernoulli(logits=down.hidden(top)).to_event(1))
+            pyro.sample("u", dist.Bernoulli(logits=down.u(hidden)).to_event(1), obs=u)
+
+    def guide(self, u: Tensor, weights: Tensor | float = 1.0) -> None:
+        """From the image up to the top unit."""
+        up = pyro.module("recognition", self.recognition)
+        with pyro.plate("images", len(u)), poutine.scale(scale=weights):
+            hidden = pyro.sample("hidden", dist.Bernoulli(logits=up.hidden(u)).to_event(1))
+            pyro.sample("top", dist.Bernoulli(logits=up.top(hidden)).to_event(1))
+
+
+# %%
+# Three ways to learn
+# -------------------
+# Wake-sleep sees fresh images in each step. In its wake phase the recognition model draws what an image may come from,
+# and the generative model learns to make that image of it; in its sleep phase the generative model dreams an image, and
+# the recognition model learns to tell what the dream came from. Reweighted, several draws for an image count by how
+# well they explain it, and the recognition model learns from these, too.
+#
+# Descent on *F* needs neither draws nor dreams: gradients are exact, and all images are there, by their probabilities.
+#
+# Readings of *F* are of all images, whatever a step saw.
+
+Run = vfe.SVIRun | vfe.WakeSleepRun
+
+
+def falling_adam(name: str, num_steps: int) -> pyro.optim.PyroOptim:
+    """Returns Adam with a learning rate that falls to a twentieth."""
+    options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": RATES[name]}, "gamma": LAST ** (1 / num_steps)}
+    return pyro.optim.ExponentialLR(options)
+
+
+def by_wake_sleep(name: str, machine: Machine, data: Bars, num_steps: int) -> vfe.WakeSleepRun:
+    """Returns the run of wake-sleep, plain or reweighted, on fresh images."""
+    draws = poutine.infer_config(machine.guide, lambda site: {"enumerate": None})
+    reweighted = name.startswith("reweighted")
+    wake_sleep = vfe.WakeSleep(
+        machine.model,
+        draws,
+        falling_adam(name, num_steps),
+        falling_adam(name, num_steps),
+        num_particles=NUM_PARTICLES if reweighted else 1,
+        reweighted=reweighted,
+    )
+    return wake_sleep.run(
+        num_steps=num_steps,
+        batches=data.batches(num_steps),
+        every=-(-num_steps // NUM_READINGS),
+        held_out=(data.images, data.probs),
+        progress_bar=False,
+    )
+
+
+def by_descent(name: str, machine: Machine, data: Bars, num_steps: int) -> vfe.SVIRun:
+    """Returns the run of SVI on all images, with exact gradients."""
+    optim = falling_adam(name, num_steps)
+    arguments = data.images, data.probs
+    return vfe.fit(machine.model, machine.guide, *arguments, optim=optim, num_steps=num_steps, progress_bar=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What a machine has become."""
+
+    name: str
+    run: Run
+    entropy: float
+    """Of the images, nats."""
+    terms: vfe.Decomposition
+    """F per image, taken apart, nats."""
+    image_probs: Tensor
+    """How probable the machine finds each image of bars, shape `(30,)`."""
+    dreams: Tensor
+    """Images that it dreamt, shape `(NUM_SHOWN, 16)`."""
+    on: Tensor
+    """The probability of each pixel to be on where a hidden unit alone is, shape `(8, 16)`."""
+    off: Tensor
+    """The same where none is, shape `(16,)`."""
+
+    @property
+    def excess(self) -> float:
+        """F less the entropy: what the machine costs per image beyond what any must, nats."""
+        return float(self.terms.free_energy) - self.entropy
+
+    @property
+    def model_excess(self) -> float:
+        """The generative model's part of it: KL(images || P(u)), nats."""
+        return float(self.terms.surprise) - self.entropy
+
+
+def learn(name: str, data: Bars, num_steps: int) -> Learned:
+    """Returns what a machine becomes that learns in one of the three ways, from the same start."""
+    pyro.clear_param_store()
+    machine = Machine()
+    pyro.set_rng_seed(SEED)
+    run: Run = (by_descent if name == "descent on F" else by_wake_sleep)(name, machine, data, num_steps)
+    return look_at(name, machine, run, data)
+
+
+@torch.no_grad()
+def look_at(name: str, machine: Machine, run: Run, data: Bars) -> Learned:
+    """Returns what can be known of a machine."""
+    elbo = vfe.FreeEnergy()
+    dreams = vfe.dream(machine.model, torch.zeros(NUM_SHOWN, NUM_PIXELS)).observations["u"]
+    alone = torch.cat([torch.eye(NUM_HIDDEN), torch.zeros(1, NUM_HIDDEN)])
+    pixels = machine.generative.u(alone).sigmoid()
+    return Learned(
+        name=name,
+        run=run,
+        entropy=data.entropy,
+        terms=elbo.decompose(machine.model, machine.guide, data.images, data.probs),
+        image_probs=elbo.decompose(machine.model, machine.guide, data.images).by("images").surprise.neg().exp(),
+        dreams=dreams,
+        on=pixels[:-1],
+        off=pixels[-1],
+    )
+
+
+# %%
+# Whose fault the excess is
+# -------------------------
+
+
+def as_table(all_learned: list[Learned]) -> str:
+    """Returns the machines, one row each, nats per image."""
+    lines = [f"{'nats per image':<24}     F = surprise +   gap   excess = model's + recognition's   dreams of bars"]
+    for one in all_learned:
+        free_energy, surprise, gap = (float(getattr(one.terms, field)) for field in ("free_energy", "surprise", "gap"))
+        share = one.model_excess / one.excess
+        lines.append(
+            f"{one.name:<24} {free_energy:5.3f}   {surprise:8.3f} {gap:7.3f} {one.excess:8.3f} {share:9.1%} "
+            f"{1 - share:15.1%} {float(one.image_probs.sum()):16.1%}"
+        )
+    return "\n".join(lines)
+
+
+def rises(run: Run, phase: str) -> tuple[int, int]:
+    """Returns in how many readings of a phase F rose, and the number of these readings."""
+    changes = [change for change, of in zip(run.history.d_free_energy, run.history.phase, strict=True) if of == phase]
+    return sum(change > 0 for change in changes), len(changes)
+
+
+def in_words(data: Bars, all_learned: list[Learned]) -> str:
+    """Returns what was found, in sentences."""
+    best = min(all_learned, key=lambda one: one.excess)
+    told = (
+        f"An image of bars costs {data.entropy:.4f} nats at least, {data.entropy / np.log(2):.4f} bits. The machine "
+        f"that learned by {best.name} comes nearest: {best.excess:.3f} nats above.",
+        "F alone says how far each is from the entropy, and not why. Of the excess the generative models own "
+        + ", ".join(f"{one.model_excess / one.excess:.0%} ({one.name})" for one in all_learned)
+        + "; the rest is what the recognition models lose.",
+    )
+    return "\n".join(["In words", *(fill(text, 116, initial_indent="  ", subsequent_indent="  ") for text in told)])
+
+
+# %%
+# Pictures
+# --------
+
+
+def draw_images(data: Bars, all_learned: list[Learned]) -> Figure:
+    """Draws images and the dreams of each machine; what is no image of bars is framed."""
+    figure = plt.figure(figsize=(11, 6.6), layout="constrained")
+    known = {tuple(image) for image in data.images.tolist()}
+    rows = {"images": data.drawn(NUM_SHOWN)}
+    rows |= {f"{one.name} dreams: {float(one.image_probs.sum()):.0%} are bars": one.dreams for one in all_learned}
+    for part, (title, images) in zip(figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat, rows.items(), strict=True):
+        part.suptitle(title)
+        for axes, image in zip(part.subplots(-(-NUM_SHOWN // NUM_IN_A_ROW), NUM_IN_A_ROW).flat, images, strict=True):
+            draw_pixels(axes, image, LIGHT if tuple(image.tolist()) not in known else "0.8")
+    return figure
+
+
+def draw_pixels(axes: Axes, pixels: Tensor, frame: str) -> None:
+    """Draws an image, or probabilities of pixels to be on, in a frame."""
+    axes.imshow(pixels.reshape(SIDE, SIDE).numpy(), cmap="Greys", vmin=0, vmax=1)
+    axes.set(xticks=(), yticks=())
+    for spine in axes.spines.values():
+        spine.set(color=frame, linewidth=2 if frame == LIGHT else 0.8)
+
+
+def draw_units(all_learned: list[Learned]) -> Figure:
+    """Draws what the hidden units of each machine do: the image where none is on, and where one alone is."""
+    figure, all_axes = plt.subplots(len(all_learned), NUM_HIDDEN + 1, figsize=(11, 4.4), layout="constrained")
+    for row, one in zip(all_axes, all_learned, strict=True):
+        row[0].set_ylabel(one.name.replace(" wake", "\nwake"))
+        for i, (axes, pixels) in enumerate(zip(row, [one.off, *one.on], strict=True)):
+            draw_pixels(axes, pixels, "0.8")
+            axes.set_title(f"unit {i} on" if i else "none on", fontsize="small")
+    return figure
+
+
+def draw_histories(all_learned: list[Learned], entropy: float) -> Figure:
+    """Draws F of each machine while it learned, as surprise and gap, over the entropy."""
+    figure, all_axes = plt.subplots(1, len(all_learned), figsize=(12, 4.6), sharey=True, layout="constrained")
+    for axes, one in zip(all_axes, all_learned, strict=True):
+        vfe.plot_free_energy(one.run.history, ax=axes)
+        axes.axhline(entropy, color="white", linestyle="--", linewidth=1.2, label="entropy")
+        title = f"{one.name}:\nF ends {one.excess:.2f} nats above the entropy"
+        axes.set(title=title, ylabel="nats per image", ylim=(0, None))
+    return figure
+
+
+def draw_excess(all_learned: list[Learned], entropy: float) -> Figure:
+    """Draws both parts of the excess while the machines learned."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for one, color, style in zip(all_learned, (DARK, LIGHT, GREY), ("-", "--", "-"), strict=True):
+        history = one.run.history
+        left.plot(history.iteration, history.surprise - entropy, style, color=color, label=one.name)
+        right.plot(history.iteration, history.gap, style, color=color, label=one.name)
+    left.set(title="The generative model's: surprise less entropy", ylabel="nats per image")
+    right.set(title="The recognition model's: the gap")
+    for axes in (left, right):
+        axes.set(xlabel="step", yscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def save(figures: dict[str, Figure], folder: Path) -> None:
+    """Saves the pictures, and leaves them open for who looks at them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"helmholtz_bars_{name}.png", dpi=150)
+
+
+# %%
+# All of it
+# ---------
+
+
+def main() -> None:
+    """Learns, compares, draws, tells, and checks the numbers."""
+    parser = argparse.ArgumentParser(description="A Helmholtz machine learns bars, in three ways.")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="steps of learning")
+    parser.add_argument(
+        "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the pictures"
+    )
+    args = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    data = bars()
+
+    all_learned = [learn(name, data, args.steps) for name in RATES]
+    print(f"{as_table(all_learned)}\n\n{in_words(data, all_learned)}")
+    pictures = {
+        "dreams": draw_images(data, all_learned),
+        "units": draw_units(all_learned),
+        "free_energy": draw_histories(all_learned, data.entropy),
+        "excess": draw_excess(all_learned, data.entropy),
+    }
+    save(pictures, args.output)
+    print(f"Pictures: {args.output}")
+
+    of_bar, of_none, of_all = -ON * np.log(ON) - (1 - ON) * np.log(1 - ON), (1 - ON) ** SIDE, ON**SIDE
+    # A coin and four bars, less the coin where the image does not show it.
+    assert abs(data.entropy - (np.log(2) + SIDE * of_bar - (of_none + of_all) * np.log(2))) < 1e-12
+    start = all_learned[0].run.history
+    for one in all_learned:
+        torch.testing.assert_close(one.terms.free_energy, one.terms.surprise + one.terms.gap)
+        expected = (data.probs * (data.probs / one.image_probs).log()).sum()
+        assert abs(one.model_excess - expected) < 1e-9 and one.model_excess > 0
+        assert -1e-12 < one.terms.gap < one.excess
+        assert abs(one.run.history.free_energy[-1] - float(one.terms.free_energy)) < 1e-9
+        assert one.terms.free_energy < start.free_energy[0]
+
+
+if __name__ == "__main__":
+    main()
