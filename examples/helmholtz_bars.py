@@ -55,12 +55,16 @@ SIDE, NUM_HIDDEN = 4, 8
 NUM_PIXELS = SIDE * SIDE
 ON = 0.3
 """The probability of a bar to be on."""
-NUM_STEPS, BATCH = 2000, 200
-"""Steps of learning, and fresh images for each step of wake-sleep."""
+NUM_STEPS = {"wake-sleep": 2000, "reweighted wake-sleep": 1000, "descent on F": 1200}
+"""Steps of learning, each way in its own time."""
+AT_REST = -3.0
+"""The logit of a pixel that no hidden unit turns on, at the start: units that turn pixels on have most to gain."""
+BATCH = 200
+"""Fresh images for each step of wake-sleep."""
 NUM_PARTICLES = 5
 """Draws that reweighted wake-sleep weighs against each other, for each image."""
 NUM_READINGS = 50
-RATES = {"wake-sleep": 0.1, "reweighted wake-sleep": 0.05, "descent on F": 0.05}
+RATES = {"wake-sleep": 0.2, "reweighted wake-sleep": 0.1, "descent on F": 0.1}
 """Learning rates of Adam at the first step."""
 LAST = 0.05
 """What is left of them at the last step."""
@@ -141,6 +145,7 @@ class Machine:
     def __init__(self) -> None:
         torch.manual_seed(SEED)
         self.generative, self.recognition = Generative(), Recognition()
+        nn.init.constant_(self.generative.u.bias, AT_REST)
 
     def model(self, u: Tensor, weights: Tensor | float = 1.0) -> None:
         """From the top unit down to the image."""
@@ -156,6 +161,35 @@ class Machine:
         with pyro.plate("images", len(u)), poutine.scale(scale=weights):
             hidden = pyro.sample("hidden", dist.Bernoulli(logits=up.hidden(u)).to_event(1))
             pyro.sample("top", dist.Bernoulli(logits=up.top(hidden)).to_event(1))
+
+
+# %%
+# How well such a machine can do is known, because a good one can be written down: a hidden unit for each bar, and a top
+# unit that says which four of them may be on. What is left is the gap of the image with all pixels on, which four
+# horizontal bars have made or four vertical ones: a factorised *Q* can only name one of the two.
+
+SURE = 30.0
+"""The logit of what is as good as certain."""
+
+
+@torch.no_grad()
+def written_down() -> Machine:
+    """Returns a machine that knows bars; hidden units are rows first, then columns."""
+    machine = Machine()
+    is_row = torch.arange(NUM_HIDDEN) < SIDE
+    rare = np.log(ON / (1 - ON))
+    rows, columns = torch.eye(SIDE).repeat_interleave(SIDE, 1), torch.eye(SIDE).repeat(1, SIDE)
+    down, up = machine.generative, machine.recognition
+    down.hidden.weight.copy_(torch.where(is_row, -SURE, SURE)[:, None])
+    down.hidden.bias.copy_(torch.where(is_row, rare, rare - SURE))
+    down.u.weight.copy_(2 * SURE * torch.cat([rows, columns]).T)
+    down.u.bias.fill_(-SURE)
+    # Four pixels of a row make a bar; four of a column too, if some others are off: where all are on, they are rows.
+    up.hidden.weight.copy_(SURE * torch.cat([2 * rows, 4 * columns - 1]))
+    up.hidden.bias.copy_(SURE * torch.where(is_row, -7.0, -1.0))
+    up.top.weight.copy_(torch.where(is_row, -SURE, SURE))
+    up.top.bias.fill_(0)
+    return machine
 
 
 # %%
@@ -207,12 +241,25 @@ def by_descent(name: str, machine: Machine, data: Bars, num_steps: int) -> vfe.S
     return vfe.fit(machine.model, machine.guide, *arguments, optim=optim, num_steps=num_steps, progress_bar=False)
 
 
+def learn(name: str, data: Bars, num_steps: int) -> tuple["Score", Run]:
+    """Returns what a machine has become that learned in one of the three ways, from the same start, and how."""
+    pyro.clear_param_store()
+    machine = Machine()
+    pyro.set_rng_seed(SEED)
+    run = (by_descent if name == "descent on F" else by_wake_sleep)(name, machine, data, num_steps)
+    return score(name, machine, data), run
+
+
+# %%
+# Whose fault the excess is
+# -------------------------
+
+
 @dataclass(frozen=True, eq=False)
-class Learned:
-    """What a machine has become."""
+class Score:
+    """What a machine costs, and what it does."""
 
     name: str
-    run: Run
     entropy: float
     """Of the images, nats."""
     terms: vfe.Decomposition
@@ -221,10 +268,8 @@ class Learned:
     """How probable the machine finds each image of bars, shape `(30,)`."""
     dreams: Tensor
     """Images that it dreamt, shape `(NUM_SHOWN, 16)`."""
-    on: Tensor
-    """The probability of each pixel to be on where a hidden unit alone is, shape `(8, 16)`."""
-    off: Tensor
-    """The same where none is, shape `(16,)`."""
+    units: Tensor
+    """The probability of each pixel to be on where no hidden unit is, and where one alone is; shape `(9, 16)`."""
 
     @property
     def excess(self) -> float:
@@ -236,68 +281,62 @@ class Learned:
         """The generative model's part of it: KL(images || P(u)), nats."""
         return float(self.terms.surprise) - self.entropy
 
-
-def learn(name: str, data: Bars, num_steps: int) -> Learned:
-    """Returns what a machine becomes that learns in one of the three ways, from the same start."""
-    pyro.clear_param_store()
-    machine = Machine()
-    pyro.set_rng_seed(SEED)
-    run: Run = (by_descent if name == "descent on F" else by_wake_sleep)(name, machine, data, num_steps)
-    return look_at(name, machine, run, data)
+    @property
+    def bars_dreamt(self) -> float:
+        """The probability that a dream is an image of bars."""
+        return float(self.image_probs.sum())
 
 
 @torch.no_grad()
-def look_at(name: str, machine: Machine, run: Run, data: Bars) -> Learned:
-    """Returns what can be known of a machine."""
+def score(name: str, machine: Machine, data: Bars) -> Score:
+    """Returns what a machine costs per image, exactly, and what it dreams."""
     elbo = vfe.FreeEnergy()
-    dreams = vfe.dream(machine.model, torch.zeros(NUM_SHOWN, NUM_PIXELS)).observations["u"]
-    alone = torch.cat([torch.eye(NUM_HIDDEN), torch.zeros(1, NUM_HIDDEN)])
-    pixels = machine.generative.u(alone).sigmoid()
-    return Learned(
+    none_and_one = torch.eye(NUM_HIDDEN + 1)[:, 1:]
+    return Score(
         name=name,
-        run=run,
         entropy=data.entropy,
         terms=elbo.decompose(machine.model, machine.guide, data.images, data.probs),
         image_probs=elbo.decompose(machine.model, machine.guide, data.images).by("images").surprise.neg().exp(),
-        dreams=dreams,
-        on=pixels[:-1],
-        off=pixels[-1],
+        dreams=vfe.dream(machine.model, torch.zeros(NUM_SHOWN, NUM_PIXELS)).observations["u"],
+        units=machine.generative.u(none_and_one).sigmoid(),
     )
 
 
-# %%
-# Whose fault the excess is
-# -------------------------
-
-
-def as_table(all_learned: list[Learned]) -> str:
+def as_table(scores: list[Score]) -> str:
     """Returns the machines, one row each, nats per image."""
-    lines = [f"{'nats per image':<24}     F = surprise +   gap   excess = model's + recognition's   dreams of bars"]
-    for one in all_learned:
+    lines = [f"{'nats per image':<22}     F = surprise +   gap   excess = model's + recognition's   dreams of bars"]
+    for one in scores:
         free_energy, surprise, gap = (float(getattr(one.terms, field)) for field in ("free_energy", "surprise", "gap"))
         share = one.model_excess / one.excess
         lines.append(
-            f"{one.name:<24} {free_energy:5.3f}   {surprise:8.3f} {gap:7.3f} {one.excess:8.3f} {share:9.1%} "
-            f"{1 - share:15.1%} {float(one.image_probs.sum()):16.1%}"
+            f"{one.name:<22} {free_energy:5.3f}   {surprise:8.3f} {gap:7.4f} {one.excess:8.4f} {share:9.1%} "
+            f"{1 - share:15.1%} {one.bars_dreamt:16.1%}"
         )
     return "\n".join(lines)
 
 
-def rises(run: Run, phase: str) -> tuple[int, int]:
-    """Returns in how many readings of a phase F rose, and the number of these readings."""
-    changes = [change for change, of in zip(run.history.d_free_energy, run.history.phase, strict=True) if of == phase]
-    return sum(change > 0 for change in changes), len(changes)
+def rises_in_sleep(run: Run) -> tuple[int, int]:
+    """Returns how often F was higher after a sleep phase than before it, and how often this was looked at."""
+    history = run.history
+    changes = history.d_free_energy[np.array(history.phase) == "sleep"]
+    return int((changes > 0).sum()), len(changes)
 
 
-def in_words(data: Bars, all_learned: list[Learned]) -> str:
+def in_words(scores: list[Score], runs: dict[str, Run], known: Score) -> str:
     """Returns what was found, in sentences."""
-    best = min(all_learned, key=lambda one: one.excess)
+    best, worst = (choose(scores, key=lambda one: one.excess) for choose in (min, max))
+    rose, looked_at = rises_in_sleep(runs["wake-sleep"])
     told = (
-        f"An image of bars costs {data.entropy:.4f} nats at least, {data.entropy / np.log(2):.4f} bits. The machine "
-        f"that learned by {best.name} comes nearest: {best.excess:.3f} nats above.",
-        "F alone says how far each is from the entropy, and not why. Of the excess the generative models own "
-        + ", ".join(f"{one.model_excess / one.excess:.0%} ({one.name})" for one in all_learned)
-        + "; the rest is what the recognition models lose.",
+        f"An image costs {known.entropy:.4f} nats at least, {known.entropy / np.log(2):.4f} bits. The machine that was "
+        f"written down costs {known.excess:.4f} more, which is the gap of one image in {1 / ON**SIDE:.0f}; so nobody "
+        "needs to have a larger excess than that.",
+        f"{best.name.capitalize()} comes nearest, {best.excess:.3f} nats above the entropy, and {worst.name} ends "
+        f"{worst.excess:.3f} above. F alone does not say why. Of the excess the generative models own "
+        + ", ".join(f"{one.model_excess / one.excess:.0%} ({one.name})" for one in scores)
+        + ": the recognition models keep up with what they are to invert, and it is the generative models that have "
+        "come to a place where bars share units.",
+        f"A sleep phase does not descend F: F rose in {rose} of the {looked_at} that were looked at. It never moves "
+        "the surprise, only the gap.",
     )
     return "\n".join(["In words", *(fill(text, 116, initial_indent="  ", subsequent_indent="  ") for text in told)])
 
@@ -307,55 +346,59 @@ def in_words(data: Bars, all_learned: list[Learned]) -> str:
 # --------
 
 
-def draw_images(data: Bars, all_learned: list[Learned]) -> Figure:
+def draw_images(data: Bars, scores: list[Score]) -> Figure:
     """Draws images and the dreams of each machine; what is no image of bars is framed."""
-    figure = plt.figure(figsize=(11, 6.6), layout="constrained")
-    known = {tuple(image) for image in data.images.tolist()}
-    rows = {"images": data.drawn(NUM_SHOWN)}
-    rows |= {f"{one.name} dreams: {float(one.image_probs.sum()):.0%} are bars": one.dreams for one in all_learned}
-    for part, (title, images) in zip(figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat, rows.items(), strict=True):
+    figure = plt.figure(figsize=(11, 7), layout="constrained")
+    bars_alone = {tuple(image) for image in data.images.tolist()}
+    titled = {"images of bars": data.drawn(NUM_SHOWN)}
+    titled |= {f"{one.name}: {one.bars_dreamt:.0%} of its dreams are bars": one.dreams for one in scores}
+    parts = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat
+    for part, (title, images) in zip(parts, titled.items(), strict=True):
         part.suptitle(title)
-        for axes, image in zip(part.subplots(-(-NUM_SHOWN // NUM_IN_A_ROW), NUM_IN_A_ROW).flat, images, strict=True):
-            draw_pixels(axes, image, LIGHT if tuple(image.tolist()) not in known else "0.8")
+        for axes, image in zip(part.subplots(NUM_SHOWN // NUM_IN_A_ROW, NUM_IN_A_ROW).flat, images, strict=True):
+            draw_pixels(axes, image, is_framed=tuple(image.tolist()) not in bars_alone)
     return figure
 
 
-def draw_pixels(axes: Axes, pixels: Tensor, frame: str) -> None:
-    """Draws an image, or probabilities of pixels to be on, in a frame."""
+def draw_pixels(axes: Axes, pixels: Tensor, is_framed: bool = False) -> None:
+    """Draws an image, or probabilities of pixels to be on."""
     axes.imshow(pixels.reshape(SIDE, SIDE).numpy(), cmap="Greys", vmin=0, vmax=1)
     axes.set(xticks=(), yticks=())
     for spine in axes.spines.values():
-        spine.set(color=frame, linewidth=2 if frame == LIGHT else 0.8)
+        spine.set(color=LIGHT if is_framed else "0.8", linewidth=2.5 if is_framed else 0.8)
 
 
-def draw_units(all_learned: list[Learned]) -> Figure:
+def draw_units(scores: list[Score]) -> Figure:
     """Draws what the hidden units of each machine do: the image where none is on, and where one alone is."""
-    figure, all_axes = plt.subplots(len(all_learned), NUM_HIDDEN + 1, figsize=(11, 4.4), layout="constrained")
-    for row, one in zip(all_axes, all_learned, strict=True):
-        row[0].set_ylabel(one.name.replace(" wake", "\nwake"))
-        for i, (axes, pixels) in enumerate(zip(row, [one.off, *one.on], strict=True)):
-            draw_pixels(axes, pixels, "0.8")
-            axes.set_title(f"unit {i} on" if i else "none on", fontsize="small")
+    figure, all_axes = plt.subplots(len(scores), NUM_HIDDEN + 1, figsize=(11, 5.4), layout="constrained")
+    for row, one in zip(all_axes, scores, strict=True):
+        row[0].set_ylabel(one.name.replace(" ", "\n"))
+        for i, (axes, pixels) in enumerate(zip(row, one.units, strict=True)):
+            draw_pixels(axes, pixels)
+            axes.set_title(f"unit {i}" if i else "none on", fontsize="small")
     return figure
 
 
-def draw_histories(all_learned: list[Learned], entropy: float) -> Figure:
-    """Draws F of each machine while it learned, as surprise and gap, over the entropy."""
-    figure, all_axes = plt.subplots(1, len(all_learned), figsize=(12, 4.6), sharey=True, layout="constrained")
-    for axes, one in zip(all_axes, all_learned, strict=True):
-        vfe.plot_free_energy(one.run.history, ax=axes)
-        axes.axhline(entropy, color="white", linestyle="--", linewidth=1.2, label="entropy")
+def draw_histories(scores: list[Score], runs: dict[str, Run]) -> Figure:
+    """Draws F of each machine while it learned, as surprise and gap, and the entropy below it."""
+    figure, all_axes = plt.subplots(1, len(scores), figsize=(12, 4.6), sharey=True, layout="constrained")
+    for axes, one in zip(all_axes, scores, strict=True):
+        vfe.plot_free_energy(runs[one.name].history, ax=axes)
+        axes.axhline(one.entropy, color="white", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            "entropy", (0.02, one.entropy), (0, -11), ("axes fraction", "data"), "offset points", color="white"
+        )
         title = f"{one.name}:\nF ends {one.excess:.2f} nats above the entropy"
         axes.set(title=title, ylabel="nats per image", ylim=(0, None))
     return figure
 
 
-def draw_excess(all_learned: list[Learned], entropy: float) -> Figure:
+def draw_excess(scores: list[Score], runs: dict[str, Run]) -> Figure:
     """Draws both parts of the excess while the machines learned."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for one, color, style in zip(all_learned, (DARK, LIGHT, GREY), ("-", "--", "-"), strict=True):
-        history = one.run.history
-        left.plot(history.iteration, history.surprise - entropy, style, color=color, label=one.name)
+    for one, color, style in zip(scores, (DARK, LIGHT, GREY), ("-", "--", "-"), strict=True):
+        history = runs[one.name].history
+        left.plot(history.iteration, history.surprise - one.entropy, style, color=color, label=one.name)
         right.plot(history.iteration, history.gap, style, color=color, label=one.name)
     left.set(title="The generative model's: surprise less entropy", ylabel="nats per image")
     right.set(title="The recognition model's: the gap")
@@ -381,7 +424,7 @@ def save(figures: dict[str, Figure], folder: Path) -> None:
 def main() -> None:
     """Learns, compares, draws, tells, and checks the numbers."""
     parser = argparse.ArgumentParser(description="A Helmholtz machine learns bars, in three ways.")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="steps of learning")
+    parser.add_argument("--steps", type=int, help="steps of learning, fewer for a quick look")
     parser.add_argument(
         "--output", type=Path, default=Path(sys.argv[0]).parent / "output", help="folder for the pictures"
     )
@@ -389,28 +432,37 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     data = bars()
 
-    all_learned = [learn(name, data, args.steps) for name in RATES]
-    print(f"{as_table(all_learned)}\n\n{in_words(data, all_learned)}")
+    scores, runs = [], {}
+    for name in RATES:
+        one, runs[name] = learn(name, data, args.steps or NUM_STEPS[name])
+        scores.append(one)
+    pyro.clear_param_store()
+    known = score("written down", written_down(), data)
+
+    print(f"{as_table([*scores, known])}\n\n{in_words(scores, runs, known)}")
     pictures = {
-        "dreams": draw_images(data, all_learned),
-        "units": draw_units(all_learned),
-        "free_energy": draw_histories(all_learned, data.entropy),
-        "excess": draw_excess(all_learned, data.entropy),
+        "dreams": draw_images(data, scores),
+        "units": draw_units([*scores, known]),
+        "free_energy": draw_histories(scores, runs),
+        "excess": draw_excess(scores, runs),
     }
     save(pictures, args.output)
     print(f"Pictures: {args.output}")
 
-    of_bar, of_none, of_all = -ON * np.log(ON) - (1 - ON) * np.log(1 - ON), (1 - ON) ** SIDE, ON**SIDE
-    # A coin and four bars, less the coin where the image does not show it.
-    assert abs(data.entropy - (np.log(2) + SIDE * of_bar - (of_none + of_all) * np.log(2))) < 1e-12
-    start = all_learned[0].run.history
-    for one in all_learned:
+    # A coin and four bars, less the coin where the image does not show how it fell.
+    of_a_bar = -ON * np.log(ON) - (1 - ON) * np.log(1 - ON)
+    unseen = (1 - ON) ** SIDE + ON**SIDE
+    assert abs(data.entropy - ((1 - unseen) * np.log(2) + SIDE * of_a_bar)) < 1e-12
+    assert abs(known.model_excess) < 1e-6
+    assert abs(known.terms.gap - ON**SIDE * np.log(2)) < 1e-6
+    for one in scores:
         torch.testing.assert_close(one.terms.free_energy, one.terms.surprise + one.terms.gap)
-        expected = (data.probs * (data.probs / one.image_probs).log()).sum()
-        assert abs(one.model_excess - expected) < 1e-9 and one.model_excess > 0
-        assert -1e-12 < one.terms.gap < one.excess
-        assert abs(one.run.history.free_energy[-1] - float(one.terms.free_energy)) < 1e-9
-        assert one.terms.free_energy < start.free_energy[0]
+        kl_divergence = (data.probs * (data.probs / one.image_probs).log()).sum()
+        assert abs(one.model_excess - kl_divergence) < 1e-9
+        assert known.excess < one.excess
+        history = runs[one.name].history
+        assert abs(history.free_energy[-1] - one.terms.free_energy) < 1e-9
+        assert one.terms.free_energy < history.free_energy[0]
 
 
 if __name__ == "__main__":
