@@ -55,7 +55,7 @@ SIDE, NUM_HIDDEN = 4, 8
 NUM_PIXELS = SIDE * SIDE
 ON = 0.3
 """The probability of a bar to be on."""
-NUM_STEPS = {"wake-sleep": 2000, "reweighted wake-sleep": 1000, "descent on F": 1200}
+NUM_STEPS = {"wake-sleep": 2000, "reweighted wake-sleep": 1200, "descent on F": 1200}
 """Steps of learning, each way in its own time."""
 AT_REST = -3.0
 """The logit of a pixel that no hidden unit turns on, at the start: units that turn pixels on have most to gain."""
@@ -209,8 +209,8 @@ Run = vfe.SVIRun | vfe.WakeSleepRun
 
 def falling_adam(name: str, num_steps: int) -> pyro.optim.PyroOptim:
     """Returns Adam with a learning rate that falls to a twentieth."""
-    options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": RATES[name]}, "gamma": LAST ** (1 / num_steps)}
-    return pyro.optim.ExponentialLR(options)
+    of_adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": RATES[name]}}
+    return pyro.optim.LinearLR({**of_adam, "start_factor": 1.0, "end_factor": LAST, "total_iters": num_steps})
 
 
 def by_wake_sleep(name: str, machine: Machine, data: Bars, num_steps: int) -> vfe.WakeSleepRun:
@@ -333,8 +333,8 @@ def in_words(scores: list[Score], runs: dict[str, Run], known: Score) -> str:
         f"{best.name.capitalize()} comes nearest, {best.excess:.3f} nats above the entropy, and {worst.name} ends "
         f"{worst.excess:.3f} above. F alone does not say why. Of the excess the generative models own "
         + ", ".join(f"{one.model_excess / one.excess:.0%} ({one.name})" for one in scores)
-        + ": the recognition models keep up with what they are to invert, and it is the generative models that have "
-        "come to a place where bars share units.",
+        + ": the recognition models keep up with what they are to invert. What is missing is in the generative models: "
+        "bars that have a unit to themselves.",
         f"A sleep phase does not descend F: F rose in {rose} of the {looked_at} that were looked at. It never moves "
         "the surprise, only the gap.",
     )
@@ -372,7 +372,7 @@ def draw_units(scores: list[Score]) -> Figure:
     """Draws what the hidden units of each machine do: the image where none is on, and where one alone is."""
     figure, all_axes = plt.subplots(len(scores), NUM_HIDDEN + 1, figsize=(11, 5.4), layout="constrained")
     for row, one in zip(all_axes, scores, strict=True):
-        row[0].set_ylabel(one.name.replace(" ", "\n"))
+        row[0].set_ylabel(one.name.replace("reweighted ", "reweighted\n"))
         for i, (axes, pixels) in enumerate(zip(row, one.units, strict=True)):
             draw_pixels(axes, pixels)
             axes.set_title(f"unit {i}" if i else "none on", fontsize="small")
@@ -380,10 +380,13 @@ def draw_units(scores: list[Score]) -> Figure:
 
 
 def draw_histories(scores: list[Score], runs: dict[str, Run]) -> Figure:
-    """Draws F of each machine while it learned, as surprise and gap, and the entropy below it."""
+    """Draws F of each machine in the last nine tenths of its run, as surprise and gap, and the entropy below it."""
     figure, all_axes = plt.subplots(1, len(scores), figsize=(12, 4.6), sharey=True, layout="constrained")
     for axes, one in zip(all_axes, scores, strict=True):
-        vfe.plot_free_energy(runs[one.name].history, ax=axes)
+        rows = runs[one.name].history.rows
+        vfe.plot_free_energy(
+            vfe.History(tuple(row for row in rows if 10 * row.iteration >= rows[-1].iteration)), ax=axes
+        )
         axes.axhline(one.entropy, color="white", linestyle="--", linewidth=1.2)
         axes.annotate(
             "entropy", (0.02, one.entropy), (0, -11), ("axes fraction", "data"), "offset points", color="white"

@@ -17,7 +17,7 @@ from examples import helmholtz_bars as example
 
 close = torch.testing.assert_close
 
-FEW = 40
+FEW = 20
 METHODS = tuple(example.RATES)
 
 
