@@ -34,7 +34,7 @@ References:
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -379,20 +379,20 @@ def draw_units(scores: list[Score]) -> Figure:
     return figure
 
 
+def above_entropy(run: Run, entropy: float) -> vfe.History:
+    """Returns the last nine tenths of a run, after sleep phases or steps, with the entropy taken off the surprise."""
+    rows = [row for row in run.history.rows if row.phase != "wake" and 10 * row.iteration >= run.num_steps]
+    changed = (replace(row, free_energy=row.free_energy - entropy, surprise=row.surprise - entropy) for row in rows)
+    return vfe.History(tuple(changed))
+
+
 def draw_histories(scores: list[Score], runs: dict[str, Run]) -> Figure:
-    """Draws F of each machine in the last nine tenths of its run, as surprise and gap, and the entropy below it."""
+    """Draws how far each machine was above the entropy while it learned, as the two models' parts."""
     figure, all_axes = plt.subplots(1, len(scores), figsize=(12, 4.6), sharey=True, layout="constrained")
     for axes, one in zip(all_axes, scores, strict=True):
-        rows = runs[one.name].history.rows
-        vfe.plot_free_energy(
-            vfe.History(tuple(row for row in rows if 10 * row.iteration >= rows[-1].iteration)), ax=axes
-        )
-        axes.axhline(one.entropy, color="white", linestyle="--", linewidth=1.2)
-        axes.annotate(
-            "entropy", (0.02, one.entropy), (0, -11), ("axes fraction", "data"), "offset points", color="white"
-        )
+        vfe.plot_free_energy(above_entropy(runs[one.name], one.entropy), ax=axes)
         title = f"{one.name}:\nF ends {one.excess:.2f} nats above the entropy"
-        axes.set(title=title, ylabel="nats per image", ylim=(0, None))
+        axes.set(title=title, ylabel="nats per image above the entropy", xlabel="step", ylim=(0, None))
     return figure
 
 
