@@ -11,6 +11,7 @@ from report import GeometricMean, Row, page, rows_of
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
 ROWS: pytest.StashKey[list[Row | GeometricMean]] = pytest.StashKey()
+SECTIONS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
 class Stopwatch:
@@ -33,8 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts with no rows."""
+    """Starts with no rows and no sections."""
     config.stash[ROWS] = []
+    config.stash[SECTIONS] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Prints the page, and writes it where it was asked for."""
-    text = page(config.stash[ROWS])
+    text = page(config.stash[ROWS], config.stash[SECTIONS])
     terminalreporter.write_line(text)
     if config.getoption("--results"):
         Path(config.getoption("--results")).write_text(text)
@@ -55,6 +57,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def rows(request: pytest.FixtureRequest) -> list[Row | GeometricMean]:
     """The rows of the page so far."""
     return request.config.stash[ROWS]
+
+
+@pytest.fixture
+def sections(request: pytest.FixtureRequest) -> list[str]:
+    """What the page says behind its table so far, in Markdown."""
+    return request.config.stash[SECTIONS]
 
 
 @pytest.fixture

@@ -132,13 +132,15 @@ def rows_of(name: str, case: Case, ours: Outcome, peers: Mapping[str, Outcome]) 
     return rows
 
 
-def page(rows: Sequence[Row | GeometricMean]) -> str:
+def page(rows: Sequence[Row | GeometricMean], sections: Sequence[str] = ()) -> str:
     """Returns the page in Markdown.
 
     Args:
         rows: The rows in order, each printed as a line of the table.
+        sections: What follows the table: numbers that no clock gives.
     """
-    return _HEADER.format(machine=machine()) + "".join(f"{row}\n" for row in rows)
+    table = _HEADER.format(machine=machine()) + "".join(f"{row}\n" for row in rows)
+    return "\n".join([table, *sections])
 
 
 def machine() -> str:
