@@ -65,14 +65,14 @@ class Recognition(PyroModule):
     def __init__(self, workload: HelmholtzWorkload) -> None:
         super().__init__()
         kind = PyroModule[nn.Linear]
-        self.to_middle, self.to_top = (linear(weight, kind) for weight in workload.recognition)
+        self.from_pixels, self.from_middle = (linear(weight, kind) for weight in workload.recognition)
 
     def forward(self, pixels: Tensor, drawn: bool) -> None:
         """Guesses what is behind the pixels."""
         infer = {"enumerate": None} if drawn else {}
         with pyro.plate("data", len(pixels)):
-            middle = pyro.sample("middle", dist.Bernoulli(logits=self.to_middle(pixels)).to_event(1), infer=infer)
-            pyro.sample("top", dist.Bernoulli(logits=self.to_top(middle)).to_event(1), infer=infer)
+            middle = pyro.sample("middle", dist.Bernoulli(logits=self.from_pixels(pixels)).to_event(1), infer=infer)
+            pyro.sample("top", dist.Bernoulli(logits=self.from_middle(middle)).to_event(1), infer=infer)
 
 
 class GenerativeLayers(nn.Module):
@@ -89,7 +89,7 @@ class RecognitionLayers(nn.Module):
 
     def __init__(self, workload: HelmholtzWorkload) -> None:
         super().__init__()
-        self.to_middle, self.to_top = (linear(weight) for weight in workload.recognition)
+        self.from_pixels, self.from_middle = (linear(weight) for weight in workload.recognition)
 
 
 def ours(size: int, drawn: bool, steps: int) -> Prepared:
@@ -202,8 +202,8 @@ def step_by_hand(
 def wake_loss(generative: GenerativeLayers, recognition: RecognitionLayers, pixels: Tensor) -> Tensor:
     """Returns -log P(v, u) at hidden units drawn from the recognition model."""
     with torch.no_grad():
-        middle = torch.bernoulli(recognition.to_middle(pixels).sigmoid())
-        top = torch.bernoulli(recognition.to_top(middle).sigmoid())
+        middle = torch.bernoulli(recognition.from_pixels(pixels).sigmoid())
+        top = torch.bernoulli(recognition.from_middle(middle).sigmoid())
     loss = cost(generative.bias.expand_as(top), top) + cost(generative.to_middle(top), middle)
     return loss + cost(generative.to_pixels(middle), pixels)
 
@@ -214,7 +214,7 @@ def sleep_loss(generative: GenerativeLayers, recognition: RecognitionLayers, siz
         top = torch.bernoulli(generative.bias.sigmoid().expand(size, -1))
         middle = torch.bernoulli(generative.to_middle(top).sigmoid())
         pixels = torch.bernoulli(generative.to_pixels(middle).sigmoid())
-    return cost(recognition.to_middle(pixels), middle) + cost(recognition.to_top(middle), top)
+    return cost(recognition.from_pixels(pixels), middle) + cost(recognition.from_middle(middle), top)
 
 
 def cost(logits: Tensor, values: Tensor) -> Tensor:
@@ -235,8 +235,8 @@ def summed_wake_loss(
     """
     tops, middles = tables
     with torch.no_grad():
-        q_middle = log_table(recognition.to_middle(pixels), middles).exp()
-        q_top = log_table(recognition.to_top(middles), tops).exp()
+        q_middle = log_table(recognition.from_pixels(pixels), middles).exp()
+        q_top = log_table(recognition.from_middle(middles), tops).exp()
     log_hidden = log_table(generative.to_middle(tops), middles).T + log_table(generative.bias, tops)
     log_pixels = log_table(generative.to_pixels(middles), pixels).T
     hidden = q_middle.sum(0) @ (q_top * log_hidden).sum(-1)
