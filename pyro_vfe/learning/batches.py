@@ -1,5 +1,6 @@
 """Batches of data as a user hands them over: as arguments of the programs, and told apart without being kept."""
 
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from hashlib import blake2b
@@ -50,6 +51,35 @@ def check_batches(batches: object, num_epochs: int) -> bool:
             "num_epochs=1 with method=vfe.Online().",
         )
     return not once
+
+
+def are_several(batches: object) -> bool:
+    """Whether steps differ in their data.
+
+    Args:
+        batches: What they iterate over; None where all have the same arguments.
+    """
+    try:
+        return batches is not None and not (isinstance(batches, Sized) and len(batches) == 1)
+    except TypeError:  # A DataLoader of a stream.
+        return True
+
+
+def out_of_step(every: int, batches: object) -> int:
+    """The next number of steps that shares no divisor with the number of batches: so that what is done every so many
+    steps comes to every batch, not to the last one of each epoch again.
+
+    Args:
+        every: The least number.
+        batches: What a user iterates over; None where all steps have the same arguments.
+    """
+    try:
+        num_batches = len(batches) if isinstance(batches, Sized) else 1
+    except TypeError:  # A DataLoader of a stream.
+        num_batches = 1
+    while num_batches and math.gcd(every, num_batches) > 1:  # None at all is an error of the first step.
+        every += 1
+    return every
 
 
 def numbered(batches: Iterable[object], epoch: int) -> Iterator[tuple[int, Arguments]]:

@@ -2,7 +2,8 @@ r"""How a free energy fell, phase by phase.
 
     d F  =  d surprise  +  d gap
 
-An E-phase moves the gap alone, an M-phase both; a step of SVI moves both at once.
+An E-phase moves the gap alone, an M-phase both; a step of SVI moves both at once. A wake phase moves both as an M-phase
+does, a sleep phase the gap alone, and that in either direction.
 
 References:
     Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
@@ -34,6 +35,12 @@ BATCH = "batch"
 STEP = "step"
 """The phase of a row that a `Monitor` made of a moment in SVI."""
 
+WAKE = "wake"
+"""The phase of a row after a wake phase of wake-sleep."""
+
+SLEEP = "sleep"
+"""The phase of a row after a sleep phase."""
+
 _SHOWN = 8
 """How many rows a printed history has at its beginning and at its end."""
 
@@ -49,9 +56,9 @@ class Row:
     """Where one phase ended."""
 
     iteration: int
-    """The number of M-phases (of epochs, of steps of SVI) so far, this one included."""
+    """The number of M-phases (of epochs, of steps of SVI or of wake-sleep) so far, this one included."""
     phase: str
-    """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'."""
+    """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'; of wake-sleep 'wake' or 'sleep'."""
     free_energy: float
     """F(Q, G) in nats, summed over the data."""
     surprise: float
@@ -81,7 +88,8 @@ class History:
         """Returns the rows of one phase: `history.of("E").free_energy` is F after each iteration.
 
         Args:
-            phase: 'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'.
+            phase: 'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'; of wake-sleep 'wake' or
+                'sleep'.
         """
         return History(tuple(row for row in self.rows if row.phase == phase), self.num_data)
 

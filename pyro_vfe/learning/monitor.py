@@ -226,11 +226,11 @@ class Monitor:
         data = "the arguments of the step" if self._held_out is None else "the held-out arguments"
         self._notes = (f"After step {self._num_steps}, at {data}: {problem}",)
         warnings.warn(
-            f"{self._notes[0]} Training goes on, and this is said once.", VFEWarning, stacklevel=_callers_level()
+            f"{self._notes[0]} Training goes on, and this is said once.", VFEWarning, stacklevel=callers_level()
         )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """How many frames up, from the frame that asks, the first one is that is not of this package: the user's loop."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vfe."):

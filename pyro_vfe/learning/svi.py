@@ -6,9 +6,8 @@ References:
     Hoffman, Blei, Wang and Paisley (2013), Stochastic variational inference.
 """
 
-import math
 import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.errors import VFEError, VFEWarning
-from pyro_vfe.learning.em_run import counted, parameter_table
+from pyro_vfe.learning.batches import are_several, out_of_step
+from pyro_vfe.learning.em_run import parameter_table
 from pyro_vfe.learning.history import History, Numbers
 from pyro_vfe.learning.monitor import Monitor, SVICallback
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim
-from pyro_vfe.learning.svi_report import Unmonitored, notes_of_own_parameters
+from pyro_vfe.learning.svi_report import Unmonitored, ending, notes_of_own_parameters
 from pyro_vfe.learning.svi_step import Stepper
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -78,22 +78,9 @@ class SVIRun:
 
     def _headline(self) -> list[str]:
         """Where it ended, and why."""
-        lines = [f"SVI: {counted(self.num_steps, 'step')}"]
-        if self.stopped is not None:
-            lines[0] += f", stopped: {self.stopped}"
+        lines = ending("SVI", self.num_steps, self.stopped, self.history)
         if not self.history.rows:
-            return [*lines, f"loss {np.array2string(self.losses[-1], precision=4)} at the last step"]
-        total, each = self.history.rows[-1], self.history.per_datum.rows[-1]
-        known = (total.num_data or 1) > 1
-        per_datum = f" ({each.free_energy:,.4f} per datum, N={total.num_data:,})" if known else ""
-        lines.append(
-            "F is not known" if math.isnan(total.free_energy) else f"F = {total.free_energy:,.4f} nats{per_datum}"
-        )
-        for name in ("surprise", "gap"):
-            per_datum = f" ({getattr(each, name):,.4f} per datum)" if known else ""
-            value = getattr(total, name)
-            lines.append(f"  {'=' if name == 'surprise' else '+'} {name} ")
-            lines[-1] += "unknown" if np.isnan(value) else f"{value:,.4f}{per_datum}"
+            lines.append(f"loss {np.array2string(self.losses[-1], precision=4)} at the last step")
         return lines
 
 
@@ -190,7 +177,7 @@ def fit(
         watch.close(read=done)
     if len(losses) < num_steps and watch.stopped is None:
         warnings.warn(f"fit did {len(losses)} of num_steps={num_steps} steps: {stopped}.", VFEWarning, stacklevel=2)
-    return _run_of(stepper, losses, watch, stopped, guide, _are_several(batches))
+    return _run_of(stepper, losses, watch, stopped, guide, are_several(batches))
 
 
 def _watch(
@@ -220,24 +207,9 @@ def _watch(
 
 
 def _every(num_steps: int, rules_wait: bool, batches: object) -> int:
-    """The number of steps between readings, which come to every batch: not to the last one of each epoch again."""
+    """The number of steps between readings, which come to every batch."""
     every = max(_LEAST_EVERY, -(-num_steps // _READINGS))
-    every = min(every, _MOST_EVERY) if rules_wait else every
-    try:
-        num_batches = len(batches) if isinstance(batches, Sized) else 1
-    except TypeError:  # A DataLoader of a stream.
-        num_batches = 1
-    while num_batches and math.gcd(every, num_batches) > 1:  # None at all is an error of the first step.
-        every += 1
-    return every
-
-
-def _are_several(batches: object) -> bool:
-    """Whether steps differ in their data."""
-    try:
-        return batches is not None and not (isinstance(batches, Sized) and len(batches) == 1)
-    except TypeError:  # A DataLoader of a stream.
-        return True
+    return out_of_step(min(every, _MOST_EVERY) if rules_wait else every, batches)
 
 
 def _nothing_to_learn() -> VFEError:

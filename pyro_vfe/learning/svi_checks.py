@@ -13,11 +13,12 @@ from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.batches import Arguments, check_batches, numbered
 
 
-def check_optim(optim: object) -> None:
+def check_optim(optim: object, name: str = "optim") -> None:
     """Checks that Pyro can use an optimiser.
 
     Args:
         optim: What a user gave.
+        name: The argument that it was given as.
 
     Raises:
         VFEError: It is none of Pyro's.
@@ -28,14 +29,14 @@ def check_optim(optim: object) -> None:
     if issubclass(own, torch.optim.Optimizer):
         rate = "0.01" if isinstance(optim, type) else f"{getattr(optim, 'defaults', {}).get('lr', 0.01)}"
         raise VFEError(
-            f"optim= is torch's own {own.__name__}; the parameters come into being as the programs run, and Pyro makes "
-            "an optimiser for each.",
+            f"{name}= is torch's own {own.__name__}; the parameters come into being as the programs run, and Pyro "
+            "makes an optimiser for each.",
             hint=f'Pass pyro.optim.{own.__name__}({{"lr": {rate}}}); or keep a loop of your own over '
             "vfe.FreeEnergy()(model, guide), with a vfe.Monitor.",
         )
-    name = getattr(optim, "__name__", type(optim).__name__)
+    found = getattr(optim, "__name__", type(optim).__name__)
     raise VFEError(
-        f"optim= is {name}, which is no optimiser of Pyro's.", hint='Pass one such as pyro.optim.Adam({"lr": 0.01}).'
+        f"{name}= is {found}, which is no optimiser of Pyro's.", hint='Pass one such as pyro.optim.Adam({"lr": 0.01}).'
     )
 
 
@@ -59,26 +60,30 @@ def check_elbo(elbo: object) -> None:
         )
 
 
-def check_num_steps(num_steps: object) -> None:
+def check_num_steps(num_steps: object, who: str = "fit") -> None:
     """Checks that a number of steps is one.
 
     Args:
         num_steps: What a user gave.
+        who: Was given it.
 
     Raises:
         VFEError: It is not.
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, SupportsIndex) or index(num_steps) < 1:
-        raise VFEError(f"fit was given num_steps={num_steps!r}.", hint="Pass a whole number of steps of at least 1.")
+        raise VFEError(f"{who} was given num_steps={num_steps!r}.", hint="Pass a whole number of steps of at least 1.")
 
 
-def arguments_of_steps(args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Any) -> Iterator[Arguments]:
+def arguments_of_steps(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Any, who: str = "fit"
+) -> Iterator[Arguments]:
     """Returns an iterator over the arguments of the programs at every step.
 
     Args:
         args: Positional arguments of all steps.
         kwargs: Keyword arguments of all steps.
         batches: What is iterated over, again and again if it can be; None where all steps have the same arguments.
+        who: Was given them.
 
     Raises:
         VFEError: It is no iterable of batches, or there are arguments beside them.
@@ -88,11 +93,11 @@ def arguments_of_steps(args: tuple[Any, ...], kwargs: Mapping[str, Any], batches
     again = check_batches(batches, 1)
     if args:
         raise VFEError(
-            f"fit was given batches= and {len(args)} positional arguments of the programs.",
-            hint="Let the batches hold the arguments: vfe.fit(model, guide, optim=..., num_steps=..., batches=loader). "
-            "What all batches share may be passed by keyword.",
+            f"{who} was given batches= and {len(args)} positional arguments of the programs.",
+            hint="Let the batches hold the arguments: a list, such as u.split(100), or a torch DataLoader. What"
+            " all batches share may be passed by keyword.",
         )
-    return _cycled(kwargs, batches, again)
+    return _cycled(kwargs, batches, again, who)
 
 
 def _the_same(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Arguments]:
@@ -100,7 +105,7 @@ def _the_same(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Argu
         yield args, kwargs
 
 
-def _cycled(kwargs: Mapping[str, Any], batches: Any, again: bool) -> Iterator[Arguments]:
+def _cycled(kwargs: Mapping[str, Any], batches: Any, again: bool, who: str) -> Iterator[Arguments]:
     epoch = 0
     while again or not epoch:
         epoch += 1
@@ -108,7 +113,7 @@ def _cycled(kwargs: Mapping[str, Any], batches: Any, again: bool) -> Iterator[Ar
             twice = sorted(kwargs.keys() & own.keys())
             if twice:
                 raise VFEError(
-                    f"Batch {number} has the keyword argument '{twice[0]}', and fit was given another.",
+                    f"Batch {number} has the keyword argument '{twice[0]}', and {who} was given another.",
                     hint="Pass it in one place only.",
                 )
             yield args, {**kwargs, **own}

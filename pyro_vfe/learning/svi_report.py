@@ -1,5 +1,6 @@
 """What a person sees of SVI while it runs: a progress bar, and values by tag for a callback."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from tqdm.auto import tqdm
 from pyro_vfe.errors import VFEError
 from pyro_vfe.guides.mean_field import AutoMeanField
 from pyro_vfe.learning.em_report import row_by_tag, row_in_words
+from pyro_vfe.learning.em_run import counted
 from pyro_vfe.learning.history import History, Row
 from pyro_vfe.program.layout import Program
 
@@ -18,12 +20,13 @@ Loss = float | Tensor | tuple[Any, ...]
 class Bar:
     """A progress bar of steps."""
 
-    def __init__(self, total: int | None, shown: bool) -> None:
+    def __init__(self, total: int | None, shown: bool, what: str = "SVI") -> None:
         """Args:
         total: The number of steps that are to come, if it is known.
         shown: Whether there is a bar at all.
+        what: What the steps are of.
         """
-        self._bar: Any = tqdm(total=total, desc="SVI", disable=not shown)
+        self._bar: Any = tqdm(total=total, desc=what, disable=not shown)
 
     def advance(self, words: str | None = None) -> None:
         """Counts a step.
@@ -104,6 +107,32 @@ def check_loss(loss: object) -> None:
             hint="Pass what the step of training returned first, then the arguments of that step: "
             "monitor.step(svi.step(u), u).",
         )
+
+
+def ending(what: str, num_steps: int, stopped: str | None, history: History) -> list[str]:
+    """Where training ended, and why, in lines.
+
+    Args:
+        what: The algorithm.
+        num_steps: How many steps it did.
+        stopped: Why there were fewer than asked for.
+        history: Its readings.
+    """
+    line = f"{what}: {counted(num_steps, 'step')}"
+    lines = [line if stopped is None else f"{line}, stopped: {stopped}"]
+    if not history.rows:
+        return lines
+    total, each = history.rows[-1], history.per_datum.rows[-1]
+    known = (total.num_data or 1) > 1
+    per_datum = f" ({each.free_energy:,.4f} per datum, N={total.num_data:,})" if known else ""
+    is_known = not math.isnan(total.free_energy)
+    lines.append(f"F = {total.free_energy:,.4f} nats{per_datum}" if is_known else "F is not known")
+    for name in ("surprise", "gap"):
+        per_datum = f" ({getattr(each, name):,.4f} per datum)" if known else ""
+        value = getattr(total, name)
+        words = "unknown" if math.isnan(value) else f"{value:,.4f}{per_datum}"
+        lines.append(f"  {'=' if name == 'surprise' else '+'} {name} {words}")
+    return lines
 
 
 def notes_of_own_parameters(guide: Program) -> list[str]:

@@ -28,12 +28,15 @@ _MOST_NAMED = 5
 class Stepper:
     """Steps of `pyro.infer.SVI`, with the same results, that leave parameters as they were when they fail."""
 
-    def __init__(self, model: Program, guide: Program, optim: PyroOptim, elbo: Any) -> None:
+    def __init__(
+        self, model: Program, guide: Program, optim: PyroOptim | Any, elbo: Any, *, each: str = "step"
+    ) -> None:
         """Args:
         model: The generative model.
         guide: The guide.
-        optim: What changes the parameters.
+        optim: What changes the parameters: an optimiser of Pyro's, or what is called like one.
         elbo: What gives loss and gradients: an ELBO.
+        each: What one step is called in errors, before its number.
         """
         self.leaves: dict[str, Tensor] = {}
         """The unconstrained value of every parameter that the programs have read, which is a leaf of the graph."""
@@ -45,6 +48,7 @@ class Stepper:
         self._guide = guide
         self._optim = optim
         self._elbo = elbo
+        self._each = each
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -64,7 +68,7 @@ class Stepper:
             VFEError: The step failed; the parameters are as they were before it, and have no gradients.
         """
         try:
-            with located(f"step {number}"):
+            with located(f"{self._each} {number}"):
                 loss, used = self._loss_and_grads(args, kwargs)
         except BaseException as error:
             zero_grads(self.leaves.values())
@@ -95,14 +99,17 @@ class Stepper:
             "parameters are as they were before that step.",
             hint="Use a smaller learning rate, or an optimiser that limits its steps, such as pyro.optim.ClippedAdam.",
         )
-        with located(f"step {number}"):
+        with located(f"{self._each} {number}"):
             raise error from cause
+
+    def undo(self) -> None:
+        """Puts the parameters back to where they were before the last update; the optimiser's memory stays."""
+        self._restore(self._before)
 
     @property
     def optimiser(self) -> str:
         """The name of what changes the parameters."""
-        constructor = self._optim.pt_optim_constructor
-        return getattr(constructor, "__name__", type(constructor).__name__)
+        return name_of_optimiser(self._optim)
 
     def _loss_and_grads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Loss, dict[str, Tensor]]:
         """The loss as numbers, and the leaves of the parameters that were read, with gradients that can be used."""
@@ -145,12 +152,32 @@ class Stepper:
                 self.leaves[name].copy_(value)
 
     def _step_scheduler(self, loss: Loss) -> None:
-        if not isinstance(self._optim, PyroLRScheduler):
-            return
-        if self._optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau:
-            self._optim.step(loss)
-        else:
-            self._optim.step()
+        step_scheduler(self._optim, loss)
+
+
+def name_of_optimiser(optim: Any) -> str:
+    """The name of what changes parameters.
+
+    Args:
+        optim: One of Pyro's optimisers.
+    """
+    constructor = optim.pt_optim_constructor
+    return getattr(constructor, "__name__", type(constructor).__name__)
+
+
+def step_scheduler(optim: object, loss: Loss) -> None:
+    """Lets a learning rate take its course, where an optimiser has one that does.
+
+    Args:
+        optim: One of Pyro's optimisers.
+        loss: Of the step.
+    """
+    if not isinstance(optim, PyroLRScheduler):
+        return
+    if optim.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        optim.step(loss)
+    else:
+        optim.step()
 
 
 def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:

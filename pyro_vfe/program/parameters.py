@@ -86,6 +86,16 @@ def unconstrained(name: str) -> Tensor:
     return value
 
 
+def stored_tensors(names: Iterable[str]) -> list[Tensor]:
+    """The unconstrained tensors of parameters, each once: two names may stand for one tensor.
+
+    Args:
+        names: Of parameters; those that are not in Pyro's store are left out.
+    """
+    store = pyro.get_param_store()
+    return list({id(leaf): leaf for leaf in (unconstrained(name) for name in names if name in store)}.values())
+
+
 def constraint_of(name: str) -> constraints.Constraint:
     """The constraint of a parameter.
 

@@ -1,0 +1,171 @@
+r"""A Helmholtz machine: a generative and a recognition model, and what the phases of wake-sleep know of them.
+
+    theta    the parameters that the generative model reads        changed by wake phases
+    phi      those that the recognition model alone reads          changed by sleep phases
+
+References:
+    Dayan, Hinton, Neal and Zemel (1995), The Helmholtz machine.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_vfe.errors import CostError, NotFiniteError
+from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.parameters import stored_tensors
+from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.recorder import Recorder, Site
+
+OnCost = Literal["raise", "sample"]
+
+_Result = TypeVar("_Result")
+
+
+class Machine:
+    """A generative and a recognition model; their parameters live in Pyro's store."""
+
+    def __init__(
+        self, model: Program, guide: Program, *, check: Check, max_bytes: float | None, on_cost: OnCost
+    ) -> None:
+        """Args:
+        model: The generative model.
+        guide: The recognition model.
+        check: When enumerated tables are compared with ordinary runs.
+        max_bytes: The most memory that tables may take.
+        on_cost: What to do with latents that would not fit: raise, or sample all of them.
+        """
+        self.theta: set[str] = set()
+        """The names of the parameters that the model has read."""
+        self.read_by_guide: set[str] = set()
+        """The names of the parameters that the guide has read, the model's among them."""
+        self.max_bytes = max_bytes
+        self.given_guide = guide
+        self.given_model = model
+        self.on_cost: OnCost = on_cost
+        self.draws_all = False
+        """Whether latents that could be enumerated are drawn: because they would not fit."""
+        self.model = Handled(model, self.theta)
+        self.hidden_model = Handled(model, self.theta, hides=lambda name: True, gradients=False)
+        self.held_guide = Handled(guide, self.read_by_guide, hides=lambda name: True, gradients=False)
+        self.learning_guide = Handled(guide, self.read_by_guide, hides=self.theta.__contains__, detaches=True)
+        self.guide_at_dreams = Handled(guide, self.read_by_guide, hides=self.theta.__contains__)
+        self.programs = Programs(check=check, max_bytes=max_bytes)
+        self._enumerates: bool | None = None
+        self._unread: frozenset[str] = frozenset()
+
+    @property
+    def phi(self) -> set[str]:
+        """The names of the parameters that the guide alone has read."""
+        return self.read_by_guide - self.theta
+
+    @property
+    def shared(self) -> list[str]:
+        """The names of the parameters that both have read: the wake phase changes them."""
+        return sorted(self.read_by_guide & self.theta)
+
+    def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Finds out, once, whether there is anything to enumerate, and which parameters are whose.
+
+        Args:
+            args: Arguments of both programs.
+            kwargs: Keyword arguments of both.
+
+        Raises:
+            VFEError: The programs do not fit each other, or what is to be enumerated does not fit the memory.
+        """
+        if self._enumerates is not None:
+            return
+        try:
+            layout = self.programs.layout(self.model, self.held_guide, args, kwargs)
+        except CostError:
+            self._sample_or_raise()
+            layout = Programs(max_bytes=torch.inf).layout(self.model, self.held_guide, args, kwargs)
+        self._unread = layout.unread
+        self._enumerates = not self.draws_all and any(site.kind == "enumerated" for site in layout.sites.values())
+
+    def either(self, enumerated: Callable[[], _Result], drawn: Callable[[], _Result]) -> _Result:
+        """Returns what enumerating gives where there is anything to enumerate, otherwise what drawing gives.
+
+        Args:
+            enumerated: Is called where the programs have latents to enumerate.
+            drawn: Is called where they have none, or none that fit.
+
+        Raises:
+            CostError: They do not fit, and are not to be sampled.
+        """
+        if not self._enumerates:
+            try:
+                return drawn()
+            except IsEnumerable:  # These arguments led to another branch than those before.
+                if self.draws_all:
+                    raise
+                self._enumerates = True
+        try:
+            return enumerated()
+        except CostError:
+            self._sample_or_raise()
+            self._enumerates = False
+            return drawn()
+
+    def drawn(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Recorder, Recorder]:
+        """One ordinary run of a guide, and of the model at what it drew.
+
+        Args:
+            guide: One of this machine's guides.
+            args: Arguments of both programs.
+            kwargs: Keyword arguments of both.
+        """
+        first = run_guide(guide, args, kwargs, draws_all=self.draws_all)
+        return first, run_model(self.model, args, kwargs, first, self._unread)
+
+    def _sample_or_raise(self) -> None:
+        """Goes over to sampling; raises what is being handled where that is not wanted."""
+        if self.on_cost == "raise":
+            raise
+        self.draws_all = True
+
+
+def gradients(loss: Tensor, names: Iterable[str]) -> None:
+    """Writes the gradient of a loss to `.grad` of the parameters of some names, and of no others.
+
+    Args:
+        loss: A scalar.
+        names: In Pyro's store; others have no gradient.
+    """
+    leaves = [leaf for leaf in stored_tensors(names) if leaf.requires_grad]
+    if not leaves or not loss.requires_grad:
+        return
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        leaf.grad = gradient
+
+
+def check_finite(loss: Tensor, sites: Iterable[Site]) -> None:
+    """Checks that a loss is a number.
+
+    Args:
+        loss: Minus a sum of log-probabilities.
+        sites: Those whose log-probabilities they are.
+
+    Raises:
+        NotFiniteError: It is not; the message names the sites.
+    """
+    if bool(loss.isfinite()):
+        return
+    found = [_fault(site) for site in sites if site.kind != "unread"]
+    named = ", ".join(dict.fromkeys(words for words in found if words))
+    raise NotFiniteError(
+        f"The loss is {loss.item():g}: {named or 'its sites are finite, and their sum is not'}.",
+        hint="Give what happens a probability that is small instead of zero (logits instead of probabilities), and "
+        "look for parameters at the end of their range. This phase changed nothing.",
+    )
+
+
+def _fault(site: Site) -> str | None:
+    values = log_prob_of(site).detach()
+    if bool(values.isneginf().any()):
+        return f"site '{site.name}' of the {site.role} ({type(site.fn).__name__}) gives it probability zero"
+    return None if bool(values.isfinite().all()) else f"site '{site.name}' of the {site.role} has no finite density"

@@ -1,0 +1,172 @@
+r"""Ordinary runs of a guide and of a model against it: every latent has one value, and every site a log-probability.
+
+    v  ~  Q(v | u),        log P(v, u | G)  =  sum of the model's sites,        log Q(v | u)  =  sum of the guide's
+
+Nothing is enumerated, so that a run costs what the programs themselves cost.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vfe.engine.shapes import broadcast_shapes
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.supports import is_enumerable
+
+
+class IsEnumerable(Exception):
+    """A run met a latent that is to be enumerated: it needs another kind of run."""
+
+
+class Handled:
+    """A program whose parameters are noted as it reads them."""
+
+    def __init__(
+        self,
+        program: Program,
+        names: set[str],
+        *,
+        hides: Callable[[str], bool] = lambda name: False,
+        gradients: bool = True,
+        detaches: bool = False,
+    ) -> None:
+        """Args:
+        program: A model or guide.
+        names: Where the names of its parameters are noted.
+        hides: Says of a parameter whether nobody outside shall see that it was read.
+        gradients: Whether the program runs with gradients.
+        detaches: Whether what it draws is held fixed when its parameters change.
+        """
+        self.program = program
+        self.names = names
+        self.hides = hides
+        self.gradients = gradients
+        self.detaches = detaches
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the program returns."""
+        with nullcontext() if self.gradients else torch.no_grad(), _Handler(self):
+            return self.program(*args, **kwargs)
+
+
+class _Handler(Messenger):
+    def __init__(self, handled: Handled) -> None:
+        super().__init__()
+        self.handled = handled
+
+    def _pyro_param(self, msg: Any) -> None:
+        self.handled.names.add(msg["name"])
+        if self.handled.hides(msg["name"]):
+            msg["stop"] = True
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not self.handled.detaches or msg["value"] is not None or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        drawn = msg["infer"].get("enumerate", "") is None or not is_enumerable(msg["fn"])
+        if drawn and getattr(msg["fn"], "has_rsample", False):
+            msg["value"], msg["done"] = msg["fn"].sample(), True
+
+
+def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, draws_all: bool = False) -> Recorder:
+    """Returns an ordinary run of a guide.
+
+    Args:
+        guide: The guide.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        draws_all: Whether latents that could be enumerated are drawn too.
+
+    Raises:
+        IsEnumerable: The guide has a latent that is to be enumerated.
+    """
+    run = Recorder("guide", _drawn if draws_all else _refused)
+    run.run(guide, args, kwargs)
+    return run
+
+
+def run_model(
+    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], guide: Recorder, unread: frozenset[str]
+) -> Recorder:
+    """Returns an ordinary run of a model at what a guide has drawn.
+
+    Args:
+        model: The generative model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        guide: A run of the guide at the same arguments.
+        unread: Latents that the model may sample though the guide lacks them, because nothing reads them.
+
+    Raises:
+        IsEnumerable: The model has a latent of its own that is to be enumerated.
+        MissingGuideSiteError: It has one that cannot be.
+    """
+    given = {name: site.value for name, site in guide.sites.items() if site.kind != "observed"}
+    run = Recorder("model", _refused, given=given, subsamples=guide.subsamples, unread=unread)
+    run.run(model, args, kwargs)
+    return run
+
+
+def run_guide_at(
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    given: Mapping[str, Tensor],
+    subsamples: Mapping[str, Tensor],
+) -> Recorder:
+    """Returns an ordinary run of a guide at given values of its latents.
+
+    Args:
+        guide: The guide.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        given: Values by site name.
+        subsamples: The elements of each plate that are present.
+
+    Raises:
+        IsEnumerable: The guide has a latent of finite support that is not given.
+    """
+    run = Recorder("guide", _refused, given=given, subsamples=subsamples)
+    run.run(guide, args, kwargs)
+    return run
+
+
+def _refused(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+    raise IsEnumerable(name)
+
+
+def _drawn(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+    with torch.no_grad():
+        value: Tensor = fn.sample()
+    return value
+
+
+def total_log_prob(sites: Iterable[Site]) -> Tensor:
+    """Returns the sum of the sites' weighted log-probabilities, a scalar in nats.
+
+    Args:
+        sites: Of an ordinary run.
+    """
+    return torch.stack([log_prob_of(site).sum() for site in sites if site.kind != "unread"]).sum()
+
+
+def log_prob_of(site: Site) -> Tensor:
+    """Returns the weighted log-probability of each element of a site, in nats, of the whole batch shape.
+
+    Args:
+        site: Of an ordinary run.
+    """
+    fn, mask = unmasked(site)
+    values = log_prob(fn, site.value)
+    event_dim = len(fn.event_shape)
+    shape = site.value.shape[: site.value.dim() - event_dim]
+    if values.shape != shape or fn.batch_shape != shape:
+        values = values.expand(broadcast_shapes(values.shape, fn.batch_shape, shape))
+    values = masked(values, mask)
+    return values if isinstance(site.scale, float) and site.scale == 1.0 else values * site.scale

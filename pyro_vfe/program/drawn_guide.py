@@ -1,0 +1,84 @@
+"""A guide that draws all its latents, also those whose values could be listed.
+
+Draws are new ones at each run, or given ones: a dream's, or those of an earlier run.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.recorder import Site, record_both
+from pyro_vfe.program.supports import is_enumerable
+
+
+class DrawnGuide:
+    """A guide with every latent drawn, but for those to be summed; one object, so that what is known of it is found."""
+
+    def __init__(self, guide: Program) -> None:
+        """Args:
+        guide: The guide.
+        """
+        self.guide = guide
+        self.values: Mapping[str, Tensor] = {}
+        """Values to take instead of new draws, by site name."""
+        self.summed: frozenset[str] = frozenset()
+        """Discrete latents that stay enumerated: the model lacks them, and they are summed out of the guide."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Drawing(self.values, self.summed):
+            return self.guide(*args, **kwargs)
+
+
+class _Drawing(Messenger):
+    def __init__(self, values: Mapping[str, Tensor], summed: frozenset[str]) -> None:
+        super().__init__()
+        self.values = values
+        self.summed = summed
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        if msg["name"] in self.summed:
+            msg["infer"] = {**msg["infer"], "is_auxiliary": True}
+            return
+        msg["infer"] = {**msg["infer"], "enumerate": None}
+        if msg["name"] in self.values:
+            # A tensor of its own: runs mark the values of their sites.
+            msg["value"], msg["done"] = self.values[msg["name"]].clone(), True
+
+
+def ordinary_sites(
+    model: Program,
+    guide: DrawnGuide,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    subsamples: Mapping[str, Tensor],
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """Returns the sites of one ordinary run of the guide, and of the model against it.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        subsamples: Subsample indices by plate name, to use instead of new ones.
+    """
+    first, second = record_both(
+        model, guide, args, kwargs, lambda name, role, fn, plates: fn.sample(), subsamples=subsamples
+    )
+    return first.sites, second.sites
+
+
+def of_the_guide_alone(guide: Mapping[str, Site], model: Mapping[str, Site]) -> frozenset[str]:
+    """Returns the discrete latents that the guide draws and the model lacks.
+
+    Args:
+        guide: The guide's sites.
+        model: The model's sites.
+    """
+    return frozenset(
+        name for name, site in guide.items() if site.kind != "observed" and name not in model and is_enumerable(site.fn)
+    )

@@ -1,0 +1,96 @@
+"""Bounds on paper: what was estimated, by how much it is uncertain, and how even the weights are."""
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyro_vfe.reporting.bounds import Bounds
+
+_ROWS = (
+    ("lower bound", "lower", "estimate of a lower bound on log p(u)"),
+    ("upper bound", "upper", "estimate of an upper bound on log p(u), from the dream's latents"),
+    ("width", "width", "upper - lower"),
+    ("free energy", "free_energy", "estimate of F"),
+    ("gap, at least", "gap_at_least", "estimate of a lower bound on KL(Q || posterior): F + lower"),
+)
+
+Cells = tuple[str, tuple[str, ...], str]
+"""A row: its label, its numbers and what they mean."""
+
+
+def as_text(found: "Bounds") -> str:
+    """Returns the bounds as an aligned table in nats, total and per datum, with their standard errors.
+
+    Args:
+        found: Bounds.
+    """
+    header, rows = _table(found)
+    columns = zip(header, *(numbers for _, numbers, _ in rows), strict=True)
+    widths = [2 + max(map(len, column)) for column in columns]
+
+    def line(label: str, numbers: tuple[str, ...]) -> str:
+        return label.ljust(14) + "".join(n.rjust(width) for n, width in zip(numbers, widths, strict=True))
+
+    lines = [line("", header), *(f"{line(label, numbers)}   {words}" for label, numbers, words in rows)]
+    return "\n".join([*lines, _of_the_weights(found), *found.notes])
+
+
+def as_html(found: "Bounds") -> str:
+    """Returns the same table as self-contained HTML.
+
+    Args:
+        found: Bounds.
+    """
+    header, rows = _table(found)
+    cell = "style='text-align:right;padding:2px 12px;font-variant-numeric:tabular-nums'"
+    left = "style='text-align:left;padding:2px 12px'"
+    titles = "".join(f"<th {cell}>{escape(title)}</th>" for title in header)
+    body = "".join(
+        f"<tr><td {left}>{escape(label)}</td>"
+        + "".join(f"<td {cell}>{escape(number)}</td>" for number in numbers)
+        + f"<td {left}>{escape(words)}</td></tr>"
+        for label, numbers, words in rows
+    )
+    notes = "".join(f"<div>{escape(note)}</div>" for note in (_of_the_weights(found), *found.notes))
+    return f"<div><table><thead><tr><th></th>{titles}<th></th></tr></thead><tbody>{body}</tbody></table>{notes}</div>"
+
+
+def _table(found: "Bounds") -> tuple[tuple[str, ...], list[Cells]]:
+    named = [(label, name, words) for label, name, words in _ROWS if getattr(found, name) is not None]
+    if found.plate is not None:
+        header: tuple[str, ...] = ("sum, nats", f"mean over {found.lower.numel()}", "smallest", "largest")
+        return header, [(label, _over_plate(getattr(found, name)), words) for label, name, words in named]
+    per_datum = found.num_data > 1
+    header = ("nats", "stderr", *((f"per datum (N={found.num_data:,})",) if per_datum else ()))
+    rows = []
+    for label, name, words in named:
+        value, stderr = float(getattr(found, name)), getattr(found, f"{name}_stderr")
+        numbers: tuple[str, ...] = (_number(value), "" if stderr is None else f"{float(stderr):.2g}")
+        rows.append((label, (*numbers, *((_number(value / found.num_data),) if per_datum else ())), words))
+    return header, rows
+
+
+def _over_plate(values: Tensor) -> tuple[str, ...]:
+    return tuple(_number(float(value)) for value in (values.sum(), values.mean(), values.min(), values.max()))
+
+
+def _number(value: float) -> str:
+    """Four decimals; a small number keeps its magnitude."""
+    return f"{value:.1e}" if value != 0 and abs(value) < 1e-4 else f"{value:,.4f}"
+
+
+def _of_the_weights(found: "Bounds") -> str:
+    """How many draws there are, of what, and how many they are worth."""
+    of = f"each element of {' and '.join(map(repr, found.plates))}" if found.plates else "all data together"
+    worth, k = found.effective_sample_size.flatten(), found.worst_pareto_k
+    known = k[~k.isnan()]
+    tail = _tail(float(known.max())) if len(known) else "too few different weights for a Pareto k"
+    least = f"{float(worth.min()):,.1f}"
+    number = least if len(worth) == 1 else f"{least} (min), {float(worth.median()):,.1f} (median)"
+    return f"K = {found.num_particles:,} draws, weights for {of}; worth {number} even ones; {tail}"
+
+
+def _tail(largest: float) -> str:
+    return "the largest weights are equal" if largest == -float("inf") else f"Pareto k at most {largest:.2f}"
