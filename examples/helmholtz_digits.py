@@ -77,7 +77,7 @@ PARTICLES = (1, 3, 10, 30, 100)
 """Numbers of draws that bounds are made of."""
 NUM_CHECKED = 20
 """So many digits' F is also computed by hand."""
-GRID = (6, 8)
+GRID = (6, 10)
 """Rows and columns of digits in a picture."""
 ENOUGH = 1e12
 """Bytes that tables may be thought to take; those that are really made stay far below."""
@@ -402,6 +402,9 @@ def draw_learning(all_learned: Sequence[Learned]) -> Figure:
     axes.plot([], [], color="0.3", linewidth=1, linestyle="--", label="surprise")
     axes.fill_between([], [], [], color="0.3", alpha=0.25, linewidth=0, label="gap")
     axes.set_xscale("log")
+    steps = [all_learned[0].num_steps * 2**power for power in range(-3, 4)]
+    axes.set_xticks(steps, [f"{step:g}" for step in steps], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set(title="Held-out digits", xlabel="step (a mini-batch of 100 digits)", ylabel="nats per digit")
     axes.legend(fontsize="small")
     return tidy(figure)
@@ -441,11 +444,11 @@ def gaps_by_label(one: Learned, labels: np.ndarray) -> list[tuple[float, float]]
 
 
 def draw_dreams(all_learned: Sequence[Learned], digits: Digits) -> Figure:
-    """Draws digits, and dreams of each machine."""
-    figure, all_axes = plt.subplots(1, len(all_learned) + 1, figsize=(13, 2.5), layout="constrained")
+    """Draws digits, and dreams of three machines."""
+    figure, all_axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     count = GRID[0] * GRID[1]
-    draw_grid(all_axes[0], digits.held_out[:count], "digits")
-    for axes, one in zip(all_axes[1:], all_learned, strict=True):
+    draw_grid(all_axes.flat[0], digits.held_out[:count], "digits")
+    for axes, one in zip(all_axes.flat[1:], all_learned, strict=True):
         pyro.set_rng_seed(0)
         dreamt = vfe.dream(one.machine.generative, digits.held_out[:count]).observations["pixels"]
         draw_grid(axes, dreamt, one.name)
@@ -562,7 +565,7 @@ def main() -> None:
         by_wake_sleep("wake-sleep", digits, options.steps),
         by_wake_sleep("reweighted wake-sleep", digits, options.steps, reweighted=True),
         by_descent("descent on F", digits, options.steps),
-        by_wake_sleep("wake-sleep, longer", digits, LONGER * options.steps),
+        by_wake_sleep(f"wake-sleep, {LONGER} times as long", digits, LONGER * options.steps),
     )
     asleep = sleep_alone(all_learned[2].machine, digits, PHASES_OF_SLEEP)
     bounded, dreamt = bounds_of_dreams(all_learned[3].machine, digits)
@@ -575,7 +578,7 @@ def main() -> None:
         "learning": draw_learning(all_learned),
         "sleep": draw_sleep(asleep),
         "labels": draw_labels(all_learned, digits),
-        "dreams": draw_dreams(all_learned, digits),
+        "dreams": draw_dreams(all_learned[1:], digits),
         "bounds": draw_bounds(bounded, exact),
     }
     save(pictures, options.output)
