@@ -1,6 +1,6 @@
 """What goes wrong, said so that the reader can mend it: the site, the fact, the fix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,6 +14,17 @@ class VFEError(ValueError):
 
 class CostError(VFEError):
     """An exact computation that would not fit; raised before anything large is allocated."""
+
+    def __init__(self, problem: str, *, hint: str, sites: Iterable[str] = (), excess: float = 1.0) -> None:
+        """Args:
+        problem: The fact.
+        hint: The way out.
+        sites: What does not fit together: sites and plates.
+        excess: How many times too large it is, where that is known.
+        """
+        super().__init__(problem, hint=hint)
+        self.sites = tuple(sites)
+        self.excess = excess
 
 
 class ImpossibleDataError(VFEError):

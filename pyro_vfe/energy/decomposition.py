@@ -122,7 +122,8 @@ class Decomposition:
                 f"The elements of plate '{plate}' have no free energy of their own: {error.problem}",
                 hint=_what_to_ask_for(self.runs[0], plate),
             ) from error
-        return replace(self, stderr=_stderr(inside), num_data=1, plate=plate, **_fields(mean_terms(inside)))
+        stderr = None if self.exact else _stderr(inside)
+        return replace(self, stderr=stderr, num_data=1, plate=plate, **_fields(mean_terms(inside)))
 
     def gap_by_site(self) -> dict[str, Tensor]:
         """Returns each latent site's share of the gap, over its plates (sorted by name); the shares sum to the gap.
@@ -209,6 +210,7 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         check_possible(term, run)
     first = precise[0]
     subsampled = any(first.full_plates[name] != size for name, size in first.plates.items())
+    exact = not first.is_sampled and not subsampled
     mean = mean_terms(terms)
     return Decomposition(
         energy=mean.energy,
@@ -217,8 +219,8 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         gap=mean.gap,
         complexity=mean.complexity,
         accuracy=mean.accuracy,
-        exact=not first.is_sampled and not subsampled,
-        stderr=_stderr(terms),
+        exact=exact,
+        stderr=None if exact else _stderr(terms),
         num_data=first.num_data,
         clashes=tuple(
             clash for run, term in zip(precise, terms, strict=True) if term.gap.isinf() for clash in culprits(run)

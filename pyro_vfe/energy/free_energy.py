@@ -22,6 +22,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
+from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import Parts, conditionals_of, log_joint, log_q, negative
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
@@ -59,6 +60,7 @@ class FreeEnergy(ELBO):
         *,
         check: Check = "first",
         max_bytes: float | None = None,
+        on_cost: OnCost = "raise",
     ) -> None:
         """Args:
         num_particles: How many draws of what is sampled are averaged.
@@ -73,6 +75,9 @@ class FreeEnergy(ELBO):
         check: When the enumerated tables are compared with an ordinary run at a random assignment: at the "first" call
             for a pair of programs, "always", or never (False).
         max_bytes: The most memory that tables may take; by default half of what is free.
+        on_cost: What to do where summing all latents out would not fit: "raise" an error, or "sample" as many latents
+            of the guide as it takes, with a warning that names them. Loss and decomposition may differ in which: a
+            decomposition also sums the model's posterior.
         """
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=num_particles,
@@ -88,6 +93,7 @@ class FreeEnergy(ELBO):
         if num_particles < 1:
             raise VFEError(f"num_particles is {num_particles}.", hint="Use at least one particle.")
         self.max_bytes = max_bytes
+        self._drawing = Drawing(on_cost)
         nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
         self._programs = Programs(
             check=check, max_bytes=max_bytes, min_nesting=0 if math.isinf(nesting) else int(nesting)
@@ -157,9 +163,13 @@ class FreeEnergy(ELBO):
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
         with torch.no_grad():
-            own = given_guide(model, guide)
-            runs = [self._programs.enumerate_given_draws(model, own, args, kwargs) for _ in range(self.num_particles)]
-            return decomposition(runs, self.max_bytes)
+
+            def decomposed(own: Program) -> Decomposition:
+                count = range(self.num_particles)
+                runs = [self._programs.enumerate_given_draws(model, own, args, kwargs) for _ in count]
+                return decomposition(runs, self.max_bytes)
+
+            return self._drawing(decomposed, model, given_guide(model, guide), args, kwargs, purpose="decompose")
 
     def compute_marginals(
         self, model: Program, guide: Program | None, *args: Any, **kwargs: Any
@@ -201,7 +211,11 @@ class FreeEnergy(ELBO):
     def _finite_loss(
         self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Tensor:
-        guide = given_guide(model, guide)
+        return self._drawing(
+            lambda own: self._loss_of(model, own, args, kwargs), model, given_guide(model, guide), args, kwargs
+        )
+
+    def _loss_of(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         vectorized = self.vectorize_particles and self.num_particles > 1
         side_by_side = self.num_particles if vectorized else 1
         runs = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pyro_vfe.engine.elimination import eliminate
+from pyro_vfe.engine.execution import without_plates
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
@@ -53,10 +54,21 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
             continue
         if name in enumeration.draws:
             # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
+            factor = _drawn_as_one(factor, enumeration)
             values = factor.table.values
             factor = replace(factor, table=Table(values - values.detach(), factor.table.axes))
         result.append(factor)
     return tuple(result)
+
+
+def _drawn_as_one(factor: Factor, enumeration: Enumeration) -> Factor:
+    """The factor of a draw over the plates of its variable: a chain is one draw, since later elements hang on it."""
+    variable = enumeration.variables[factor.name]
+    along = factor.plates - variable.plates
+    if not along:
+        return factor
+    whole = without_plates(replace(factor, scale=1.0), along, enumeration.graph(factor))
+    return replace(whole, scale=variable.scale)
 
 
 def log_q(enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES) -> Parts:

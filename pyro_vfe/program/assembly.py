@@ -18,7 +18,7 @@ from pyro_vfe.engine.factors import Factor, Table, Variable
 from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
-from pyro_vfe.program.chain_sites import time_plate
+from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Rescored, SiteKey
 from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.masks import check_absences
@@ -217,7 +217,9 @@ def _enumeration(
             if known.chain is None:
                 variables[site.name] = variable
         elif site.needs_score:
-            variables[site.name] = Variable(site.name, 1, site.plate_names, factors[key].scale)
+            # A chain's elements hang on those before them: it is one draw, outside of its plate.
+            around = site.plate_names - {drawn_along(site)}
+            variables[site.name] = Variable(site.name, 1, around, factors[key].scale)
 
     result = Enumeration(
         variables=variables,

@@ -51,6 +51,7 @@ class Paths:
                     f"The program branches on so many latents ({names}, ...) that it would have to run more than "
                     f"{_MAX_RUNS} times.",
                     hint="Write the branch as an indexed table or torch.where: then its values share one run.",
+                    sites=[choice.name for choice in self.path],
                 )
             yield run
             if self.warns and perf_counter() - started > PATIENCE:

@@ -91,6 +91,16 @@ def time_plate(site: Site) -> str | None:
     return _time_plate(site).name if is_chain(site) else None
 
 
+def drawn_along(site: Site) -> str | None:
+    """The plate along which the elements of a drawn site hang on those before them, if it is a chain.
+
+    Args:
+        site: A site that is not enumerated.
+    """
+    fn = unwrapped(site.fn)
+    return _time_plate(site).name if isinstance(fn, MarkovChain) and fn.num_steps > 1 else None
+
+
 def _time_plate(site: Site) -> Plate:
     plate = next((plate for plate in site.plates if plate.dim == -1), None)
     if plate is None:

@@ -32,4 +32,6 @@ def check_cost(layout: Layout, max_bytes: float | None) -> None:
                 f"{readable_bytes(limit)}): it reads {len(site.scope)} latents, {latents}{more}.",
                 hint="Let the site depend on fewer latents, sample some of them (infer={'enumerate': None} and a guide "
                 "site), or raise max_bytes.",
+                sites=site.scope,
+                excess=size / limit if limit else 1.0,
             )

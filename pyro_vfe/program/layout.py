@@ -267,6 +267,7 @@ def _coloured(latents: list[str], findings: _Findings, nesting: int) -> dict[str
             f"enumerated together they would need {max(colours.values()) + 1} dims, and torch has 64.",
             hint="Do not join the latents (torch.stack, torch.cat, a running sum); keep a list and use each where "
             "it is needed.",
+            sites=names,
         )
     return colours
 

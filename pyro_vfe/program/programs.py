@@ -191,7 +191,7 @@ class _Call:
     @property
     def key(self) -> object:
         """What the pair is remembered by."""
-        return _identity(self.model), _identity(self.guide), self.particles > 1
+        return identity(self.model), identity(self.guide), self.particles > 1
 
     def enumeration(self, layout: Layout, share: bool) -> tuple[Enumeration, bool]:
         """One enumerated run, and whether it could share equal computations."""
@@ -290,8 +290,12 @@ def ordinary_draws(
     return {name: site.value for name, site in sites.items() if site.kind == "sampled"}
 
 
-def _identity(program: Program) -> object:
-    """What makes two programs the same: the function, and for a bound method its object."""
+def identity(program: Program) -> object:
+    """What makes two programs the same: the function, and for a bound method its object.
+
+    Args:
+        program: A model or guide.
+    """
     owner = getattr(program, "__self__", None)
     return (id(owner), id(program.__func__)) if owner is not None and hasattr(program, "__func__") else id(program)
 

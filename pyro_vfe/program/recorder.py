@@ -169,7 +169,7 @@ class Recorder(Messenger):
             if self.provenance is not None and self.role == "guide":
                 # A draw of an earlier run may hold one value per value of the latents it was made from.
                 self.provenance.mark(self.given[name], self.provenance.of_distribution(fn))
-        elif msg["value"] is None and _wants_enumeration(msg):
+        elif msg["value"] is None and is_summed(msg):
             value = self.latent_value(name, self.role, fn, self._around(msg)[0])
             msg["value"], msg["done"] = value, True
             self.enumerated.add(name)
@@ -316,7 +316,12 @@ def is_computed(msg: Any) -> bool:
     return bool(msg["infer"].get("_deterministic")) or (stands_in and msg["is_observed"])
 
 
-def _wants_enumeration(msg: Any) -> bool:
+def is_summed(msg: Any) -> bool:
+    """Whether a latent is to be enumerated.
+
+    Args:
+        msg: Pyro's message of the site.
+    """
     infer = msg["infer"]
     if "enumerate" in infer and infer["enumerate"] is None:
         return False

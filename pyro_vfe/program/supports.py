@@ -121,6 +121,7 @@ def _product_support(fn: Independent, name: str) -> Tensor:
             f"{math.prod(elements)}).",
             hint="Give its elements a plate of their own instead of to_event, or sample it: "
             "infer={'enumerate': None} and a site of that name in the guide.",
+            sites=(name,),
         )
     base = finite_support(fn.base_dist, name)
     count = math.prod(elements)
