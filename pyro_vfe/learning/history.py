@@ -201,7 +201,8 @@ class History:
             kept = kept[:_SHOWN] + kept[-_SHOWN:]
         rows = [self.rows[i] for i in kept]
         steps = bool(self.rows) and set(self.phase) == {STEP}
-        columns = [("step" if steps else "iteration", [str(row.iteration) for row in rows])]
+        of_steps = steps or not {WAKE, SLEEP}.isdisjoint(self.phase)
+        columns = [("step" if of_steps else "iteration", [str(row.iteration) for row in rows])]
         if not steps:
             columns.append(("phase", [row.phase for row in rows]))
         columns.append(("F", [_level(row.free_energy) for row in rows]))

@@ -8,19 +8,19 @@ References:
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyro_vfe.errors import CostError, NotFiniteError
+from pyro_vfe.energy.drawing import Drawing, OnCost
+from pyro_vfe.errors import NotFiniteError
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
-from pyro_vfe.program.layout import Program
+from pyro_vfe.program.layout import Program, lay_out
 from pyro_vfe.program.parameters import stored_tensors
 from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Recorder, Site
-
-OnCost = Literal["raise", "sample"]
 
 _Result = TypeVar("_Result")
 
@@ -36,7 +36,7 @@ class Machine:
         guide: The recognition model.
         check: When enumerated tables are compared with ordinary runs.
         max_bytes: The most memory that tables may take.
-        on_cost: What to do with latents that would not fit: raise, or sample all of them.
+        on_cost: What to do where summing all latents out would not fit: raise, or sample as many as it takes.
         """
         self.theta: set[str] = set()
         """The names of the parameters that the model has read."""
@@ -46,14 +46,13 @@ class Machine:
         self.given_guide = guide
         self.given_model = model
         self.on_cost: OnCost = on_cost
-        self.draws_all = False
-        """Whether latents that could be enumerated are drawn: because they would not fit."""
         self.model = Handled(model, self.theta)
         self.hidden_model = Handled(model, self.theta, hides=lambda name: True, gradients=False)
         self.held_guide = Handled(guide, self.read_by_guide, hides=lambda name: True, gradients=False)
         self.learning_guide = Handled(guide, self.read_by_guide, hides=self.theta.__contains__, detaches=True)
         self.guide_at_dreams = Handled(guide, self.read_by_guide, hides=self.theta.__contains__)
         self.programs = Programs(check=check, max_bytes=max_bytes)
+        self._drawing = Drawing(on_cost)
         self._enumerates: bool | None = None
         self._unread: frozenset[str] = frozenset()
 
@@ -75,24 +74,31 @@ class Machine:
             kwargs: Keyword arguments of both.
 
         Raises:
-            VFEError: The programs do not fit each other, or what is to be enumerated does not fit the memory.
+            VFEError: The programs do not fit each other.
         """
         if self._enumerates is not None:
             return
-        try:
-            layout = self.programs.layout(self.model, self.held_guide, args, kwargs)
-        except CostError:
-            self._sample_or_raise()
-            layout = Programs(max_bytes=torch.inf).layout(self.model, self.held_guide, args, kwargs)
+        with undisturbed_randomness():
+            layout = lay_out(self.model, self.held_guide, args, kwargs)
         self._unread = layout.unread
-        self._enumerates = not self.draws_all and any(site.kind == "enumerated" for site in layout.sites.values())
+        self._enumerates = any(site.kind == "enumerated" for site in layout.sites.values())
 
-    def either(self, enumerated: Callable[[], _Result], drawn: Callable[[], _Result]) -> _Result:
+    def either(
+        self,
+        enumerated: Callable[[Program], _Result],
+        drawn: Callable[[], _Result],
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> _Result:
         """Returns what enumerating gives where there is anything to enumerate, otherwise what drawing gives.
 
         Args:
-            enumerated: Is called where the programs have latents to enumerate.
-            drawn: Is called where they have none, or none that fit.
+            enumerated: Is called where the programs have latents to enumerate, with a guide that leaves those that fit.
+            drawn: Is called where they have none.
+            guide: One of this machine's guides.
+            args: Arguments of both programs.
+            kwargs: Keyword arguments of both.
 
         Raises:
             CostError: They do not fit, and are not to be sampled.
@@ -101,15 +107,8 @@ class Machine:
             try:
                 return drawn()
             except IsEnumerable:  # These arguments led to another branch than those before.
-                if self.draws_all:
-                    raise
                 self._enumerates = True
-        try:
-            return enumerated()
-        except CostError:
-            self._sample_or_raise()
-            self._enumerates = False
-            return drawn()
+        return self._drawing(enumerated, self.model, guide, args, kwargs)
 
     def drawn(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Recorder, Recorder]:
         """One ordinary run of a guide, and of the model at what it drew.
@@ -119,14 +118,8 @@ class Machine:
             args: Arguments of both programs.
             kwargs: Keyword arguments of both.
         """
-        first = run_guide(guide, args, kwargs, draws_all=self.draws_all)
+        first = run_guide(guide, args, kwargs)
         return first, run_model(self.model, args, kwargs, first, self._unread)
-
-    def _sample_or_raise(self) -> None:
-        """Goes over to sampling; raises what is being handled where that is not wanted."""
-        if self.on_cost == "raise":
-            raise
-        self.draws_all = True
 
 
 def gradients(loss: Tensor, names: Iterable[str]) -> None:

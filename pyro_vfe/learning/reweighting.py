@@ -89,6 +89,8 @@ def _reduced(values: Tensor, site: Site, plates: Sequence[str]) -> Tensor:
         values = values.reshape((1,) * missing + tuple(values.shape))
     kept = [values.dim() + dims[name] for name in plates]
     others = [dim for dim in range(values.dim()) if dim not in kept]
+    if not values.dim():
+        return values
     values = values.permute(*kept, *others)
     return values.flatten(len(kept)).sum(-1) if others else values
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import log_joint
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import NotFiniteError, VFEError
 from pyro_vfe.learning.machine import Machine, check_finite, gradients
 from pyro_vfe.learning.reweighting import Losses, drawn_losses, enumerated_losses
 from pyro_vfe.program.drawing_runs import total_log_prob
@@ -56,16 +56,22 @@ class Wake:
         machine = self._machine
         machine.look(args, kwargs)
         losses = [
-            machine.either(lambda: self._enumerated(args, kwargs), lambda: self._drawn(args, kwargs))
+            machine.either(
+                lambda fitted: self._enumerated(fitted, args, kwargs),
+                lambda: self._drawn(args, kwargs),
+                machine.held_guide,
+                args,
+                kwargs,
+            )
             for _ in range(self._num_particles)
         ]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         gradients(loss, machine.theta)
         return loss.item()
 
-    def _enumerated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         machine = self._machine
-        run = machine.programs.enumerate(machine.model, machine.held_guide, args, kwargs)
+        run = machine.programs.enumerate(machine.model, guide, args, kwargs)
         loss = -log_joint(run, machine.max_bytes).expectation().total
         if not math.isfinite(loss.item()):
             raise not_finite(run, loss.item(), (machine.given_model, machine.given_guide))
@@ -103,17 +109,24 @@ class ReweightedWake:
         """
         machine = self._machine
         machine.look(args, kwargs)
-        losses = machine.either(lambda: self._enumerated(args, kwargs), lambda: self._drawn(args, kwargs))
-        gradients(losses.model, machine.theta)
+        losses = machine.either(
+            lambda fitted: self._enumerated(fitted, args, kwargs),
+            lambda: self._drawn(args, kwargs),
+            machine.learning_guide,
+            args,
+            kwargs,
+        )
         if self._insomnia > 0:
+            _check_covers(losses.guide)
             gradients(self._insomnia * losses.guide, machine.phi)
+        gradients(losses.model, machine.theta)
         return losses.surprise
 
-    def _enumerated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Losses:
+    def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Losses:
         machine = self._machine
 
         def enumerate_once() -> Enumeration:
-            return machine.programs.enumerate_given_draws(machine.model, machine.learning_guide, args, kwargs)
+            return machine.programs.enumerate_given_draws(machine.model, guide, args, kwargs)
 
         runs = [enumerate_once()]
         if runs[0].is_sampled:
@@ -134,3 +147,18 @@ class ReweightedWake:
                 hint="Use num_particles=10, say; or let the latents be enumerated (no infer={'enumerate': None}), "
                 "where the weights are the exact posterior.",
             )
+
+
+def _check_covers(loss: Tensor) -> None:
+    """Checks that the guide holds possible what the posterior does.
+
+    Raises:
+        NotFiniteError: It does not.
+    """
+    if not math.isfinite(loss.item()):
+        raise NotFiniteError(
+            f"The guide's loss is {loss.item():g}: it gives probability zero to values of the latents that the data do "
+            "not rule out.",
+            hint="Give the guide zeros only where the model has them; or take insomnia=0, where it learns from dreams "
+            "alone. This phase changed nothing.",
+        )

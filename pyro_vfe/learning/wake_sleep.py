@@ -17,9 +17,10 @@ import numpy as np
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_vfe.energy.drawing import OnCost
 from pyro_vfe.errors import VFEError, VFEWarning
 from pyro_vfe.learning.batches import are_several
-from pyro_vfe.learning.machine import Machine, OnCost
+from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.sleep_phase import Sleep
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_num_steps, check_optim
@@ -113,7 +114,8 @@ class WakeSleep:
         dream_to_args: Makes the programs' arguments of a dream where names do not tell, as in `dream`.
         check: When enumerated tables are compared with ordinary runs: at the "first" call, "always", or never (False).
         max_bytes: The most memory that tables may take; by default half of what is free.
-        on_cost: What to do with latents that would not fit: "raise", or "sample" all of them.
+        on_cost: What to do where summing all latents out would not fit: "raise" an error, or "sample" as many of the
+            guide's latents as it takes.
 
         Raises:
             VFEError: An option is not what it should be.

@@ -46,7 +46,7 @@ class WakeSleepRun:
 
     @property
     def changes_asleep(self) -> Numbers:
-        """By how much each sleep phase that was read changed F, in nats: positive where it rose."""
+        """By how much each sleep phase that was read exactly changed F, in nats: positive where it rose."""
         rows = self.history.rows
         pairs = [(before, after) for before, after in pairwise(rows) if _is_sleep(before, after)]
         return np.array([after.free_energy - before.free_energy for before, after in pairs], dtype=np.float64)
@@ -74,5 +74,7 @@ class WakeSleepRun:
 
 
 def _is_sleep(before: Row, after: Row) -> bool:
-    """Whether nothing but a sleep phase lies between two rows."""
+    """Whether nothing but a sleep phase lies between two rows that are exact."""
+    if before.stderr != 0 or after.stderr != 0:
+        return False
     return (before.phase, after.phase) == (WAKE, SLEEP) and before.iteration == after.iteration

@@ -69,7 +69,9 @@ class Watch:
         self._held_out = None if held_out is None else arguments_of(held_out)
         self._last_phase = SLEEP if sleeps else WAKE
         self._reader = Reader(
-            _Enumerated(machine.given_model), _Enumerated(machine.given_guide), FreeEnergy(max_bytes=machine.max_bytes)
+            _Enumerated(machine.given_model),
+            _Enumerated(machine.given_guide),
+            FreeEnergy(max_bytes=machine.max_bytes, on_cost=machine.on_cost),
         )
         self._unread: tuple[str, int, tuple[Any, ...], Any, float] | None = None
         self._rows: list[Row] = []

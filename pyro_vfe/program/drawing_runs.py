@@ -10,15 +10,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from pyro.distributions import Bernoulli, Independent
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked
-from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
-from pyro_vfe.program.supports import is_enumerable
+from pyro_vfe.program.recorder import Plate, Recorder, Role, Site, is_pathwise, is_summed
 
 
 class IsEnumerable(Exception):
@@ -69,24 +70,22 @@ class _Handler(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not self.handled.detaches or msg["value"] is not None or type(msg["fn"]).__name__ == "_Subsample":
             return
-        drawn = msg["infer"].get("enumerate", "") is None or not is_enumerable(msg["fn"])
-        if drawn and getattr(msg["fn"], "has_rsample", False):
+        if not is_summed(msg) and is_pathwise(msg["fn"]):
             msg["value"], msg["done"] = msg["fn"].sample(), True
 
 
-def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, draws_all: bool = False) -> Recorder:
+def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recorder:
     """Returns an ordinary run of a guide.
 
     Args:
         guide: The guide.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        draws_all: Whether latents that could be enumerated are drawn too.
 
     Raises:
         IsEnumerable: The guide has a latent that is to be enumerated.
     """
-    run = Recorder("guide", _drawn if draws_all else _refused)
+    run = Recorder("guide", _refused)
     run.run(guide, args, kwargs)
     return run
 
@@ -141,12 +140,6 @@ def _refused(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tenso
     raise IsEnumerable(name)
 
 
-def _drawn(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
-    with torch.no_grad():
-        value: Tensor = fn.sample()
-    return value
-
-
 def total_log_prob(sites: Iterable[Site]) -> Tensor:
     """Returns the sum of the sites' weighted log-probabilities, a scalar in nats.
 
@@ -156,6 +149,22 @@ def total_log_prob(sites: Iterable[Site]) -> Tensor:
     return torch.stack([log_prob_of(site).sum() for site in sites if site.kind != "unread"]).sum()
 
 
+def _of_bits(fn: Any, value: Tensor) -> Tensor | None:
+    """The log-probabilities of bits given by logits, in one fused operation; None of anything else."""
+    dims = 0
+    if type(fn) is Independent:
+        fn, dims = fn.base_dist, fn.reinterpreted_batch_ndims
+    logits = fn.__dict__.get("logits") if type(fn) is Bernoulli else None
+    if logits is None or fn._param is not logits:
+        return None
+    if logits.shape != value.shape or not value.is_floating_point():
+        return None
+    if fn._validate_args:
+        fn._validate_sample(value)
+    values = -binary_cross_entropy_with_logits(logits, value, reduction="none")
+    return values.sum(tuple(range(-dims, 0))) if dims else values
+
+
 def log_prob_of(site: Site) -> Tensor:
     """Returns the weighted log-probability of each element of a site, in nats, of the whole batch shape.
 
@@ -163,7 +172,9 @@ def log_prob_of(site: Site) -> Tensor:
         site: Of an ordinary run.
     """
     fn, mask = unmasked(site)
-    values = log_prob(fn, site.value)
+    values = _of_bits(fn, site.value)
+    if values is None:
+        values = log_prob(fn, site.value)
     event_dim = len(fn.event_shape)
     shape = site.value.shape[: site.value.dim() - event_dim]
     if values.shape != shape or fn.batch_shape != shape:

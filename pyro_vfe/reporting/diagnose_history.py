@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyro_vfe.learning.history import BATCH, EPOCH, START, STEP, History, Numbers, Row
+from pyro_vfe.learning.history import BATCH, EPOCH, SLEEP, START, STEP, WAKE, History, Numbers, Row
 from pyro_vfe.reporting.diagnose_notebook import Notebook, nats, per_datum
 
 _PHASES = (START, "E", "M")
-_NOISY = (STEP, EPOCH, BATCH)
+_NOISY = (STEP, EPOCH, BATCH, SLEEP, WAKE)
 _FEWEST = 4
 """Fewer readings than this tell of no trend."""
 _WINDOW = 5
@@ -113,7 +113,7 @@ def look_at_history(
 
 def _series(history: History) -> Series | None:
     """The readings that tell of a trend."""
-    for phase in (STEP, "E", EPOCH, BATCH):
+    for phase in (STEP, "E", EPOCH, BATCH, SLEEP, WAKE):
         rows = history.of(phase).rows
         if rows:
             sizes = [row.num_data or history.num_data for row in rows]

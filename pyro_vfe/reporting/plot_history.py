@@ -26,7 +26,17 @@ from pyro_vfe.reporting.palette import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKS = {"start": "s", "E": "o", "M": "D", "epoch": "o", "final": "*", "batch": "o", "step": "o"}
+_MARKS = {
+    "start": "s",
+    "E": "o",
+    "M": "D",
+    "epoch": "o",
+    "final": "*",
+    "batch": "o",
+    "step": "o",
+    "wake": "D",
+    "sleep": "o",
+}
 """One marker per phase."""
 
 _NAMES = {
@@ -37,6 +47,8 @@ _NAMES = {
     "final": "all batches, at the end",
     "batch": "a batch",
     "step": "a step",
+    "wake": "after a wake phase",
+    "sleep": "after a sleep phase",
 }
 
 _HALF = 0.5
@@ -49,7 +61,8 @@ _FEW_MARKS = 30
 def plot_free_energy(history: History, *, ax: "Axes | None" = None) -> "Axes":
     """Returns axes with F over the iterations, as the surprise and, stacked on it, the gap; in nats.
 
-    A mark says where a phase ended: an E-phase at its iteration, an M-phase half an iteration before. The surprise's
+    A mark says where a phase ended: an E-phase at its iteration, an M-phase half an iteration before; a sleep phase at
+    its step, the wake phase before it half a step earlier. The surprise's
     area is cut at the axis where its fall would be too small to see from zero. Where surprise and gap are unknown
     (NaN), F is a line alone; a standard error is a band around it. Rows that sum over different numbers of data are
     shown per datum.
@@ -60,7 +73,7 @@ def plot_free_energy(history: History, *, ax: "Axes | None" = None) -> "Axes":
     'nats, sum over 5 data'
 
     Args:
-        history: Of EM, of EM on batches, or of SVI. `history.per_datum` shows nats per datum.
+        history: Of EM, of EM on batches, of SVI, or of wake-sleep. `history.per_datum` shows nats per datum.
         ax: Where to draw; by default in a new figure.
 
     Raises:
@@ -90,7 +103,7 @@ def _check_history(history: History) -> None:
         hint = (
             "Pass its history: plot_free_energy(run.history)."
             if hasattr(history, "history")
-            else "Pass the history of a run of EM, of vfe.fit or of a vfe.Monitor."
+            else "Pass the history of a run of EM, of vfe.fit, of a vfe.Monitor or of a vfe.WakeSleep."
         )
         raise VFEError(f"F is drawn over the rows of a History, and this is {article(history)}.", hint=hint)
     if not len(history):
@@ -102,8 +115,8 @@ def _check_history(history: History) -> None:
 
 def _positions(history: History) -> Numbers:
     """Where each row stands: at its iteration, or half before or after."""
-    both = {"M", "E"} <= set(history.phase)
-    before = {"M", "start"} if both else set()
+    phases = set(history.phase)
+    before = {"M", "start"} if {"M", "E"} <= phases else {"wake"} if {"wake", "sleep"} <= phases else set()
     shifts = [-_HALF if phase in before else _HALF if phase == "final" else 0.0 for phase in history.phase]
     return np.asarray(history.iteration + np.array(shifts), dtype=np.float64)
 
@@ -186,7 +199,7 @@ def _phases(ax: "Axes", x: Numbers, history: History, high: float) -> list[Any]:
             x[some],
             history.free_energy[some],
             _MARKS.get(phase, "o"),
-            color=ax.get_facecolor() if phase == "M" else ink(ax),
+            color=ax.get_facecolor() if phase in ("M", "wake") else ink(ax),
             markeredgecolor=ink(ax),
             markersize=10 if phase == "final" else 4.5,
             label=f"{name} (1 in {step})" if step > 1 else name,
@@ -208,4 +221,6 @@ def _fall(free_energy: Numbers) -> str:
 
 def _x_label(history: History) -> str:
     phases = set(history.phase)
-    return "step" if "step" in phases else "epoch" if phases & {"epoch", "final", "batch"} else "iteration"
+    if phases & {"step", "wake", "sleep"}:
+        return "step"
+    return "epoch" if phases & {"epoch", "final", "batch"} else "iteration"
