@@ -69,7 +69,7 @@ def log_weights(run: Enumeration, plates: Plates, max_bytes: float | None = None
         NotFiniteError: A log-probability is NaN.
     """
     _check_normalised(run)
-    data = _split(without_draws(normalized(run, torch.float64)), plates)
+    data = _split(normalized(without_draws(run), torch.float64), plates)
     _check_numbers(data.run)
     scales = [_scale(data, group) for group in data.groups]
     found = [_log_weight(data, group, data.plates, max_bytes) for group in data.groups]
@@ -161,7 +161,8 @@ def _read(run: Enumeration, factor: Factor) -> Iterable[str]:
 
 def _check_nothing_random(data: _Data) -> None:
     for key in data.others:
-        site = data.run.sites[key]
+        # Whether a latent of the model is random is for the guide to say.
+        site = data.run.sites.get(("guide", key[1]), data.run.sites[key])
         read = [name for name in data.run.factors[key].axes if name in data.run.draws]
         if is_random(site) or any(is_random(data.run.sites["guide", name]) for name in read):
             raise PlateError(f"Site '{site.name}' is drawn outside of a plate of the data, or reads draws.", hint="")

@@ -116,7 +116,8 @@ class Sampler:
         """The log weights of particles side by side; None where they are others than those of each alone."""
         run = self._enumerated(count)
         found = log_weights(run, plates, self.max_bytes)
-        ends = () if checked else (0, count - 1)
+        compares = self.check == "always" or (self.check == "first" and not checked)
+        ends = (0, count - 1) if compares else ()
         alone = [log_weights(self._alone(_particle(run, i)), plates, self.max_bytes) for i in ends]
         close = _TOLERANCE if all(f.table.values.dtype == torch.float64 for f in run.factors.values()) else _ROUGH
         same = [

@@ -149,8 +149,12 @@ class Bounds:
 
     @property
     def gap_at_least(self) -> Tensor:
-        """`free_energy + lower`, F - F_K: an estimate of a lower bound on the gap F + log p(u); never below zero."""
-        return self._summed(self.lower_by_datum - self.log_weights.mean(0))
+        """`free_energy + lower`, F - F_K: an estimate of a lower bound on the gap F + log p(u); never below zero.
+
+        A datum all of whose draws are impossible counts nothing.
+        """
+        found = self.lower_by_datum - self.log_weights.mean(0)
+        return self._summed(torch.where(self.lower_by_datum.isneginf(), 0.0, found))
 
     @property
     def gap_at_least_stderr(self) -> Tensor | None:
@@ -279,7 +283,8 @@ def bounds(
         *args: Arguments of both programs.
         num_particles: K, the number of draws.
         dream: A dream of the model (`vfe.dream`), whose log p(u) is bounded, from above too; it has the arguments.
-        check: When tables and draws side by side are compared with ordinary runs.
+        check: When enumerated tables are compared with ordinary runs, and draws side by side with single ones: at the
+            "first" run, "always", or never (False).
         max_bytes: The most memory that tables may take.
         **kwargs: Keyword arguments of both programs.
 
@@ -287,6 +292,21 @@ def bounds(
         VFEError: There is no draw; or a dream and arguments; or a dream that is not of this model.
         ScaleError: Drawn latents carry weights (a subsample, poutine.scale) under which the mean weight bounds nothing.
         StructureError: The guide is not normalised, or has latents beside those of the dream.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, pyro_vfe as vfe
+        >>> def model(u):
+        ...     with pyro.plate("data", len(u)):
+        ...         v = pyro.sample("v", dist.Bernoulli(0.3))
+        ...         pyro.sample("u", dist.Normal(v, 1.0), obs=u)
+        >>> def guide(u):
+        ...     with pyro.plate("data", len(u)):
+        ...         pyro.sample("v", dist.Bernoulli(logits=u - 1.0))
+        >>> dream = vfe.dream(model, torch.zeros(100))
+        >>> found = vfe.bounds(model, guide, dream=dream, num_particles=1000)
+        >>> low, high = found.interval(0.999)
+        >>> low < vfe.posterior(model, *dream.args).log_evidence < high
+        tensor(True)
 
     References:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders.
