@@ -496,10 +496,8 @@ def in_words(all_learned: Sequence[Learned], asleep: Sequence[Asleep], digits: D
     """Returns what the comparison shows, in sentences."""
     by_sleep, reweighted, descent, longer = all_learned
     costs = {one.name: nats(one.held_out, digits.held_out) for one in all_learned}
-    hardest, easiest = (
-        [f"{label} ({gap:.2f})" for gap, label in ranked]
-        for ranked in hard_and_easy(gaps_by_label(longer, digits.held_out_labels))
-    )
+    gaps = [mean for mean, _ in gaps_by_label(longer, digits.held_out_labels)]
+    labels = [f"{label} ({gaps[label]:.2f})" for label in np.argsort(gaps)]
     told = (
         f"After as many steps, F of a held-out digit is {costs[descent.name][0]:.2f} nats where F was descended, "
         f"{costs[reweighted.name][0]:.2f} by reweighted wake-sleep and {costs[by_sleep.name][0]:.2f} by wake-sleep. A "
@@ -515,21 +513,15 @@ def in_words(all_learned: Sequence[Learned], asleep: Sequence[Asleep], digits: D
         f"they descend, from {asleep[0].divergence:.3f} to {asleep[-1].divergence:.3f} nats, and the gap of the "
         f"digits, which they do not, from {asleep[0].gap:.3f} to {asleep[-1].gap:.3f}. The surprise stays, so F goes "
         "where the gap goes.",
-        f"The recognition model of the longer wake-sleep finds {' and '.join(hardest)} hardest, and "
-        f"{' and '.join(easiest)} easiest; in brackets is the gap in nats.",
+        f"To the recognition model of the longer wake-sleep {labels[-1]} and {labels[-2]} are hardest, and "
+        f"{labels[0]} and {labels[1]} easiest; in brackets is the gap in nats.",
     )
     return "\n".join(fill(text, 116, initial_indent="  ", subsequent_indent="  ") for text in told)
 
 
 def nats(terms: vfe.Decomposition, pixels: Tensor) -> tuple[float, float, float]:
     """Returns F, surprise and gap per digit."""
-    return tuple(float(term) / len(pixels) for term in (terms.free_energy, terms.surprise, terms.gap))
-
-
-def hard_and_easy(gaps: Iterable[tuple[float, float]]) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
-    """Returns the two labels with the largest mean gap and the two with the smallest, with their gaps."""
-    ranked = sorted(((mean, label) for label, (mean, _) in enumerate(gaps)), reverse=True)
-    return ranked[:2], ranked[:-3:-1]
+    return float(terms.free_energy) / len(pixels), float(terms.surprise) / len(pixels), float(terms.gap) / len(pixels)
 
 
 def check(all_learned: Sequence[Learned], digits: Digits) -> None:
