@@ -77,6 +77,35 @@ def mixture(size: int, components: int, dims: int) -> MixtureWorkload:
 
 
 @dataclass(frozen=True)
+class HelmholtzWorkload:
+    """A Helmholtz machine of 64 binary pixels under 12 and 8 hidden units, and pictures for it."""
+
+    data: Array
+    """Pixels, 0 or 1, shape (N, 64)."""
+
+    top: Array
+    """The generative logits of the top layer, shape (8,)."""
+
+    generative: tuple[Array, Array]
+    """Weights from the top layer to the middle one, shape (12, 8), and from there to the pixels, shape (64, 12)."""
+
+    recognition: tuple[Array, Array]
+    """Weights from the pixels to the middle layer, shape (12, 64), and from there to the top one, shape (8, 12)."""
+
+
+def helmholtz(size: int) -> HelmholtzWorkload:
+    """Returns a Helmholtz machine with random weights, and random pixels; its biases are zero."""
+    rng = np.random.default_rng(0)
+    pixels, middle, top = 64, 12, 8
+    return HelmholtzWorkload(
+        rng.integers(0, 2, (size, pixels)).astype(np.float64),
+        rng.normal(size=top),
+        (rng.normal(size=(middle, top)), rng.normal(size=(pixels, middle))),
+        (0.3 * rng.normal(size=(middle, pixels)), rng.normal(size=(top, middle))),
+    )
+
+
+@dataclass(frozen=True)
 class NetworkWorkload:
     """A Bayesian network as text in the BIF format, and what is observed."""
 
