@@ -135,8 +135,8 @@ def _whole_parts(run: Enumeration, max_bytes: float | None, keep: Plates) -> lis
     """
     if run.portions is not None:
         raise CostError(
-            f"The tables fit in portions of plate '{run.portions.plate}' alone, and the importance-weighted bound takes "
-            "each datum by itself from all at once.",
+            f"The tables fit in portions of plate '{run.portions.plate}' alone, and the importance-weighted bound needs "
+            "them whole.",
             hint='Use gradient="leave-one-out" or "disarm", subsample the plate, or raise max_bytes.',
         )
     return [part for part in free_energy_parts(run, max_bytes, keep) if isinstance(part, Parts)]

@@ -51,7 +51,7 @@ class WithheldTable(Table):
             CostError: Always.
         """
         size = readable_bytes(8 * math.prod(self.sizes.values()))
-        raise withheld([self.site], f" over {', '.join(map(repr, self.axes))}, of {size}")
+        raise withheld([self.site], f" over {', '.join(map(repr, self.axes))}, of {size}", self.axes)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -59,17 +59,19 @@ class WithheldTable(Table):
         return dict(zip(self.axes, self.shape, strict=True))
 
 
-def withheld(sites: Sequence[str], what: str = "") -> CostError:
+def withheld(sites: Sequence[str], what: str = "", axes: Sequence[str] = ()) -> CostError:
     """The error for who asks for tables that are made in portions only.
 
     Args:
         sites: The sites they are of.
         what: What is known of them.
+        axes: What they vary along.
     """
     return CostError(
         f"The table of site '{sites[0]}'{what}, is made in portions of its plate, as it would not fit whole. F, its "
         "terms and log p(u) are summed so; what was asked for needs it whole.",
         hint=TOO_LARGE,
+        sites=axes,
     )
 
 
