@@ -135,7 +135,7 @@ def _whole_parts(run: Enumeration, max_bytes: float | None, keep: Plates) -> lis
     """
     if run.portions is not None:
         raise CostError(
-            f"The tables fit in portions of plate '{run.portions.plate}' alone, and the importance-weighted bound needs "
+            f"The tables fit only in portions of plate '{run.portions.plate}', and the importance-weighted bound needs "
             "them whole.",
             hint='Use gradient="leave-one-out" or "disarm", subsample the plate, or raise max_bytes.',
         )
