@@ -815,3 +815,19 @@ def test_options_that_mean_nothing_are_refused(change: dict[str, Any], words: st
 def test_runs_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(VFEError, match=words):
         run_of(vfe.WakeSleep(net, net_guide, sgd(), sgd()), BITS, **options)
+
+
+def test_a_history_of_wake_and_sleep_is_printed_drawn_and_kept_by_step() -> None:
+    from matplotlib import pyplot
+
+    run = run_of(vfe.WakeSleep(net, net_guide, adam(), adam()), BITS, num_steps=4, every=1)
+    assert str(run.history).split()[:3] == ["step", "phase", "F"]
+    dataset = run.history.to_xarray()
+    assert dataset.phase.values.tolist() == list(run.history.phase)
+    np.testing.assert_array_equal(dataset.d_free_energy[2::2], run.changes_asleep)
+    ax = vfe.plot_free_energy(run.history)
+    assert ax.get_xlabel() == "step"
+    marks = {str(line.get_label()): line.get_xdata() for line in ax.get_lines()}
+    np.testing.assert_array_equal(marks["after a wake phase"], [0.5, 1.5, 2.5, 3.5])
+    np.testing.assert_array_equal(marks["after a sleep phase"], [1, 2, 3, 4])
+    pyplot.close(ax.figure)
