@@ -299,6 +299,15 @@ def test_portions_are_planned_to_keep_to_the_limit() -> None:
     assert 100 < planned.portioning.length < 60_000
 
 
+def test_portions_are_explained() -> None:
+    own, weights = NETS["bottom-up guide"]
+    programs = own.model(weights), own.guide(weights)
+    shown = vfe.explain(*programs, DATA, max_bytes=FEW)
+    assert shown.layout.portioning is not None
+    assert f"plate 'data' is summed in portions of {shown.layout.portioning.length} elements" in str(shown)
+    assert "portions" not in str(vfe.explain(*programs, DATA, max_bytes=1e6))
+
+
 def test_tables_of_all_data_are_withheld_where_portions_are_made() -> None:
     found, layout = enumeration({"top": 3, "mid": 4}, NUM_DATA, FEW)
     assert layout.portioning is not None and found.portions is not None

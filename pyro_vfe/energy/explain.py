@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ from pyro_vfe.engine.cost import readable_bytes, table_limit
 from pyro_vfe.engine.ordering import listed
 from pyro_vfe.engine.outline import Outline, outline
 from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, previous
-from pyro_vfe.program.cost import table_entries, varying_plates
+from pyro_vfe.errors import CostError
+from pyro_vfe.program.cost import table_entries, varying_plates, within_limit
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
 from pyro_vfe.program.programs import Programs
@@ -35,19 +37,27 @@ class Explanation:
     @property
     def largest_site(self) -> SiteStructure:
         """The site with the largest table."""
-        return max(self.layout.sites.values(), key=lambda site: table_entries(site, self.layout))
+        return max(self.layout.sites.values(), key=self._entries)
 
     def __str__(self) -> str:
         site = self.largest_site
-        size = 8 * table_entries(site, self.layout)
+        size = 8 * self._entries(site)
+        portioning = self.layout.portioning
         parts = [
             _shortened("\n".join(_aligned([_HEADER, *(_row(s, self.layout) for s in self.layout.sites.values())]))),
             f"largest site table: '{site.name}' of the {site.role}, {self._cost(size)}",
+            ""
+            if portioning is None
+            else f"plate '{portioning.plate}' is summed in portions of {portioning.length:,} elements, as all together "
+            "would not fit; costs are those of a portion",
             f"elimination of the model's latents: {self.outline.flops:,} flops, {self._cost(self.outline.bytes)}, "
             f"largest table over {listed(self.outline.largest.scope) or 'nothing'}",
             _shortened(str(self.outline)),
         ]
         return "\n\n".join(part for part in parts if part)
+
+    def _entries(self, site: SiteStructure) -> int:
+        return table_entries(site, self.layout, self.layout.portioning)
 
     def _cost(self, size: float) -> str:
         verdict = "" if size <= self.max_bytes else f" (above the limit of {readable_bytes(self.max_bytes)})"
@@ -78,6 +88,8 @@ def explain(
     layout = Programs(check=False, max_bytes=math.inf).layout(model, own, args, kwargs)
     with undisturbed_randomness():
         layout = with_variations(layout, model, own, args, kwargs)
+    with suppress(CostError):
+        layout = within_limit(layout, max_bytes)
     return Explanation(layout, outline(_structure(layout)), table_limit(max_bytes))
 
 
@@ -94,6 +106,8 @@ def _structure(layout: Layout) -> Structure:
         for site in latents.values()
     ]
     sizes = {plate.name: plate.size for site in sites for plate in site.plates}
+    if layout.portioning is not None:
+        sizes[layout.portioning.plate] = layout.portioning.length
     return Structure(tuple(factors), tuple(variables), tuple(sizes.items()))
 
 

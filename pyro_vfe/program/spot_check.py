@@ -78,7 +78,8 @@ def spot_check(
         return
     everything = [run(number) for number in range(rounds)]
     for start, length in enumeration.portions.stretches:  # Each portion's tables are made once, for all rounds.
-        part = enumeration.portions.make(start, length)
+        with torch.no_grad():
+            part = enumeration.portions.make(start, length)
         for whole in everything:
             _compare(part, whole.narrowed(enumeration.portions.plate, start, length), layout.nesting)
 
