@@ -25,8 +25,6 @@ from workloads import HelmholtzWorkload, helmholtz, norms
 import pyro_vfe as vfe
 
 LEARNING_RATE = 0.01
-OURS_TAKES = 1e12
-"""Bytes that FreeEnergy may plan for: the tables that it really makes are far smaller."""
 
 Step = Callable[[], object]
 Machine = tuple[nn.Module, nn.Module]
@@ -98,7 +96,7 @@ def ours(size: int, drawn: bool, steps: int) -> Prepared:
     def make(workload: HelmholtzWorkload, pixels: Tensor) -> tuple[Step, Machine]:
         machine = Generative(workload), Recognition(workload)
         optims = (pyro.optim.Adam({"lr": LEARNING_RATE}) for _ in machine)
-        return partial(vfe.WakeSleep(*machine, *optims, max_bytes=OURS_TAKES).step, pixels, drawn), machine
+        return partial(vfe.WakeSleep(*machine, *optims).step, pixels, drawn), machine
 
     return prepared(make, size, steps)
 
