@@ -17,7 +17,7 @@ from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.errors import NotFiniteError
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
 from pyro_vfe.program.layout import Program, lay_out
-from pyro_vfe.program.parameters import stored_tensors
+from pyro_vfe.program.parameters import stored_tensors, two_of_a_name
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Recorder, Site
@@ -122,18 +122,36 @@ class Machine:
         return first, run_model(self.model, args, kwargs, first, self._unread)
 
 
-def gradients(loss: Tensor, names: Iterable[str]) -> None:
+def gradients(loss: Tensor, names: Iterable[str], program: Handled) -> None:
     """Writes the gradient of a loss to `.grad` of the parameters of some names, and of no others.
 
     Args:
         loss: A scalar.
         names: In Pyro's store; others have no gradient.
+        program: The program that learns.
+
+    Raises:
+        NameClashError: A module's parameter has a gradient, and Pyro's store has another tensor under its name.
     """
+    if loss.requires_grad:
+        _check_own(loss, program)
     leaves = [leaf for leaf in stored_tensors(names) if leaf.requires_grad]
     if not leaves or not loss.requires_grad:
         return
     for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
         leaf.grad = gradient
+
+
+def _check_own(loss: Tensor, program: Handled) -> None:
+    """Only a gradient tells whether a program goes on with its own tensor or with the stored one."""
+    strangers = {name: own for name, own in program.strangers.items() if own.requires_grad}
+    program.strangers.clear()
+    if not strangers:
+        return
+    found = torch.autograd.grad(loss, list(strangers.values()), allow_unused=True, retain_graph=True)
+    for (name, own), gradient in zip(strangers.items(), found, strict=True):
+        if gradient is not None:
+            raise two_of_a_name(name, own)
 
 
 def check_finite(loss: Tensor, sites: Iterable[Site]) -> None:

@@ -20,7 +20,7 @@ from torch.distributions import transform_to
 from pyro_vfe.errors import NotFiniteError, VFEError, located
 from pyro_vfe.learning.svi_report import Loss
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.parameters import constraint_of, unconstrained
+from pyro_vfe.program.parameters import Strangers, constraint_of, two_of_a_name, unconstrained
 
 _MOST_NAMED = 5
 
@@ -113,12 +113,13 @@ class Stepper:
 
     def _loss_and_grads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Loss, dict[str, Tensor]]:
         """The loss as numbers, and the leaves of the parameters that were read, with gradients that can be used."""
-        with pyro.poutine.trace(param_only=True) as capture:
+        with pyro.poutine.trace(param_only=True) as capture, Strangers() as strangers:
             try:
                 loss: Any = self._elbo.loss_and_grads(self._model, self._guide, *args, **kwargs)
             finally:
                 used = self._meet(capture.trace.nodes)
         _check_shared(capture.trace.nodes.keys() - used.keys())
+        _check_own(strangers.found)
         gradients = {name: leaf.grad for name, leaf in used.items() if leaf.grad is not None}
         self.reached.update(gradients)
         numbers = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
@@ -218,6 +219,18 @@ def _check_shared(local: Iterable[str]) -> None:
             hint="Keep a loop of your own with a torch optimiser over vfe.FreeEnergy()(model, guide).parameters(), and "
             "a vfe.Monitor; or leave module_local_params=False.",
         )
+
+
+def _check_own(strangers: Mapping[str, Tensor]) -> None:
+    """Checks that gradients are those of the tensors that are to be changed.
+
+    Raises:
+        NameClashError: A module's parameter has one, and Pyro's store has another tensor under its name.
+    """
+    learning = {name: own for name, own in strangers.items() if own.grad is not None}
+    zero_grads(learning.values())
+    for name, own in learning.items():
+        raise two_of_a_name(name, own)
 
 
 def _constrained(name: str, leaf: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.parameters import stranger
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site, is_pathwise, is_summed
 
 
@@ -50,6 +51,8 @@ class Handled:
         self.hides = hides
         self.gradients = gradients
         self.detaches = detaches
+        self.strangers: dict[str, Tensor] = {}
+        """Parameters of modules that the last run read while Pyro's store had other tensors under their names."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the program returns."""
@@ -64,6 +67,9 @@ class _Handler(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         self.handled.names.add(msg["name"])
+        own = stranger(msg)
+        if own is not None:
+            self.handled.strangers[msg["name"]] = own
         if self.handled.hides(msg["name"]):
             msg["stop"] = True
 

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_vfe.errors import StructureError
+from pyro_vfe.errors import NameClashError, StructureError
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Role
@@ -164,6 +164,50 @@ def other_shape(name: str, stored: torch.Size, own: torch.Size) -> StructureErro
         f"{tuple(own)}: it is left from other data or another program.",
         hint="Clear the store first, pyro.clear_param_store(); or give the parameter another name; or keep the two "
         "apart by `with pyro.get_param_store().scope():`.",
+    )
+
+
+def stranger(msg: Any) -> Tensor | None:
+    """Returns the parameter that a module reads while Pyro's store has another tensor under its name, if it does so.
+
+    A `PyroModule` goes on with its own tensor, `pyro.module` and `pyro.param` with the stored one: gradients tell.
+
+    Args:
+        msg: Of a param site, before it is run.
+    """
+    own, name = msg["args"][1] if len(msg["args"]) > 1 else None, msg["name"]
+    stored = pyro.get_param_store()._params.get(name)
+    return own if isinstance(own, torch.nn.Parameter) and stored is not None and stored is not own else None
+
+
+class Strangers(Messenger):
+    """Notes the parameters that modules read while Pyro's store has other tensors under their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+        """By name."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        own = stranger(msg)
+        if own is not None:
+            self.found[msg["name"]] = own
+
+
+def two_of_a_name(name: str, own: Tensor) -> NameClashError:
+    """The error for a parameter of a module that optimisers do not find, since another one has its name.
+
+    Args:
+        name: Its name.
+        own: The module's.
+    """
+    stored = tuple(unconstrained(name).shape)
+    return NameClashError(
+        f"Two parameters are called '{name}': a module's, of shape {tuple(own.shape)}, and the one that Pyro's store "
+        f"has under this name, of shape {stored}. Only the stored one would be changed; the module's would not learn.",
+        hint="If model and guide both have it, give one of them a name of its own, super().__init__('guide') in its "
+        "__init__, or its attribute another name. If it is left from a module made before, call "
+        "pyro.clear_param_store() first.",
     )
 
 
