@@ -414,7 +414,8 @@ def draw_sleep(asleep: Sequence[Asleep]) -> Figure:
     axes.plot(places, [one.divergence for one in asleep], "s--", color=P_COLOR, label="KL(P(v|u) ‖ Q), dreams")
     axes.plot(places, [one.gap for one in asleep], "o-", color=Q_COLOR, label="KL(Q ‖ P(v|u)), digits: the gap")
     axes.set_xticks(places, [str(one.num_phases) for one in asleep])
-    axes.set(title="Sleep alone: the generative model is held", xlabel="phases of sleep", ylabel="nats per digit, nats per dream")
+    axes.set(title="Sleep alone: the generative model is held", xlabel="phases of sleep")
+    axes.set_ylabel("nats per digit, nats per dream")
     axes.legend(fontsize="small")
     return tidy(figure)
 

@@ -116,3 +116,11 @@ def test_a_module_that_takes_over_the_stored_tensors_learns_on(way: Callable[...
     way(model, Recognition("another"), u)
     assert pixels.weight is first
     assert bool((pixels.weight != before).any())
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["the exact posterior", "a network"])
+def test_a_run_of_wake_sleep_notes_a_guide_that_has_nothing_to_learn(learns: bool, u: Tensor) -> None:
+    model = Generative()
+    machine = vfe.WakeSleep(model, Recognition("guide") if learns else vfe.AutoPosterior(model), adam(), adam())
+    run = machine.run(u, num_steps=1, progress_bar=False)
+    assert any("no parameters of its own" in note for note in run.notes) == (not learns)
