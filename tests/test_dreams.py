@@ -333,3 +333,13 @@ def test_dreams_carry_no_gradient_and_leave_parameters_alone() -> None:
     assert not made_up.latents["w"].requires_grad
     assert not made_up.args[0].requires_grad
     assert all(leaf.grad is None for leaf in pyro.get_param_store()._params.values())
+
+
+def test_a_dream_shows_names_and_shapes_in_a_line() -> None:
+    def model(u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            v = pyro.sample("v", dist.Bernoulli(0.5))
+            pyro.sample("u", dist.Normal(v, 1.0), obs=u)
+
+    assert repr(vfe.dream(model, torch.zeros(7))) == "Dream of 'u' (7,), from 'v' (7,)"
+    assert str(vfe.dream(lambda: None)) == "Dream of nothing, from nothing"

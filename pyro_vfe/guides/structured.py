@@ -47,7 +47,7 @@ class AutoStructured(AutoGuide):
     """A guide with a free conditional table for each discrete latent, given the latents it has edges from.
 
     A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters
-    are logits named after the sites, over whole plates; a subsample uses its own rows.
+    are logits named after the sites, over whole plates; a subsample uses its own rows::
 
         guide.logits.<site>            (*batch_shape, *K_parents, K)
         guide.logits.<chain>           (*batch_shape but time, T - 1, *K_parents, K, K)      from each state to the next

@@ -47,6 +47,9 @@ class Dream:
     subsamples: Mapping[str, Tensor] = field(default_factory=dict)
     """The elements of each plate that the dream is of; all of them, where it is not subsampled."""
 
+    def __repr__(self) -> str:
+        return f"Dream of {_shapes(self.observations)}, from {_shapes(self.latents)}"
+
 
 def dream(model: Program, *args: Any, dream_to_args: DreamToArgs | None = None, **kwargs: Any) -> Dream:
     """Returns latents and observations drawn from the model: one dream for each element of a plate of data.
@@ -111,6 +114,11 @@ def dreamt(
     else:
         own_args, own_kwargs = _checked(dream_to_args(dict(observations), *args, **kwargs))
     return Dream(run.latents, observations, own_args, own_kwargs, run.subsamples)
+
+
+def _shapes(values: Mapping[str, Tensor]) -> str:
+    """Names and shapes: a cell of a notebook that ends in a dream has no room for its tensors."""
+    return ", ".join(f"'{name}' {tuple(value.shape)}" for name, value in values.items()) or "nothing"
 
 
 class _Dreamer(Messenger):
