@@ -27,9 +27,8 @@ def parents_of(edges: Edges, latents: Mapping[str, SiteStructure], reads: Mappin
         StructureError: An edge names an unknown latent, or leads from a latent to itself, or the edges form a cycle.
         PlateError: An edge leads out of a plate.
     """
-    pairs = [(parent, child) for child in latents for parent in reads[child]]
-    if edges != "model":
-        pairs = pairs_of(edges, "AutoStructured")
+    own = edges == "model"
+    pairs = [(x, child) for child in latents for x in reads[child]] if own else pairs_of(edges, "AutoStructured")
     for pair in pairs:
         _check_edge(pair, latents)
     parents: dict[str, set[str]] = {name: set() for name in latents}
