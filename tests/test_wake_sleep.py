@@ -728,18 +728,34 @@ def test_a_guide_with_continuous_sites_of_its_own_cannot_dream() -> None:
         machine.sleep(torch.zeros(3, dtype=torch.long))
 
 
-TOO_SMALL = 300
-"""Bytes that hold the tables of one layer of `net`, not of two."""
+TOO_SMALL = 50
+"""Bytes that hold the tables of one layer of `net` for one datum, not of two."""
+
+ONE = BITS[:1]
+
+
+def test_what_fits_in_portions_of_the_data_is_summed_in_portions() -> None:
+    def after_a_wake_phase(max_bytes: float | None) -> tuple[float, Tensor]:
+        pyro.clear_param_store()
+        machine = vfe.WakeSleep(net, net_guide, sgd(0.1), sgd(0.1), max_bytes=max_bytes)
+        return machine.wake(BITS), torch.cat([pyro.param(name).detach().flatten() for name in ("down", "weight")])
+
+    loss, parameters = after_a_wake_phase(None)
+    with pytest.raises(CostError, match="made in portions"):
+        vfe.posterior(net, BITS, max_bytes=100).marginal("top")
+    portioned, same = after_a_wake_phase(100)
+    assert portioned == pytest.approx(loss, rel=1e-12)
+    assert torch.allclose(same, parameters, rtol=0, atol=1e-12)
 
 
 def test_what_does_not_fit_is_sampled_where_that_is_wanted() -> None:
     with pytest.raises(CostError):
-        vfe.WakeSleep(net, net_guide, sgd(0.1), sgd(0.1), max_bytes=TOO_SMALL).step(BITS)
+        vfe.WakeSleep(net, net_guide, sgd(0.1), sgd(0.1), max_bytes=TOO_SMALL).step(ONE)
     machine = vfe.WakeSleep(net, net_guide, adam(), adam(), max_bytes=TOO_SMALL, on_cost="sample")
     with pytest.warns(VFEWarning, match="would not fit, so .* drawn from the guide"):
-        first = machine.step(BITS)
-    exact = vfe.FreeEnergy().decompose(net, net_guide, BITS)
-    energies = [vfe.WakeSleep.wake(machine, BITS) for _ in range(10)]
+        first = machine.step(ONE)
+    exact = vfe.FreeEnergy().decompose(net, net_guide, ONE)
+    energies = [vfe.WakeSleep.wake(machine, ONE) for _ in range(10)]
     assert np.isfinite(first).all()
     assert np.std(energies) > 0
     assert abs(np.mean(energies) - float(exact.energy)) < 10
@@ -748,7 +764,7 @@ def test_what_does_not_fit_is_sampled_where_that_is_wanted() -> None:
 def test_a_run_says_once_where_the_free_energy_is_an_estimate() -> None:
     machine = vfe.WakeSleep(net, net_guide, adam(), adam(), max_bytes=TOO_SMALL, on_cost="sample")
     with pytest.warns(VFEWarning, match="F is an estimate now"):
-        run = run_of(machine, BITS, num_steps=3, every=1)
+        run = run_of(machine, ONE, num_steps=3, every=1)
     assert np.isnan(run.history.stderr).all()
     assert run.changes_asleep.size == 0
     assert "sleep phases read" not in str(run)
@@ -758,7 +774,7 @@ def test_a_run_says_once_where_the_free_energy_cannot_be_known() -> None:
     """The wake phase draws what a reading would have to sum."""
     machine = vfe.WakeSleep(net, draws(net_guide), adam(), adam(), max_bytes=TOO_SMALL)
     with pytest.warns(VFEWarning, match=r"Before the first step.*cannot be taken apart") as warned:
-        run = run_of(machine, BITS, num_steps=3, every=1)
+        run = run_of(machine, ONE, num_steps=3, every=1)
     assert len(warned) == 1
     assert np.isnan(run.history.free_energy).all()
     assert len(run.notes) == 1
