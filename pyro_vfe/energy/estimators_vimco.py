@@ -23,8 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.estimators import free_energy_parts
-from pyro_vfe.energy.parts import Parts, conditionals_of
+from pyro_vfe.energy.parts import Parts, conditionals_of, free_energy_parts
 from pyro_vfe.energy.weight_means import log_mean_exp
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.scales import of_other_scale
