@@ -7,7 +7,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.guides.tables import (
-    Program,
+    Init,
     check_start,
     distribution,
     find_latents,
@@ -29,7 +29,7 @@ from pyro_vfe.guides.tables import (
     whole_batch,
     whole_plates,
 )
-from pyro_vfe.program.layout import SiteStructure
+from pyro_vfe.program.layout import Program, SiteStructure
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.tables import over_dims
 
@@ -37,17 +37,16 @@ from pyro_vfe.program.tables import over_dims
 class AutoMeanField(AutoGuide):
     """A guide with an independent categorical for each discrete latent site and plate element.
 
-    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its
-    parameters are
-    logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a subsample
-    uses its own rows. They start where `init` says.
+    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters
+    are logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a
+    subsample uses its own rows. They start where `init` says.
     """
 
     def __init__(
         self,
         model: Program,
         *,
-        init: Literal["uniform", "posterior"] = "uniform",
+        init: Init = "uniform",
         init_scale: float = 0.0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -56,8 +55,7 @@ class AutoMeanField(AutoGuide):
         init: Where the probabilities start: all equal, or at the exact posterior marginals under the model's parameters
             as they are at the first call (a good start where the posterior is sharp; the whole data are needed).
         init_scale: Standard deviation of noise on the starting logits. The uniform start is a saddle point where
-        latents
-            are exchangeable: give a little noise to break the symmetry there.
+            latents are exchangeable: give a little noise to break the symmetry there.
         create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
         """
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
@@ -107,7 +105,7 @@ class AutoMeanField(AutoGuide):
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
         logits = _logits(self, site.name)
         own = rows(logits, site.plates, plates, logits.dim() - 1)
-        return sampled(site, lambda: distribution(site, own), plates)
+        return sampled(site.name, site.plates, lambda: distribution(site, own), plates)
 
     def probabilities(self, name: str) -> Tensor:
         """Returns Q(v) of a latent's values, shape `(*batch_shape, K)`, detached.

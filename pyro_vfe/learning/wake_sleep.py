@@ -123,7 +123,7 @@ class WakeSleep:
         given_guide(model, guide)
         check_optim(optim_model, "optim_model")
         check_optim(optim_guide, "optim_guide")
-        _check_options(guide, num_particles, num_dreams, insomnia, on_cost)
+        _check_options(guide, num_particles, num_dreams, insomnia)
         self.model = model
         self.guide = guide
         self._machine = Machine(model, guide, check=check, max_bytes=max_bytes, on_cost=on_cost)
@@ -329,7 +329,7 @@ class WakeSleep:
         }
 
 
-def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia: float, on_cost: str) -> None:
+def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia: float) -> None:
     if guide is None:
         raise VFEError(
             "WakeSleep was given no guide: there is nothing that could learn from dreams.",
@@ -341,5 +341,3 @@ def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia:
             raise VFEError(f"{name} is {number}.", hint="Use at least one.")
     if not 0 <= insomnia <= 1:
         raise VFEError(f"insomnia is {insomnia}.", hint="Pass a weight from 0 (learn asleep) to 1 (learn awake).")
-    if on_cost not in ("raise", "sample"):
-        raise VFEError(f"on_cost is {on_cost!r}.", hint="Pass 'raise' or 'sample'.")
