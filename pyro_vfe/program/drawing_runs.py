@@ -155,7 +155,7 @@ def _of_bits(fn: Any, value: Tensor) -> Tensor | None:
     if type(fn) is Independent:
         fn, dims = fn.base_dist, fn.reinterpreted_batch_ndims
     logits = fn.__dict__.get("logits") if type(fn) is Bernoulli else None
-    if logits is None or fn._param is not logits:
+    if logits is None or "probs" in fn.__dict__:  # Of two, one was derived: logits of 0 and 1 are clamped.
         return None
     if logits.shape != value.shape or not value.is_floating_point():
         return None
