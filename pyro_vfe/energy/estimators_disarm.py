@@ -139,6 +139,7 @@ class _Signed(Scorer):
     """Scores draws by their logits times given numbers, summed over the event."""
 
     signs: Mapping[str, Tensor]
+    of_draws = True
 
     def scored(self, site: Site, fn: Any) -> Tensor:
         """The sum, of a shape that broadcasts to the batch.
