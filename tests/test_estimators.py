@@ -749,3 +749,16 @@ def test_a_draw_is_as_probable_as_it_is_however_much_it_counts(
     torch.testing.assert_close(loss, exact.detach())
     for parameter, expected in gradients(exact).items():
         torch.testing.assert_close(found[parameter], expected, msg=lambda text, p=parameter: f"{p}: {text}")
+
+
+def test_probabilities_that_torch_clamps_have_the_pairs_that_they_should() -> None:
+    def model() -> None:
+        observe(1.5 * bernoulli("b", real("b_logits")), POINTS[0])
+
+    def guide() -> None:
+        pyro.sample("b", dist.Bernoulli(pyro.param("q", tensor(1e-18))), infer=dict(DRAWN))
+
+    found = [averaged(estimates(model, guide, {"gradient": name}))[2]["q"] for name in ("disarm", "leave-one-out")]
+    prior, data = real("b_logits").sigmoid(), dist.Normal(tensor([0.0, 1.5]), 0.8).log_prob(POINTS[0])
+    expected = (tensor(1e-18) / prior).log() - data[1] + (1 - prior).log() + data[0]
+    torch.testing.assert_close(torch.stack(found), expected.detach().expand(2))
