@@ -7,6 +7,7 @@ References:
     Dayan, Hinton, Neal and Zemel (1995), The Helmholtz machine.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -159,7 +160,7 @@ def check_finite(loss: Tensor, sites: Iterable[Site]) -> None:
     Raises:
         NotFiniteError: It is not; the message names the sites.
     """
-    if bool(loss.isfinite()):
+    if math.isfinite(loss.item()):
         return
     found = [_fault(site) for site in sites if site.kind != "unread"]
     named = ", ".join(dict.fromkeys(words for words in found if words))

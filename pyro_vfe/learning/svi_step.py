@@ -195,7 +195,7 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
             "vfe.FreeEnergy(), which names the site. This step changed nothing.",
         )
     # One sum tells of any entry; only where it is not finite, which large entries can cause too, all are looked at.
-    if all(bool(gradient.sum().isfinite()) for gradient in gradients.values()):
+    if all(math.isfinite(gradient.sum().item()) for gradient in gradients.values()):
         return
     bad = [name for name, gradient in gradients.items() if not bool(_entries(gradient).isfinite().all())]
     if bad:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_vfe.engine.shapes import broadcast_shapes
+from pyro_vfe.program.bits import are_bits
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked
@@ -167,10 +168,11 @@ def _of_bits(fn: Any, value: Tensor) -> Tensor | None:
         return None
     if logits.shape != value.shape or not value.is_floating_point():
         return None
-    if fn._validate_args:
+    if fn._validate_args and not are_bits(value):
         fn._validate_sample(value)
-    values = -binary_cross_entropy_with_logits(logits, value, reduction="none")
-    return values.sum(tuple(range(-dims, 0))) if dims else values
+    costs = binary_cross_entropy_with_logits(logits, value, reduction="none")
+    # The sign comes last: to negate every bit would take another large tensor here, and one in the gradient.
+    return -(costs.sum(tuple(range(-dims, 0))) if dims else costs)
 
 
 def log_prob_of(site: Site) -> Tensor:
