@@ -15,11 +15,12 @@ from programs.case import bernoulli, categorical, noise, real, simplex, tensor
 from programs.networks import POINTS, MixtureModule, RecognitionModule
 from pyro import poutine
 from pyro.infer import ReweightedWakeSleep
+from pyro.nn import PyroModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import CostError, NotFiniteError, StructureError, VFEError, VFEWarning
+from pyro_vfe.errors import CostError, NameClashError, NotFiniteError, StructureError, VFEError, VFEWarning
 from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.sleep_phase import Sleep
 from pyro_vfe.program.dreams import Dream
@@ -586,6 +587,55 @@ def test_modules_learn_from_each_other() -> None:
     assert dict(model.named_parameters())["decoder.0.weight"].grad is None or not any(
         weight.grad is not None and weight.grad.any() for weight in model.parameters()
     )
+
+
+class _Net(PyroModule):
+    """A part called "net", in a module with a name or without."""
+
+    def __init__(self, name: str, inputs: int, outputs: int) -> None:
+        super().__init__(name)
+        self.net = PyroModule[torch.nn.Linear](inputs, outputs)
+
+
+class _Generative(_Net):
+    def forward(self, u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            v = pyro.sample("v", dist.Bernoulli(0.5))
+            pyro.sample("u", dist.Bernoulli(logits=self.net(v[..., None])).to_event(1), obs=u)
+
+
+class _Recognition(_Net):
+    def forward(self, u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            pyro.sample("v", dist.Bernoulli(logits=self.net(u).squeeze(-1)))
+
+
+def train_by_wake_sleep(model: Any, guide: Any, u: Tensor) -> None:
+    run_of(vfe.WakeSleep(model, guide, adam(0.01), adam(0.01)), u, num_steps=2)
+
+
+def train_by_fit(model: Any, guide: Any, u: Tensor) -> None:
+    vfe.fit(model, guide, u, optim=adam(0.01), num_steps=2, progress_bar=False)
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("train", [train_by_wake_sleep, train_by_fit])
+def test_parts_of_two_modules_with_one_name_are_refused(train: Callable[..., None], model_first: bool) -> None:
+    u = torch.eye(3)
+    model, guide = _Generative("", 1, 3), _Recognition("", 3, 1)
+    before = [own.detach().clone() for own in (*model.parameters(), *guide.parameters())]
+    if model_first:
+        model(u)
+    with pytest.raises(NameClashError, match=r"'net\.bias', 'net\.weight'.*another by that name"):
+        train(model, guide, u)
+    after = [*model.parameters(), *guide.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    pyro.clear_param_store()
+    model, guide = _Generative("model", 1, 3), _Recognition("guide", 3, 1)
+    before = [own.detach().clone() for own in (*model.parameters(), *guide.parameters())]
+    train(model, guide, u)
+    after = [*model.parameters(), *guide.parameters()]
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_batches_are_cycled_and_read_at_held_out_data_where_there_are_any() -> None:

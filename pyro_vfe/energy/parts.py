@@ -55,7 +55,7 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
         if name not in enumeration.draws:
             result.append(factor)
             continue
-        score = enumeration.scores.get(name, factor)
+        score = enumeration.scores.get(name, enumeration.own_scores.get(name, factor))
         if score is not None:
             # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
             score = _drawn_as_one(score, enumeration)

@@ -55,7 +55,7 @@ class Sleep:
         machine.look(args, kwargs)
         losses = [self._of_dream(args, kwargs) for _ in range(self._num_dreams)]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        gradients(loss if self._weight == 1.0 else self._weight * loss, machine.phi)
+        gradients(loss if self._weight == 1.0 else self._weight * loss, machine.phi, machine.strangers)
         return loss.item()
 
     def _of_dream(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -67,7 +67,7 @@ class Wake:
             for _ in range(self._num_particles)
         ]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        gradients(loss, machine.theta)
+        gradients(loss, machine.theta, machine.strangers)
         return loss.item()
 
     def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -126,8 +126,8 @@ class ReweightedWake:
         )
         if self._insomnia > 0:
             _check_covers(losses.guide)
-            gradients(self._insomnia * losses.guide, machine.phi)
-        gradients(losses.model, machine.theta)
+            gradients(self._insomnia * losses.guide, machine.phi, machine.strangers)
+        gradients(losses.model, machine.theta, machine.strangers)
         return losses.surprise
 
     def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Losses:

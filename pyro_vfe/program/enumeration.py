@@ -106,13 +106,22 @@ class Enumeration:
     """Where tables are too large to be made whole: the enumeration in portions. The tables are withheld then."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
+    own_scores: Mapping[str, Factor] = field(default_factory=dict)
+    """The log-probabilities of draws whose factors are something else: under a mask, or weighted by a latent."""
     scores: Mapping[str, Factor | None] = field(default_factory=dict)
     """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
         parameters = {name: value.detach() for name, value in self.parameters.items()}
-        return {**self.__dict__, "rescored": _not_here, "parameters": parameters, "scores": {}, "portions": None}
+        return {
+            **self.__dict__,
+            "rescored": _not_here,
+            "parameters": parameters,
+            "own_scores": {},
+            "scores": {},
+            "portions": None,
+        }
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:
@@ -142,7 +151,7 @@ class Enumeration:
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
-        return replace(self, paths=(), rescored=_not_here, parameters={}, scores={}, portions=portions)
+        return replace(self, paths=(), rescored=_not_here, parameters={}, own_scores={}, scores={}, portions=portions)
 
     @property
     def parts(self) -> "Iterable[Enumeration]":
