@@ -10,7 +10,6 @@ References:
     Gershman and Goodman (2014), Amortized inference in probabilistic reasoning.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,6 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from pyro_vfe.guides.amortized_latents import latents_of
 from pyro_vfe.guides.amortized_logits import Rows, called, divided
 from pyro_vfe.guides.amortized_networks import network_for, registered, unregistered
 from pyro_vfe.guides.amortized_plan import Plan, Question, Step, plan_of, shape_key
+from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.tables import frame, sampled
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
@@ -41,7 +40,7 @@ _MAX_PLANS = 32
 """How many shapes of data are remembered."""
 
 
-class AutoAmortized(AutoGuide):
+class AutoAmortized(OwnGuide):
     """A guide whose probabilities are a network's function of the data: it serves any data, those never seen as well.
 
     A `pyro.infer.autoguide.AutoGuide`. One network speaks of all discrete latents: the last dim of its output holds
@@ -148,32 +147,12 @@ class AutoAmortized(AutoGuide):
 
     def _rehearsed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """A plan that has been carried out once, so that a network which does not fit leaves nothing in the store."""
-        if self._model is None:
-            raise StructureError(
-                "AutoAmortized was loaded without its model, and is called with arguments of shapes that it has not "
-                "met before.",
-                hint="Make it anew, vfe.AutoAmortized(model, network), and load its state_dict.",
-            )
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             plan = plan_of(self._question, latents_of(self.model, args, kwargs))
             self._prototype_frames = _frames(plan)
             self._run(plan, args, kwargs, unregistered)
         self.prototype_trace = pyro.poutine.Trace()
         return plan
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the model, which need not be something that can be pickled; the guide itself keeps it."""
-        # AutoGuide's own method takes the model from the guide that is copied.
-        state: dict[str, Any] = super(AutoGuide, self).__getstate__()
-        return {**state, "_model": None, "master": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoAmortized":
-        """A guide for the same model, with weights of its own."""
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
-        made.__dict__["_model"] = self._model
-        return made
 
 
 def _frames(plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from pyro_vfe.energy.conditionals import Around, Parents, conditionals, separato
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import Posterior
 from pyro_vfe.errors import MissingGuideSiteError, StructureError
+from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, sample_given
 from pyro_vfe.guides.tables import Latent, check_size, find_latents
 from pyro_vfe.program.calls import kept
@@ -35,7 +35,7 @@ from pyro_vfe.program.recorder import draws_so_far
 from pyro_vfe.program.supports import unwrapped
 
 
-class AutoPosterior(AutoGuide):
+class AutoPosterior(OwnGuide):
     """The exact posterior of the model's discrete latents, as a guide; for small models.
 
     Each call computes P(v | u) under the model's parameters as they are, and samples every latent from its exact

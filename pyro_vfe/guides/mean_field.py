@@ -7,25 +7,26 @@ References:
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.engine.factors import Table
+from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.tables import (
     Init,
     check_start,
+    create_missing,
     distribution,
     find_latents,
     read_parameter,
     rows,
     sampled,
-    set_parameter,
     whole_batch,
     whole_plates,
 )
@@ -34,13 +35,15 @@ from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.tables import over_dims
 
 
-class AutoMeanField(AutoGuide):
+class AutoMeanField(OwnGuide):
     """A guide with an independent categorical for each discrete latent site and plate element.
 
     A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters
     are logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a
-    subsample uses its own rows. They start where `init` says.
+    subsample uses its own rows. They are made at the first call, where `init` says, or by `load_state_dict` before it.
     """
+
+    holders = ("logits",)
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class AutoMeanField(AutoGuide):
         self.init = init
         self.init_scale = init_scale
         self._latents: dict[str, SiteStructure] = {}
+        self.logits = PyroModule()
 
     @property
     def whole_plates(self) -> tuple[str, ...]:
@@ -69,26 +73,27 @@ class AutoMeanField(AutoGuide):
         return whole_plates(site.plates for site in self._latents.values())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._latents, _ = find_latents(self, "AutoMeanField", args, kwargs)
+        latents, _ = find_latents(self, "AutoMeanField", args, kwargs)
+        check_start("AutoMeanField", self.init, latents)
+        starts = self._posterior_start(latents, args, kwargs) if self.init == "posterior" else {}
+        for name, site in latents.items():
+            create_missing(self.logits, name, partial(self._start, site, starts.get(name)))
+        self._latents = latents
         self.prototype_trace = pyro.poutine.Trace()
-        self.logits = PyroModule()
-        for site in self._latents.values():
-            set_parameter(self.logits, site.name, self._initial_logits(site))
-        if self.init == "posterior":
-            self._start_at_posterior(args, kwargs)
 
-    def _start_at_posterior(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_start("AutoMeanField", self.init, self._latents)
+    def _posterior_start(
+        self, latents: Mapping[str, SiteStructure], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
-            for site in self._latents.values():
-                logits = _logits(self, site.name)
-                probabilities = over_dims(exact.marginal_table(site.name), site.plates).to(logits)
-                logits.add_(probabilities.clamp(min=torch.finfo(logits.dtype).tiny).log())
+            return {name: over_dims(exact.marginal_table(name), site.plates) for name, site in latents.items()}
 
-    def _initial_logits(self, site: SiteStructure) -> Tensor:
+    def _start(self, site: SiteStructure, probabilities: Tensor | None) -> Tensor:
         assert site.support is not None
-        return self.init_scale * torch.randn(_shape(site), device=site.support.device)
+        logits = self.init_scale * torch.randn(_shape(site), device=site.support.device)
+        if probabilities is None:
+            return logits
+        return logits + probabilities.to(logits).clamp(min=torch.finfo(logits.dtype).tiny).log()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every discrete latent and returns the values by site name.

@@ -181,7 +181,8 @@ def find_latents(
     if not latents:
         raise StructureError(
             f"{who} found no discrete latent with a finite support in the model.",
-            hint="Use one of Pyro's autoguides for continuous latents.",
+            hint="Use one of Pyro's autoguides for continuous latents; vfe.AutoAmortized or a guide of your own draws "
+            "latents that the model marks infer={'enumerate': None}.",
         )
     for site in latents.values():
         for plate in site.plates:
@@ -247,16 +248,3 @@ def create_missing(holder: PyroModule, name: str, start: Callable[[], Tensor]) -
     """
     if attribute(name) not in dict(holder.named_parameters()):
         set_parameter(holder, name, start())
-
-
-def loaded_modules(holder: PyroModule, state: Mapping[str, Tensor], prefix: str) -> None:
-    """Makes the parameters of a module that a state is about to be loaded into.
-
-    Args:
-        holder: The module.
-        state: What `load_state_dict` was given.
-        prefix: What the module's names begin with there.
-    """
-    for name, value in state.items():
-        if name.startswith(prefix):
-            deep_setattr(holder, name.removeprefix(prefix), torch.nn.Parameter(torch.empty_like(value)))
