@@ -1,5 +1,8 @@
 """The mean-field guide: where it starts, what it holds, and what it costs."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -327,3 +330,63 @@ def test_on_a_chain_it_costs_what_independence_costs() -> None:
     )
     for found, wanted in zip(q, expected, strict=True):
         torch.testing.assert_close(found, wanted.softmax(-1), rtol=1e-5, atol=1e-6)
+
+
+# --- Copies, files and failures ---
+
+
+def coin(u: torch.Tensor) -> None:
+    value = pyro.sample("v", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+    pyro.sample("u", dist.Normal(value.to(u), 1.0), obs=u)
+
+
+GUIDES = [vfe.AutoMeanField, vfe.AutoStructured, vfe.AutoPosterior]
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_copies_serve_the_same_model_and_leave_the_guide_its_own(kind: Any) -> None:
+    with pyro.settings.context(module_local_params=True):
+        guide, datum = kind(coin), torch.tensor(0.7)
+        early = copy.deepcopy(guide)
+        loss = vfe.FreeEnergy().loss(coin, guide, datum)
+        for made in (copy.deepcopy(guide), early, guide):
+            assert made.model is coin
+            assert vfe.FreeEnergy().loss(coin, made, datum) == pytest.approx(loss, abs=1e-14)
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_a_pickled_guide_leaves_its_model_behind_and_says_so(kind: Any) -> None:
+    guide, datum = kind(coin), torch.tensor(0.7)
+    made = pickle.loads(pickle.dumps(guide))
+    with pytest.raises(StructureError, match="without its model"):
+        made(datum)
+    assert guide(datum).keys() == {"v"}
+
+
+def test_a_state_can_be_loaded_before_the_first_call() -> None:
+    with pyro.settings.context(module_local_params=True):
+        guide, datum = vfe.AutoMeanField(coin, init_scale=1.0), torch.tensor(0.7)
+        loss = vfe.FreeEnergy().loss(coin, guide, datum)
+        buffer = io.BytesIO()
+        torch.save(guide.state_dict(), buffer)
+        buffer.seek(0)
+        other = vfe.AutoMeanField(coin, init="posterior")
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+        assert vfe.FreeEnergy().loss(coin, other, datum) == loss
+
+
+@pytest.mark.parametrize("kind", [vfe.AutoMeanField, vfe.AutoStructured])
+def test_a_first_call_that_fails_is_no_first_call(kind: Any) -> None:
+    """The posterior cannot be had from a subsample: the next call must not begin somewhere else instead."""
+
+    def model(u: torch.Tensor, size: int) -> None:
+        with pyro.plate("data", len(u), subsample_size=size) as present:
+            value = pyro.sample("v", dist.Categorical(torch.tensor([0.2, 0.8])))
+            pyro.sample("u", dist.Normal(value.to(u), 1.0), obs=u[present])
+
+    data = torch.tensor([0.1, 0.9, 0.4])
+    guide = kind(model, init="posterior")
+    for _ in range(2):
+        with pytest.raises(StructureError, match="subsampled"):
+            guide(data, 2)
+    assert float(vfe.FreeEnergy().decompose(model, guide, data, 3).gap) == pytest.approx(0.0, abs=1e-12)

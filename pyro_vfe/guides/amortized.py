@@ -10,29 +10,28 @@ References:
     Gershman and Goodman (2014), Amortized inference in probabilistic reasoning.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
 from pyro_vfe.errors import StructureError
-from pyro_vfe.guides.amortized_inputs import Inputs, signature_of
+from pyro_vfe.guides.amortized_inputs import Inputs
 from pyro_vfe.guides.amortized_latents import latents_of
-from pyro_vfe.guides.amortized_logits import Rows, Share, called, divided
+from pyro_vfe.guides.amortized_logits import Rows, called, divided
 from pyro_vfe.guides.amortized_networks import network_for, registered, unregistered
 from pyro_vfe.guides.amortized_plan import Plan, Question, Step, plan_of, shape_key
+from pyro_vfe.guides.base import OwnGuide
+from pyro_vfe.guides.tables import frame, sampled
+from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
-from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
-
-Program = Callable[..., Any]
+from pyro_vfe.program.recorder import Plate
+from pyro_vfe.program.signatures import signature_of
 
 Chosen = Callable[[PyroModule, str | None], nn.Module]
 """Finds a guide's network of a site."""
@@ -41,7 +40,7 @@ _MAX_PLANS = 32
 """How many shapes of data are remembered."""
 
 
-class AutoAmortized(AutoGuide):
+class AutoAmortized(OwnGuide):
     """A guide whose probabilities are a network's function of the data: it serves any data, those never seen as well.
 
     A `pyro.infer.autoguide.AutoGuide`. One network speaks of all discrete latents: the last dim of its output holds
@@ -130,8 +129,9 @@ class AutoAmortized(AutoGuide):
         for step in plan.steps:
             logits = _logits(network(self, step.site), step, inputs, [rows[plate.name] for plate in step.plates])
             for share in step.order:
-                name = share.latent.name
-                inputs.values[name] = _sample(share, share.distribution(logits[name], inputs.values), plates)
+                latent = share.latent
+                fn = partial(share.distribution, logits[latent.name], inputs.values)
+                inputs.values[latent.name] = sampled(latent.name, latent.plates, fn, plates, drawn=latent.drawn)
         return {name: inputs.values[name] for name in plan.latents}
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -147,12 +147,6 @@ class AutoAmortized(AutoGuide):
 
     def _rehearsed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """A plan that has been carried out once, so that a network which does not fit leaves nothing in the store."""
-        if self._model is None:
-            raise StructureError(
-                "AutoAmortized was loaded without its model, and is called with arguments of shapes that it has not "
-                "met before.",
-                hint="Make it anew, vfe.AutoAmortized(model, network), and load its state_dict.",
-            )
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             plan = plan_of(self._question, latents_of(self.model, args, kwargs))
             self._prototype_frames = _frames(plan)
@@ -160,27 +154,10 @@ class AutoAmortized(AutoGuide):
         self.prototype_trace = pyro.poutine.Trace()
         return plan
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the model, which need not be something that can be pickled; the guide itself keeps it."""
-        # AutoGuide's own method takes the model from the guide that is copied.
-        state: dict[str, Any] = super(AutoGuide, self).__getstate__()
-        return {**state, "_model": None, "master": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoAmortized":
-        """A guide for the same model, with weights of its own."""
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
-        made.__dict__["_model"] = self._model
-        return made
-
 
 def _frames(plan: Plan) -> dict[str, Any]:
     """What Pyro's guides make their plates from."""
-    return {
-        plate.name: CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
-        for plate in plan.plates.values()
-    }
+    return {name: frame(plate) for name, plate in plan.plates.items()}
 
 
 def _logits(network: nn.Module, step: Step, inputs: Inputs, rows: Sequence[Rows]) -> dict[str, Tensor]:
@@ -193,17 +170,6 @@ def _logits(network: nn.Module, step: Step, inputs: Inputs, rows: Sequence[Rows]
 
     output = called(network, inputs.read(step.source, network, step.whose, present), step.whose)
     return divided(output, step.shares, rows, inputs.carried(step.source), step.whose)
-
-
-def _sample(share: Share, fn: Any, plates: Mapping[str, Any]) -> Tensor:
-    infer: Any = {FOLLOWS_MODEL: True}
-    if share.latent.drawn:
-        infer["enumerate"] = None
-    with ExitStack() as stack:
-        for plate in share.latent.plates:
-            stack.enter_context(plates[plate.name])
-        value: Tensor = pyro.sample(share.latent.name, fn, infer=infer)
-    return value
 
 
 def _rows(plate: Plate, live: Any, given: bool) -> Rows:

@@ -7,47 +7,49 @@ References:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.engine.factors import Table
+from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.tables import (
-    Program,
+    Init,
     check_start,
+    create_missing,
     distribution,
     find_latents,
     read_parameter,
     rows,
     sampled,
-    set_parameter,
     whole_batch,
     whole_plates,
 )
-from pyro_vfe.program.layout import SiteStructure
+from pyro_vfe.program.layout import Program, SiteStructure
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.tables import over_dims
 
 
-class AutoMeanField(AutoGuide):
+class AutoMeanField(OwnGuide):
     """A guide with an independent categorical for each discrete latent site and plate element.
 
-    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its
-    parameters are
-    logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a subsample
-    uses its own rows. They start where `init` says.
+    A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters
+    are logits named after the sites, `guide.logits.<site>` with shape `(*batch_shape, K)` over whole plates; a
+    subsample uses its own rows. They are made at the first call, where `init` says, or by `load_state_dict` before it.
     """
+
+    holders = ("logits",)
 
     def __init__(
         self,
         model: Program,
         *,
-        init: Literal["uniform", "posterior"] = "uniform",
+        init: Init = "uniform",
         init_scale: float = 0.0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -56,14 +58,14 @@ class AutoMeanField(AutoGuide):
         init: Where the probabilities start: all equal, or at the exact posterior marginals under the model's parameters
             as they are at the first call (a good start where the posterior is sharp; the whole data are needed).
         init_scale: Standard deviation of noise on the starting logits. The uniform start is a saddle point where
-        latents
-            are exchangeable: give a little noise to break the symmetry there.
+            latents are exchangeable: give a little noise to break the symmetry there.
         create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
         """
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
         self.init = init
         self.init_scale = init_scale
         self._latents: dict[str, SiteStructure] = {}
+        self.logits = PyroModule()
 
     @property
     def whole_plates(self) -> tuple[str, ...]:
@@ -71,26 +73,27 @@ class AutoMeanField(AutoGuide):
         return whole_plates(site.plates for site in self._latents.values())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._latents, _ = find_latents(self, "AutoMeanField", args, kwargs)
+        latents, _ = find_latents(self, "AutoMeanField", args, kwargs)
+        check_start("AutoMeanField", self.init, latents)
+        starts = self._posterior_start(latents, args, kwargs) if self.init == "posterior" else {}
+        for name, site in latents.items():
+            create_missing(self.logits, name, partial(self._start, site, starts.get(name)))
+        self._latents = latents
         self.prototype_trace = pyro.poutine.Trace()
-        self.logits = PyroModule()
-        for site in self._latents.values():
-            set_parameter(self.logits, site.name, self._initial_logits(site))
-        if self.init == "posterior":
-            self._start_at_posterior(args, kwargs)
 
-    def _start_at_posterior(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_start("AutoMeanField", self.init, self._latents)
+    def _posterior_start(
+        self, latents: Mapping[str, SiteStructure], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
-            for site in self._latents.values():
-                logits = _logits(self, site.name)
-                probabilities = over_dims(exact.marginal_table(site.name), site.plates).to(logits)
-                logits.add_(probabilities.clamp(min=torch.finfo(logits.dtype).tiny).log())
+            return {name: over_dims(exact.marginal_table(name), site.plates) for name, site in latents.items()}
 
-    def _initial_logits(self, site: SiteStructure) -> Tensor:
+    def _start(self, site: SiteStructure, probabilities: Tensor | None) -> Tensor:
         assert site.support is not None
-        return self.init_scale * torch.randn(_shape(site), device=site.support.device)
+        logits = self.init_scale * torch.randn(_shape(site), device=site.support.device)
+        if probabilities is None:
+            return logits
+        return logits + probabilities.to(logits).clamp(min=torch.finfo(logits.dtype).tiny).log()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every discrete latent and returns the values by site name.
@@ -107,7 +110,7 @@ class AutoMeanField(AutoGuide):
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
         logits = _logits(self, site.name)
         own = rows(logits, site.plates, plates, logits.dim() - 1)
-        return sampled(site, lambda: distribution(site, own), plates)
+        return sampled(site.name, site.plates, lambda: distribution(site, own), plates)
 
     def probabilities(self, name: str) -> Tensor:
         """Returns Q(v) of a latent's values, shape `(*batch_shape, K)`, detached.

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -22,28 +21,27 @@ from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, present, sample_given
 from pyro_vfe.guides.edges import Edges, Parents, parents_of
 from pyro_vfe.guides.tables import (
     Init,
     Latent,
-    Program,
     check_size,
     check_start,
     create_missing,
     find_latents,
     latent_of,
-    loaded_modules,
     read_parameter,
     whole_plates,
 )
-from pyro_vfe.program.layout import SiteStructure, no_guide
+from pyro_vfe.program.layout import Program, SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.provenance import out_of_sight
 from pyro_vfe.program.randomness import undisturbed_randomness
 
 
-class AutoStructured(AutoGuide):
+class AutoStructured(OwnGuide):
     """A guide with a free conditional table for each discrete latent, given the latents it has edges from.
 
     A `pyro.infer.autoguide.AutoGuide`: combine it with a guide for other latents in an `AutoGuideList`. Its parameters
@@ -57,6 +55,8 @@ class AutoStructured(AutoGuide):
     `vfe.MarkovChain` of the guide. With the model's own edges F reaches the surprise on chains and trees; elsewhere
     (two causes of one datum, say) the posterior has dependencies that the prior lacks, and naming them closes the gap.
     """
+
+    holders = ("logits", "initial_logits")
 
     def __init__(
         self,
@@ -215,12 +215,6 @@ class AutoStructured(AutoGuide):
             read_parameter(self.logits, name, table),
             None if initial is None else read_parameter(self.initial_logits, name, initial),
         )
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.prototype_trace is None:
-            for holder in ("logits", "initial_logits"):
-                loaded_modules(getattr(self, holder), state_dict, f"{prefix}{holder}.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _LOOK_BYTES = 2**28

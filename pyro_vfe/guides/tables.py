@@ -27,8 +27,6 @@ from pyro_vfe.program.parameters import other_shape
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 
-Program = Callable[..., Any]
-
 Init = Literal["uniform", "posterior"]
 
 
@@ -106,19 +104,23 @@ def distribution(latent: SiteStructure | Latent, logits: Tensor) -> Any:
     return Finite(latent.support, logits)
 
 
-def sampled(latent: SiteStructure | Latent, fn: Callable[[], Any], plates: Mapping[str, Any]) -> Tensor:
+def sampled(
+    name: str, around: Iterable[Plate], fn: Callable[[], Any], plates: Mapping[str, Any], *, drawn: bool = False
+) -> Tensor:
     """Samples a latent in its plates, with the weight that the model gives it, and returns its value.
 
     Args:
-        latent: The latent.
+        name: The latent's site.
+        around: The plates around it.
         fn: Makes its distribution, inside the plates.
         plates: Pyro's plates by name.
+        drawn: Whether its values are drawn, and not summed.
     """
     with ExitStack() as stack:
-        for plate in latent.plates:
+        for plate in around:
             stack.enter_context(plates[plate.name])
-        infer: Any = {FOLLOWS_MODEL: True}
-        value: Tensor = pyro.sample(latent.name, fn(), infer=infer)
+        infer: Any = {FOLLOWS_MODEL: True, **({"enumerate": None} if drawn else {})}
+        value: Tensor = pyro.sample(name, fn(), infer=infer)
     return value
 
 
@@ -179,7 +181,8 @@ def find_latents(
     if not latents:
         raise StructureError(
             f"{who} found no discrete latent with a finite support in the model.",
-            hint="Use one of Pyro's autoguides for continuous latents.",
+            hint="Use one of Pyro's autoguides for continuous latents; vfe.AutoAmortized or a guide of your own draws "
+            "latents that the model marks infer={'enumerate': None}.",
         )
     for site in latents.values():
         for plate in site.plates:
@@ -245,16 +248,3 @@ def create_missing(holder: PyroModule, name: str, start: Callable[[], Tensor]) -
     """
     if attribute(name) not in dict(holder.named_parameters()):
         set_parameter(holder, name, start())
-
-
-def loaded_modules(holder: PyroModule, state: Mapping[str, Tensor], prefix: str) -> None:
-    """Makes the parameters of a module that a state is about to be loaded into.
-
-    Args:
-        holder: The module.
-        state: What `load_state_dict` was given.
-        prefix: What the module's names begin with there.
-    """
-    for name, value in state.items():
-        if name.startswith(prefix):
-            deep_setattr(holder, name.removeprefix(prefix), torch.nn.Parameter(torch.empty_like(value)))

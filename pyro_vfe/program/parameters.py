@@ -167,47 +167,45 @@ def other_shape(name: str, stored: torch.Size, own: torch.Size) -> StructureErro
     )
 
 
-def stranger(msg: Any) -> Tensor | None:
-    """Returns the parameter that a module reads while Pyro's store has another tensor under its name, if it does so.
-
-    A `PyroModule` goes on with its own tensor, `pyro.module` and `pyro.param` with the stored one: gradients tell.
-
-    Args:
-        msg: Of a param site, before it is run.
-    """
-    own, name = msg["args"][1] if len(msg["args"]) > 1 else None, msg["name"]
-    stored = pyro.get_param_store()._params.get(name)
-    return own if isinstance(own, torch.nn.Parameter) and stored is not None and stored is not own else None
-
-
 class Strangers(Messenger):
-    """Notes the parameters that modules read while Pyro's store has other tensors under their names."""
+    """Notes tensors of modules that have the name of another tensor in Pyro's store.
+
+    A module computes with its own parameters, whatever Pyro's store has by their names, and optimisers change what is
+    in the store. So a stranger that a loss depends on would not be learned.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, Tensor] = {}
-        """By name."""
+        """The last stranger by each name."""
 
-    def _pyro_param(self, msg: Any) -> None:
-        own = stranger(msg)
-        if own is not None:
-            self.found[msg["name"]] = own
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.meet(msg)
+
+    def meet(self, msg: Any) -> None:
+        """Notes the parameter of a message, if it is a stranger.
+
+        Args:
+            msg: What Pyro says of a parameter that was read.
+        """
+        name, store = msg["name"], pyro.get_param_store()._params
+        start = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(start, torch.nn.Parameter) and name in store and store[name] is not start:
+            self.found[name] = start
 
 
-def two_of_a_name(name: str, own: Tensor) -> NameClashError:
-    """The error for a parameter of a module that optimisers do not find, since another one has its name.
+def two_of_one_name(names: Iterable[str]) -> NameClashError:
+    """The error for parameters of modules that a loss depends on and that Pyro's store does not have.
 
     Args:
-        name: Its name.
-        own: The module's.
+        names: Their names.
     """
-    stored = tuple(unconstrained(name).shape)
+    quoted = ", ".join(f"'{name}'" for name in sorted(names)[:5])
     return NameClashError(
-        f"Two parameters are called '{name}': a module's, of shape {tuple(own.shape)}, and the one that Pyro's store "
-        f"has under this name, of shape {stored}. Only the stored one would be changed; the module's would not learn.",
-        hint="If model and guide both have it, give one of them a name of its own, super().__init__('guide') in its "
-        "__init__, or its attribute another name. If it is left from a module made before, call "
-        "pyro.clear_param_store() first.",
+        f"A module computes with a tensor of its own for parameter {quoted}, and Pyro's store has another by that "
+        "name, of another module: no optimiser would change the first.",
+        hint='Give the modules names, `super().__init__("guide")` in a PyroModule, or their parts different ones; '
+        "where the store holds parameters of earlier modules, call pyro.clear_param_store() first.",
     )
 
 
