@@ -897,3 +897,16 @@ def test_a_history_of_wake_and_sleep_is_printed_drawn_and_kept_by_step() -> None
     np.testing.assert_array_equal(marks["after a wake phase"], [0.5, 1.5, 2.5, 3.5])
     np.testing.assert_array_equal(marks["after a sleep phase"], [1, 2, 3, 4])
     pyplot.close(ax.figure)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["the exact posterior", "tables of its own"])
+def test_a_run_notes_a_guide_that_has_nothing_to_learn(learns: bool) -> None:
+    def model(u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            v = pyro.sample("v", dist.Bernoulli(pyro.param("p", tensor(0.4))))
+            pyro.sample("u", dist.Bernoulli(0.2 + 0.6 * v), obs=u)
+
+    guide = vfe.AutoMeanField(model) if learns else vfe.AutoPosterior(model)
+    machine = vfe.WakeSleep(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.optim.Adam({"lr": 0.01}))
+    run = machine.run(FIRST, num_steps=1, progress_bar=False)
+    assert any("no parameters of its own" in note for note in run.notes) == (not learns)
