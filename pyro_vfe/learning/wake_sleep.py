@@ -306,6 +306,8 @@ class WakeSleep:
 
     def _notes(self, of_batches: bool) -> list[str]:
         notes = ["Each reading of F is of the batch of its step."] if of_batches else []
+        if not self._machine.phi:
+            notes.append("The guide has no parameters of its own: sleep phases change nothing.")
         notes += [
             f"Parameter '{name}' is read by both programs: it is the model's, and sleep phases leave it as it is."
             for name in self._machine.shared

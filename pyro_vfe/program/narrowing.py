@@ -5,12 +5,14 @@
 What `expand` repeated along the dim stays repeated, so that slim tables stay slim.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, Transform
+from torch.distributions.constraints import Constraint
 
 from pyro_vfe.program.log_prob import event_dims_of
 from pyro_vfe.program.recorder import Plate, Site
@@ -39,15 +41,17 @@ def narrowed(fn: Any, dim: int, start: int, length: int) -> Any:
     for name, part in fn.__dict__.items():
         if isinstance(part, Tensor):
             event_dim = event_dims.get("probs" if name == "_param" else name)
-            if event_dim is None:
+            if event_dim is None or not _lies_over(part.shape[: part.dim() - event_dim], fn.batch_shape):
                 return None
             if id(part) not in made:
                 made[id(part)] = stretch(part, dim - event_dim, start, length)
             changed[name] = made[id(part)]
         elif isinstance(part, Distribution):
-            changed[name] = narrowed(part, dim, start, length)
+            changed[name] = _narrowed_part(part, fn, dim, start, length)
             if changed[name] is None:
                 return None
+        elif not _is_same_for_all(part):
+            return None
     return _copy(fn, changed, dim, length)
 
 
@@ -83,6 +87,30 @@ def _narrowed_wrapper(fn: Any, dim: int, start: int, length: int) -> Any:
     if isinstance(fn.__dict__.get("_mask"), Tensor):
         changed["_mask"] = stretch(fn._mask, dim, start, length)
     return _copy(fn, changed, dim, length)
+
+
+def _narrowed_part(part: Any, fn: Any, dim: int, start: int, length: int) -> Any:
+    """A distribution of which another is made; its batch dims are the other's, and more at the right."""
+    more = len(part.batch_shape) - len(fn.batch_shape)
+    if more < 0 or not _lies_over(part.batch_shape[: len(fn.batch_shape)], fn.batch_shape):
+        return None
+    return narrowed(part, dim - more, start, length)
+
+
+def _lies_over(shape: Sequence[int], batch: Sequence[int]) -> bool:
+    """Whether a tensor of the shape has, along each batch dim, an entry for each element or one for all."""
+    pairs = zip(reversed(shape), reversed(batch), strict=False)
+    return len(shape) <= len(batch) and all(size in (1, whole) for size, whole in pairs)
+
+
+def _is_same_for_all(part: Any) -> bool:
+    """Whether what a distribution holds besides tensors and distributions is the same for all elements, for certain."""
+    if isinstance(part, list | tuple):
+        return all(_is_same_for_all(item) for item in part)
+    if isinstance(part, Transform):
+        own = part.inv if type(part).__name__ == "_InverseTransform" else part  # The two hold each other.
+        return all(_is_same_for_all(item) for name, item in own.__dict__.items() if name not in ("_inv", "_cached_x_y"))
+    return part is None or isinstance(part, bool | int | float | str | Constraint)
 
 
 def _copy(fn: Any, changed: dict[str, Any], dim: int, length: int) -> Any:
