@@ -357,3 +357,23 @@ def test_a_sequential_plate_has_as_many_data_as_steps() -> None:
     by_step = terms.by("data").surprise
     mixture = 0.4 * dist.Poisson(1.0).log_prob(u).exp() + 0.6 * dist.Poisson(6.0).log_prob(u).exp()
     torch.testing.assert_close(by_step, -mixture.log())
+
+
+def test_a_decomposition_in_single_precision_keeps_the_probabilities_of_draws() -> None:
+    data, probs = torch.tensor([0.2, 0.9, 1.5]).float(), torch.tensor([0.2, 0.5, 0.9]).float()
+
+    def model(u: Tensor) -> None:
+        with pyro.plate("data", 3):
+            v = pyro.sample("v", dist.Bernoulli(torch.full((), 0.3).float()))
+            pyro.sample("u", dist.Normal(v, 1.0), obs=u)
+
+    def guide(u: Tensor) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("v", dist.Bernoulli(probs), infer={"enumerate": None})
+
+    values = torch.cartesian_prod(*[torch.arange(2.0).float()] * 3)
+    log_q = dist.Bernoulli(probs).log_prob(values).sum(-1)
+    log_p = (dist.Bernoulli(0.3).log_prob(values) + dist.Normal(values, 1.0).log_prob(data)).sum(-1)
+    for _ in range(5):
+        found = vfe.FreeEnergy().decompose(model, guide, data).free_energy
+        assert torch.isclose(found.float(), log_q - log_p, rtol=1e-6).any()

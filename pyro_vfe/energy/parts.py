@@ -149,7 +149,8 @@ def normalized(enumeration: Enumeration, dtype: torch.dtype) -> Enumeration:
 
     def converted(role: str, factor: Factor) -> Factor:
         scale = factor.scale.to(dtype) if isinstance(factor.scale, Table) else factor.scale
-        is_guide = role == "guide"
+        # A draw has one value, whose probability is not 1.
+        is_guide = role == "guide" and factor.name not in enumeration.draws
         return replace(
             factor.mapped(lambda table: _precise(table, dtype, factor.name if is_guide else None)), scale=scale
         )

@@ -190,11 +190,6 @@ def find_latents(
     return latents, branches
 
 
-def set_parameter(holder: PyroModule, name: str, value: Tensor) -> None:
-    """Makes a site's parameter in a module."""
-    deep_setattr(holder, attribute(name), torch.nn.Parameter(value))
-
-
 def check_start(who: str, init: str, latents: Mapping[str, SiteStructure]) -> None:
     """Checks that the posterior can be had where tables are to start at it.
 
@@ -247,4 +242,4 @@ def create_missing(holder: PyroModule, name: str, start: Callable[[], Tensor]) -
         start: Makes the values that it starts from.
     """
     if attribute(name) not in dict(holder.named_parameters()):
-        set_parameter(holder, name, start())
+        deep_setattr(holder, attribute(name), torch.nn.Parameter(start()))

@@ -181,7 +181,9 @@ def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor 
             hint=f"Sample '{name}' in the guide wherever the model does, or leave it out of the guide altogether.",
         )
     if role == "guide" and key in run.factors and ("model", name) not in run.factors:
-        readers = [f.name for f in run.factors.values() if f.name != name and name in f.axes]
+        others = {other: f for other, f in run.factors.items() if f.name != name and name in f.axes}
+        # A reader of the guide that the model lacks here too is pinned itself: it reads nothing.
+        readers = [f.name for other, f in others.items() if other[0] == "model" or ("model", f.name) in run.factors]
         if readers:
             raise StructureError(
                 f"The guide has latent site '{name}' in a branch where the model has not, and '{readers[0]}' reads it.",
