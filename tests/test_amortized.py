@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -822,24 +821,6 @@ def test_TraceEnum_ELBO_takes_it_as_a_guide_too() -> None:
     marked = pyro.infer.config_enumerate(guide.forward, default="parallel")
     ours = vfe.FreeEnergy().loss(nested, guide, GRID)
     assert ours == pytest.approx(TraceEnum_ELBO(max_plate_nesting=2).loss(nested, marked, GRID), rel=1e-10)
-
-
-def test_DistributedDataParallel_trains_it(tmp_path: Path) -> None:
-    with pyro.settings.context(module_local_params=True):
-        model = Machine()
-        module = vfe.FreeEnergy()(model, vfe.AutoAmortized(model, copy.deepcopy(LAYERED["mid"]), "u"))
-        expected = torch.autograd.grad(module(u=BITS), list(module.parameters()))
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            replica = nn.parallel.DistributedDataParallel(module)
-            replica(u=BITS).backward()
-        finally:
-            torch.distributed.destroy_process_group()
-    names = {name for name, _ in module.named_parameters()}
-    assert names == {"model.weight", "model.on_unconstrained"} | {
-        f"guide.network.{name}" for name in LAYERED["mid"].state_dict()
-    }
-    torch.testing.assert_close([weight.grad for weight in module.parameters()], list(expected), rtol=1e-12, atol=1e-14)
 
 
 # --- Latents that are drawn ---
