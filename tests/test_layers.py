@@ -485,3 +485,31 @@ def test_probabilities_of_zero_and_one_are_exact_in_large_layers(dtype: torch.dt
     inside = (probs > 0) & (probs < 1)
     (by_hand,) = torch.autograd.grad(log_prob(fn, data)[possible].sum(), fn.base_dist.probs)
     assert torch.allclose(gradient[:8, 0][inside], by_hand[:8, 0][inside], rtol=1e-4)
+
+
+def kept_for_the_backward_pass(loss: Tensor) -> int:
+    """The bytes that the nodes of a graph hold besides what torch saves (which a checkpoint drops)."""
+    seen: set[Any] = set()
+    storages: dict[int, int] = {}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if (statistics := getattr(node, "statistics", None)) is not None:
+            for values in (statistics.x, *statistics.form.parameters.values()):
+                storages[values.untyped_storage().data_ptr()] = values.untyped_storage().nbytes()
+    assert any(hasattr(node, "statistics") for node in seen), "no matrix product was made"
+    return sum(storages.values())
+
+
+def test_a_table_s_graph_keeps_neither_the_data_nor_the_parameters() -> None:
+    """What a checkpoint cannot drop stays for every portion: gigabytes, for many portions."""
+    logits = noise(2**9, 1, VISIBLE, seed=0).requires_grad_()
+    table = product_table(dist.Bernoulli(logits=logits).to_event(1), DATA.repeat(60, 1))
+    assert table is not None
+    assert kept_for_the_backward_pass(table.sum()) <= 100
+    table.sum().backward()
+    assert logits.grad is not None and bool((logits.grad != 0).all())
