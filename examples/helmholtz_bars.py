@@ -46,6 +46,7 @@ import pyro.distributions as dist
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -350,6 +351,7 @@ def draw_images(data: Bars, scores: list[Score]) -> Figure:
     """Draws images and the dreams of each machine; what is no image of bars is framed."""
     figure = plt.figure(figsize=(11, 7), layout="constrained")
     bars_alone = {tuple(image) for image in data.images.tolist()}
+    figure.supxlabel("framed: not an image of bars", fontsize="medium")
     titled = {"images of bars": data.drawn(NUM_SHOWN)}
     titled |= {f"{one.name}: {one.bars_dreamt:.0%} of its dreams are bars": one.dreams for one in scores}
     parts = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat
@@ -393,6 +395,7 @@ def draw_histories(scores: list[Score], runs: dict[str, Run]) -> Figure:
         vfe.plot_free_energy(above_entropy(runs[one.name], one.entropy), ax=axes)
         title = f"{one.name}:\nF ends {one.excess:.2f} nats above the entropy"
         axes.set(title=title, ylabel="nats per image above the entropy", xlabel="step", ylim=(0, None))
+        axes.label_outer()
     return figure
 
 
@@ -400,13 +403,17 @@ def draw_excess(scores: list[Score], runs: dict[str, Run]) -> Figure:
     """Draws both parts of the excess while the machines learned."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for one, color, style in zip(scores, (DARK, LIGHT, GREY), ("-", "--", "-"), strict=True):
-        history = runs[one.name].history
+        # After wake phases there is a reading too: at the same step, before the recognition model has slept on it.
+        history = vfe.History(tuple(row for row in runs[one.name].history.rows if row.phase != "wake"))
         left.plot(history.iteration, history.surprise - one.entropy, style, color=color, label=one.name)
         right.plot(history.iteration, history.gap, style, color=color, label=one.name)
-    left.set(title="The generative model's: surprise less entropy", ylabel="nats per image")
-    right.set(title="The recognition model's: the gap")
+    left.set_title("The generative model's: surprise less entropy")
+    right.set_title("The recognition model's: the gap")
     for axes in (left, right):
-        axes.set(xlabel="step", yscale="log")
+        axes.set(xlabel="step", ylabel="nats per image", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="small")
     return figure

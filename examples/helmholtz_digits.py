@@ -414,7 +414,8 @@ def draw_sleep(asleep: Sequence[Asleep]) -> Figure:
     axes.plot(places, [one.divergence for one in asleep], "s--", color=P_COLOR, label="KL(P(v|u) ‖ Q), dreams")
     axes.plot(places, [one.gap for one in asleep], "o-", color=Q_COLOR, label="KL(Q ‖ P(v|u)), digits: the gap")
     axes.set_xticks(places, [str(one.num_phases) for one in asleep])
-    axes.set(title="Sleep alone: the generative model is held", xlabel="phases of sleep", ylabel="nats each")
+    axes.set(title="Sleep alone: the generative model is held", xlabel="phases of sleep")
+    axes.set_ylabel("nats per digit, nats per dream")
     axes.legend(fontsize="small")
     return tidy(figure)
 
@@ -472,7 +473,7 @@ def draw_bounds(bounded: Sequence[Bounded], exact: float) -> Figure:
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set(title="Bounds from draws", xlabel="draws for each dream", ylabel="log p(u), nats per dream")
+    axes.set(title="Estimates of bounds, from draws", xlabel="draws for each dream", ylabel="log p(u), nats per dream")
     axes.legend(fontsize="small")
     return tidy(figure)
 

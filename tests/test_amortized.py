@@ -1040,12 +1040,12 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "a circle of inputs": (
         StructureError,
-        "'top', 'mid' depend on each other in a circle",
+        "in a cycle: 'top' -> 'mid' -> 'top'",
         amortized(machine, LAYERED, inputs={"mid": "top", "top": "mid"}),
     ),
     "a circle of edges": (
         StructureError,
-        "in a circle",
+        "in a cycle: 'top' -> 'mid' -> 'top'",
         amortized(machine, fresh, edges=[("top", "mid"), ("mid", "top")]),
     ),
     "an edge out of a plate": (

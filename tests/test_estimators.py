@@ -684,3 +684,81 @@ def test_a_history_holds_F_also_where_the_loss_is_another_bound() -> None:
         readings.append(monitor.history.free_energy)
     torch.testing.assert_close(torch.as_tensor(readings[0]), torch.as_tensor(readings[1]))
     assert (torch.as_tensor(readings[0]) < 99).all()
+
+
+def weighed_by_a_latent() -> tuple[Program, Program]:
+    """How much a draw counts depends on a latent that is enumerated."""
+
+    def model() -> None:
+        v = bernoulli("v", real("v_logits"), drawn=False)
+        with pyro.poutine.scale(scale=0.5 + v):
+            b = bernoulli("b", real("b_logits"))
+        observe(v + 1.5 * b, POINTS[0])
+
+    def guide() -> None:
+        v = bernoulli("v", real("q_v", seed=1), drawn=False)
+        with pyro.poutine.scale(scale=0.5 + v):
+            bernoulli("b", real("q_b", 2, seed=2)[v.long()])
+
+    return model, guide
+
+
+def masked_where_it_is_read() -> tuple[Program, Program]:
+    """A draw costs nothing where it is masked, and is read all the same."""
+    mask = tensor([1.0, 0.0]).bool()
+
+    def model() -> None:
+        with pyro.plate("data", 2):
+            with pyro.poutine.mask(mask=mask):
+                b = bernoulli("b", real("b_logits"))
+            observe(1.5 * b)
+
+    def guide() -> None:
+        with pyro.plate("data", 2), pyro.poutine.mask(mask=mask):
+            bernoulli("b", real("q_b", 2, seed=2))
+
+    return model, guide
+
+
+def summed_by_pyro(model: Program, guide: Program) -> Tensor:
+    """The sum over all draws of their probability times what Pyro says that guide and model cost there."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        with pyro.poutine.trace() as q:
+            guide()
+        with pyro.poutine.trace() as p, pyro.poutine.replay(trace=q.trace):
+            model()
+        cost = q.trace.log_prob_sum() - p.trace.log_prob_sum()
+        drawn = [site for site in q.trace.nodes.values() if site["type"] == "sample"]
+        bare = [getattr(site["fn"], "base_dist", site["fn"]).log_prob(site["value"]).sum() for site in drawn]
+        return torch.stack(bare).sum(), cost
+
+    found = [(prob, log_q, cost) for prob, (log_q, cost) in outcomes(run)]
+    return torch.stack([prob * (log_q - log_q.detach()).exp() * cost for prob, log_q, cost in found]).sum()
+
+
+@pytest.mark.parametrize("options", [ONE, SIDE_BY_SIDE], ids=["one", "side_by_side"])
+@pytest.mark.parametrize("gradient", ["leave-one-out", "disarm"])
+@pytest.mark.parametrize("programs", [weighed_by_a_latent, masked_where_it_is_read])
+def test_a_draw_is_as_probable_as_it_is_however_much_it_counts(
+    programs: Callable[[], tuple[Program, Program]], gradient: str, options: dict[str, Any]
+) -> None:
+    model, guide = programs()
+    _, loss, found, _ = averaged(estimates(model, guide, {"gradient": gradient, **options}))
+    exact = summed_by_pyro(model, guide)
+    torch.testing.assert_close(loss, exact.detach())
+    for parameter, expected in gradients(exact).items():
+        torch.testing.assert_close(found[parameter], expected, msg=lambda text, p=parameter: f"{p}: {text}")
+
+
+def test_probabilities_that_torch_clamps_have_the_pairs_that_they_should() -> None:
+    def model() -> None:
+        observe(1.5 * bernoulli("b", real("b_logits")), POINTS[0])
+
+    def guide() -> None:
+        pyro.sample("b", dist.Bernoulli(pyro.param("q", tensor(1e-18))), infer=dict(DRAWN))
+
+    found = [averaged(estimates(model, guide, {"gradient": name}))[2]["q"] for name in ("disarm", "leave-one-out")]
+    prior, data = real("b_logits").sigmoid(), dist.Normal(tensor([0.0, 1.5]), 0.8).log_prob(POINTS[0])
+    expected = (tensor(1e-18) / prior).log() - data[1] + (1 - prior).log() + data[0]
+    torch.testing.assert_close(torch.stack(found), expected.detach().expand(2))

@@ -297,9 +297,12 @@ def test_a_count_that_is_learned_keeps_its_gradient(products: list[Tensor | None
 
 
 @pytest.mark.parametrize("probs", [0.0, 1.0])
-def test_certain_outcomes_are_left_to_exact_logs(probs: float, products: list[Tensor | None]) -> None:
-    fn = dist.Bernoulli(torch.tensor([[0.5], [probs]])).expand((2, 40))
-    assert product_table(fn, torch.ones(40)) is None
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+def test_certain_outcomes_have_exact_logs(probs: float, outcome: float, products: list[Tensor | None]) -> None:
+    column = torch.tensor([[0.5], [probs]])
+    table = product_table(dist.Bernoulli(column).expand((2, 40)), torch.full((40,), outcome))
+    assert table is not None
+    torch.testing.assert_close(table, (column if outcome else 1 - column).log().expand(2, 40))
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from random_programs import ProgramSpec, program_specs
 
 from pyro_vfe.engine import repeats
 from pyro_vfe.engine.repeats import find_loop
-from pyro_vfe.program import layout
+from pyro_vfe.program import colouring
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_loops_are_rolled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeats, "FEWEST_STEPS", 2)
-        patch.setattr(layout, "_OWN_DIMS", 0)
+        patch.setattr(colouring, "_OWN_DIMS", 0)
         find_loop.cache_clear()
         yield
     find_loop.cache_clear()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from math import log
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import pyro_vfe as vfe
 from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.program.log_prob import log_prob
 
 RATES = tensor([1.0, 5.0, 9.0])
 SAMPLED: dict[str, Any] = {"enumerate": None}
@@ -371,3 +373,27 @@ def test_a_misspelt_latent_of_the_guide_is_told() -> None:
         terms = vfe.FreeEnergy().decompose(model, guide)
     without = vfe.FreeEnergy().decompose(model, None)
     assert float(terms.free_energy) == pytest.approx(float(without.surprise), abs=1e-12)
+
+
+@pytest.mark.parametrize("cached", [(), ("logits",), ("probs",), ("logits", "probs")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("family", "given", "logs"),
+    [
+        (dist.Bernoulli, {"probs": [0.0, 1.0, 0.25]}, [[0.0, -torch.inf], [-torch.inf, 0.0], [log(0.75), log(0.25)]]),
+        (dist.Bernoulli, {"logits": [-700.0, 40.0, 0.0]}, [[0.0, -700.0], [-40.0, 0.0], [log(0.5), log(0.5)]]),
+        (dist.Categorical, {"probs": [[0.0, 0.75, 0.25]]}, [[-torch.inf, log(0.75), log(0.25)]]),
+        (dist.Categorical, {"logits": [[0.0, -50.0, -700.0]]}, [[0.0, -50.0, -700.0]]),
+    ],
+)
+def test_what_was_given_is_read_whatever_else_was_looked_at(
+    family: Any, given: dict[str, Any], logs: list[list[float]], dtype: torch.dtype, cached: tuple[str, ...]
+) -> None:
+    fn = family(**{name: torch.tensor(value, dtype=dtype) for name, value in given.items()})
+    for name in cached:
+        getattr(fn, name)
+    fn = fn.expand([2, *fn.batch_shape])
+    wanted = torch.tensor(logs, dtype=dtype)
+    for value in range(wanted.shape[-1]):
+        found = log_prob(fn, torch.tensor(value).to(fn.sample().dtype))
+        torch.testing.assert_close(found.expand(fn.batch_shape), wanted[:, value].expand(fn.batch_shape))

@@ -26,7 +26,7 @@ MEANS = tensor([-1.0, 2.0])
 @pytest.fixture(autouse=True)
 def _few_dims(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents of short programs share dims here as those of long ones do."""
-    monkeypatch.setattr("pyro_vfe.program.layout._OWN_DIMS", 0)
+    monkeypatch.setattr("pyro_vfe.program.colouring._OWN_DIMS", 0)
 
 
 def chain(step: Callable[[int, Tensor], None] | None = None, edge: Callable[[Tensor], Tensor] | None = None) -> Any:

@@ -318,7 +318,7 @@ def test_the_place_of_a_value_in_its_support_is_found(name: str) -> None:
     support = finite_support(fn, "v")
     latent = Latent("v", type(fn).__name__, (), support)
     indices = torch.randint(len(support), (5, 1, 3))
-    assert torch.equal(position(latent, support[indices]), indices)
+    assert torch.equal(position(latent.family, support, support[indices]), indices)
 
 
 @pytest.mark.parametrize(

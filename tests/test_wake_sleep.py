@@ -15,11 +15,12 @@ from programs.case import bernoulli, categorical, noise, real, simplex, tensor
 from programs.networks import POINTS, MixtureModule, RecognitionModule
 from pyro import poutine
 from pyro.infer import ReweightedWakeSleep
+from pyro.nn import PyroModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import CostError, NotFiniteError, StructureError, VFEError, VFEWarning
+from pyro_vfe.errors import CostError, NameClashError, NotFiniteError, StructureError, VFEError, VFEWarning
 from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.sleep_phase import Sleep
 from pyro_vfe.program.dreams import Dream
@@ -588,6 +589,55 @@ def test_modules_learn_from_each_other() -> None:
     )
 
 
+class _Net(PyroModule):
+    """A part called "net", in a module with a name or without."""
+
+    def __init__(self, name: str, inputs: int, outputs: int) -> None:
+        super().__init__(name)
+        self.net = PyroModule[torch.nn.Linear](inputs, outputs)
+
+
+class _Generative(_Net):
+    def forward(self, u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            v = pyro.sample("v", dist.Bernoulli(0.5))
+            pyro.sample("u", dist.Bernoulli(logits=self.net(v[..., None])).to_event(1), obs=u)
+
+
+class _Recognition(_Net):
+    def forward(self, u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            pyro.sample("v", dist.Bernoulli(logits=self.net(u).squeeze(-1)))
+
+
+def train_by_wake_sleep(model: Any, guide: Any, u: Tensor) -> None:
+    run_of(vfe.WakeSleep(model, guide, adam(0.01), adam(0.01)), u, num_steps=2)
+
+
+def train_by_fit(model: Any, guide: Any, u: Tensor) -> None:
+    vfe.fit(model, guide, u, optim=adam(0.01), num_steps=2, progress_bar=False)
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("train", [train_by_wake_sleep, train_by_fit])
+def test_parts_of_two_modules_with_one_name_are_refused(train: Callable[..., None], model_first: bool) -> None:
+    u = torch.eye(3)
+    model, guide = _Generative("", 1, 3), _Recognition("", 3, 1)
+    before = [own.detach().clone() for own in (*model.parameters(), *guide.parameters())]
+    if model_first:
+        model(u)
+    with pytest.raises(NameClashError, match=r"'net\.bias', 'net\.weight'.*another by that name"):
+        train(model, guide, u)
+    after = [*model.parameters(), *guide.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    pyro.clear_param_store()
+    model, guide = _Generative("model", 1, 3), _Recognition("guide", 3, 1)
+    before = [own.detach().clone() for own in (*model.parameters(), *guide.parameters())]
+    train(model, guide, u)
+    after = [*model.parameters(), *guide.parameters()]
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_batches_are_cycled_and_read_at_held_out_data_where_there_are_any() -> None:
     everything = torch.arange(12)
     loader = DataLoader(TensorDataset(noise(12, seed=1), everything), batch_size=4, shuffle=True)
@@ -728,18 +778,34 @@ def test_a_guide_with_continuous_sites_of_its_own_cannot_dream() -> None:
         machine.sleep(torch.zeros(3, dtype=torch.long))
 
 
-TOO_SMALL = 300
-"""Bytes that hold the tables of one layer of `net`, not of two."""
+TOO_SMALL = 50
+"""Bytes that hold the tables of one layer of `net` for one datum, not of two."""
+
+ONE = BITS[:1]
+
+
+def test_what_fits_in_portions_of_the_data_is_summed_in_portions() -> None:
+    def after_a_wake_phase(max_bytes: float | None) -> tuple[float, Tensor]:
+        pyro.clear_param_store()
+        machine = vfe.WakeSleep(net, net_guide, sgd(0.1), sgd(0.1), max_bytes=max_bytes)
+        return machine.wake(BITS), torch.cat([pyro.param(name).detach().flatten() for name in ("down", "weight")])
+
+    loss, parameters = after_a_wake_phase(None)
+    with pytest.raises(CostError, match="made in portions"):
+        vfe.posterior(net, BITS, max_bytes=100).marginal("top")
+    portioned, same = after_a_wake_phase(100)
+    assert portioned == pytest.approx(loss, rel=1e-12)
+    assert torch.allclose(same, parameters, rtol=0, atol=1e-12)
 
 
 def test_what_does_not_fit_is_sampled_where_that_is_wanted() -> None:
     with pytest.raises(CostError):
-        vfe.WakeSleep(net, net_guide, sgd(0.1), sgd(0.1), max_bytes=TOO_SMALL).step(BITS)
+        vfe.WakeSleep(net, net_guide, sgd(0.1), sgd(0.1), max_bytes=TOO_SMALL).step(ONE)
     machine = vfe.WakeSleep(net, net_guide, adam(), adam(), max_bytes=TOO_SMALL, on_cost="sample")
     with pytest.warns(VFEWarning, match="would not fit, so .* drawn from the guide"):
-        first = machine.step(BITS)
-    exact = vfe.FreeEnergy().decompose(net, net_guide, BITS)
-    energies = [vfe.WakeSleep.wake(machine, BITS) for _ in range(10)]
+        first = machine.step(ONE)
+    exact = vfe.FreeEnergy().decompose(net, net_guide, ONE)
+    energies = [vfe.WakeSleep.wake(machine, ONE) for _ in range(10)]
     assert np.isfinite(first).all()
     assert np.std(energies) > 0
     assert abs(np.mean(energies) - float(exact.energy)) < 10
@@ -748,7 +814,7 @@ def test_what_does_not_fit_is_sampled_where_that_is_wanted() -> None:
 def test_a_run_says_once_where_the_free_energy_is_an_estimate() -> None:
     machine = vfe.WakeSleep(net, net_guide, adam(), adam(), max_bytes=TOO_SMALL, on_cost="sample")
     with pytest.warns(VFEWarning, match="F is an estimate now"):
-        run = run_of(machine, BITS, num_steps=3, every=1)
+        run = run_of(machine, ONE, num_steps=3, every=1)
     assert np.isnan(run.history.stderr).all()
     assert run.changes_asleep.size == 0
     assert "sleep phases read" not in str(run)
@@ -758,7 +824,7 @@ def test_a_run_says_once_where_the_free_energy_cannot_be_known() -> None:
     """The wake phase draws what a reading would have to sum."""
     machine = vfe.WakeSleep(net, draws(net_guide), adam(), adam(), max_bytes=TOO_SMALL)
     with pytest.warns(VFEWarning, match=r"Before the first step.*cannot be taken apart") as warned:
-        run = run_of(machine, BITS, num_steps=3, every=1)
+        run = run_of(machine, ONE, num_steps=3, every=1)
     assert len(warned) == 1
     assert np.isnan(run.history.free_energy).all()
     assert len(run.notes) == 1

@@ -97,7 +97,7 @@ class _Drawn:
         self.model = model
         self.guide = guide
         self.names = names
-        self.program = guide if not names else drawing(guide, names)
+        self.program = guide if not names else _drawing(guide, names)
 
     def with_more(self, error: CostError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Drawn":
         """The guide with as many more latents drawn as make what was too large fit, the largest first.
@@ -122,16 +122,11 @@ class _Drawn:
         return _Drawn(self.model, self.guide, self.names | more)
 
 
-def drawing(guide: Program, names: frozenset[str] | None = None) -> Program:
-    """Returns the guide with some of its latents drawn, where they would be summed.
-
-    Args:
-        guide: A guide.
-        names: The latents; None for all.
-    """
+def _drawing(guide: Program, names: frozenset[str]) -> Program:
+    """The guide with some of its latents drawn, where they would be summed."""
 
     def infer(site: Any) -> Any:
-        return {"enumerate": None} if names is None or site["name"] in names else {}
+        return {"enumerate": None} if site["name"] in names else {}
 
     program: Program = pyro.poutine.infer_config(guide, infer)
     return program

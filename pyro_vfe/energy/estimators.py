@@ -14,13 +14,11 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.parts import NO_PLATES, Parts, conditionals_of, log_joint, log_q, negative
-from pyro_vfe.energy.portioned import HasExpectation, PortionedParts
+from pyro_vfe.energy.parts import Parts, conditionals_of, free_energy_parts
 from pyro_vfe.engine.expectation import Expectation
 from pyro_vfe.engine.factors import Factor, Table, total
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
@@ -45,20 +43,6 @@ def surrogate_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes
         for baseline, run in zip(_baselines(results, runs, count), runs, strict=True):
             loss = loss - _score_cost(run, baseline)
     return loss / count
-
-
-def free_energy_parts(
-    enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES
-) -> Sequence[HasExpectation]:
-    """log Q - log P as one part where guide and model share a graph, as two where one had plates written out."""
-    if enumeration.portions is not None:
-        return [PortionedParts(enumeration.portions, partial(free_energy_parts, max_bytes=max_bytes))]
-    q, joint = log_q(enumeration, max_bytes, keep_plates), log_joint(enumeration, max_bytes, keep_plates)
-    joint = Parts(joint.graph, joint.conditionals, negative(joint.costs))
-    if q.graph.variables.keys() | joint.graph.variables.keys() <= enumeration.variables.keys():
-        everything = enumeration.graph(*q.conditionals, *q.costs, *joint.costs)
-        return [Parts(everything, q.conditionals, (*q.costs, *joint.costs))]
-    return [q, joint]
 
 
 def _baselines(

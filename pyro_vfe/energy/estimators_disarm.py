@@ -30,6 +30,7 @@ from pyro_vfe.engine.factors import Factor
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.families import unwrapped
+from pyro_vfe.program.log_prob import given_as
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.tables import Scorer
@@ -114,15 +115,23 @@ def _unmoved(run: Enumeration, layer: Sequence[str]) -> dict[str, Tensor]:
 
 def _mirror_image(value: Tensor, base: Any) -> Tensor:
     """b~ given b."""
-    alpha, probs = base.logits.detach(), base.probs.detach()
+    alpha, probs = _alpha(base).detach(), base.probs.detach()
     mirrored = torch.where(value > 0, -torch.expm1(-alpha.clamp(min=0)), alpha.clamp(max=0).exp())
-    # The logits of probabilities 0 and 1 are clamped.
     return torch.bernoulli(torch.where((probs > 0) & (probs < 1), mirrored, value))
 
 
 def _sign(value: Tensor, image: Tensor, base: Any) -> Tensor:
     """(-1)^b~ 1[b != b~] sigmoid(|alpha|)."""
-    return (value - image) * torch.sigmoid(base.logits.detach().abs())
+    return (value - image) * torch.sigmoid(_alpha(base).detach().abs())
+
+
+def _alpha(base: Any) -> Tensor:
+    """The logits; of probabilities, where torch clamps them, those of the numbers as they are between 0 and 1."""
+    logits: Tensor = base.logits
+    if given_as(base) == "logits":
+        return logits
+    inside = (base.probs > 0) & (base.probs < 1)
+    return torch.where(inside, torch.where(inside, base.probs, 0.5).logit(), logits)
 
 
 def _scored(run: Enumeration, names: Collection[str], signs: Mapping[str, Tensor]) -> Enumeration:
@@ -139,6 +148,7 @@ class _Signed(Scorer):
     """Scores draws by their logits times given numbers, summed over the event."""
 
     signs: Mapping[str, Tensor]
+    of_draws = True
 
     def scored(self, site: Site, fn: Any) -> Tensor:
         """The sum, of a shape that broadcasts to the batch.
@@ -147,7 +157,7 @@ class _Signed(Scorer):
             site: The draw.
             fn: Its distribution, without masks.
         """
-        scores: Tensor = self.signs[site.name] * _bernoulli(site).logits
+        scores: Tensor = self.signs[site.name] * _alpha(_bernoulli(site))
         event = tuple(range(-len(fn.event_shape), 0))
         return scores.sum(event) if event else scores
 

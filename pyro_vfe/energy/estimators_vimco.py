@@ -19,18 +19,16 @@ References:
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.estimators import free_energy_parts
-from pyro_vfe.energy.parts import Parts, conditionals_of
+from pyro_vfe.energy.parts import Parts, conditionals_of, free_energy_parts
+from pyro_vfe.energy.weight_means import log_mean_exp
 from pyro_vfe.engine.factors import Factor, Scale, Table
-from pyro_vfe.engine.scales import same_scale
+from pyro_vfe.engine.scales import of_other_scale
 from pyro_vfe.errors import CostError, PlateError, ScaleError
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration
-from pyro_vfe.program.supports import unwrapped
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, is_random
 
 Plates = frozenset[str]
 
@@ -51,7 +49,7 @@ def vimco_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes: fl
     plates, inside, outside = _by_datum(plain, side_by_side, max_bytes)
     weight = _weight(runs[0], plates)
     log_weights = -inside
-    bound = log_weights.logsumexp(0) - math.log(len(log_weights))
+    bound = log_mean_exp(log_weights)
     loss = outside - _weighted(bound, weight, plates).sum()
     if torch.is_grad_enabled() and runs[0].draws and bool(loss.isfinite()):
         signals = bound.detach() - _without_own(log_weights.detach())
@@ -91,13 +89,11 @@ def _by_datum(runs: Sequence[Enumeration], side_by_side: int, max_bytes: float |
 
 def _candidates(run: Enumeration) -> Iterator[Plates]:
     """Sets of plates whose elements may be data, those with most elements first: no draw lies outside of them."""
-    drawn = [site for site in run.sites.values() if site.role == "guide" and site.kind == "sampled"]
-    random = [site.plate_names for site in drawn if type(unwrapped(site.fn)).__name__ != "Delta"]
+    random = [site.plate_names for site in run.sites.values() if site.role == "guide" and is_random(site)]
     random += [run.variables[name].plates for name in run.draws]
     chains = {variable.chain for variable in run.variables.values()}
     shared = run.plates_of_data[0].intersection(*random) - chains
-    subsets = [frozenset(own) for size in range(len(shared) + 1) for own in combinations(sorted(shared), size)]
-    yield from sorted(subsets, key=lambda own: -math.prod(run.plates[plate] for plate in own) + (not own))
+    yield from (frozenset(own) for own in (*run.plate_sets(shared), ()))
 
 
 def _others_tell_particles_apart(runs: Sequence[Enumeration], plates: Plates) -> bool:
@@ -200,7 +196,7 @@ def _weight(run: Enumeration, plates: Plates) -> Scale:
     members = _members(run, plates)
     first = members[0]
     known = frozenset(first.scale.axes) if isinstance(first.scale, Table) else frozenset[str]()
-    other = next((factor for factor in members if not same_scale(factor.scale, first.scale)), None)
+    other = of_other_scale(members)
     if other is not None or not known <= plates:
         names = f"'{first.name}' and '{(other or first).name}'"
         what = "plate " + " and ".join(f"'{plate}'" for plate in sorted(plates)) if plates else "the data as a whole"

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.estimators import free_energy_parts
-from pyro_vfe.energy.parts import joint_graph
+from pyro_vfe.energy.parts import free_energy_parts, joint_graph
 from pyro_vfe.energy.portioned import normalizer_of
 from pyro_vfe.energy.terms import NAMES, Terms, measured
 from pyro_vfe.engine.elimination import log_normalizer

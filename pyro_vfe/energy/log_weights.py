@@ -10,8 +10,6 @@ References:
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import combinations
-from math import prod
 
 import torch
 from torch import Tensor
@@ -20,11 +18,11 @@ from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
-from pyro_vfe.engine.scales import applied, same_scale
+from pyro_vfe.engine.scales import applied, of_other_scale
 from pyro_vfe.errors import NotFiniteError, PlateError, ScaleError, StructureError
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey, is_random
 from pyro_vfe.program.markov_chain import MarkovChain
-from pyro_vfe.program.recorder import Role, Site
+from pyro_vfe.program.recorder import Role
 from pyro_vfe.program.supports import unwrapped
 
 
@@ -89,10 +87,7 @@ def independent_plates(run: Enumeration, max_bytes: float | None = None) -> Plat
         max_bytes: The most memory that tables may take.
     """
     shared, in_steps = run.plates_of_data
-    shared -= _chain_plates(run)
-    subsets = [sorted(own) for size in range(1, len(shared) + 1) for own in combinations(sorted(shared), size)]
-    candidates = [tuple(own) for own in sorted(subsets, key=lambda own: -prod(run.plates[plate] for plate in own))]
-    for plates in (*candidates, *((plate,) for plate in sorted(in_steps))):
+    for plates in (*run.plate_sets(shared - _chain_plates(run)), *((plate,) for plate in sorted(in_steps))):
         try:
             data = _split(run, plates)
             _check_nothing_random(data)
@@ -118,15 +113,6 @@ def without_draws(run: Enumeration) -> Enumeration:
 
     factors = {key: factor.mapped(bare) for key, factor in run.factors.items()}
     return run.with_factors(factors, {name: v for name, v in run.variables.items() if name not in run.draws})
-
-
-def is_random(site: Site) -> bool:
-    """Returns whether a latent is drawn at random; a point estimate, a Delta, is not.
-
-    Args:
-        site: A site of either program.
-    """
-    return site.kind == "sampled" and type(unwrapped(site.fn)).__name__ != "Delta"
 
 
 def _split(run: Enumeration, plates: Plates) -> _Data:
@@ -181,17 +167,16 @@ def _chain_plates(run: Enumeration) -> frozenset[str]:
 def _scale(data: _Data, keys: Collection[SiteKey]) -> Tensor:
     """The one weight of all sites of a group, over the plates."""
     factors = [data.run.factors[key] for key in keys]
-    first = factors[0].scale if factors else 1.0
-    for factor in factors:
-        if not same_scale(factor.scale, first):
-            raise ScaleError(
-                f"Sites '{factors[0].name}' and '{factor.name}' carry different weights (a subsample, or "
-                "poutine.scale) and belong to one datum: the mean of their importance weights bounds nothing.",
-                hint="Put all sites of a datum under one weight, with all drawn latents inside the subsampled plate; "
-                "or call bounds without subsampling and scale.",
-            )
+    other = of_other_scale(factors)
+    if other is not None:
+        raise ScaleError(
+            f"Sites '{factors[0].name}' and '{other.name}' carry different weights (a subsample, or poutine.scale) "
+            "and belong to one datum: the mean of their importance weights bounds nothing.",
+            hint="Put all sites of a datum under one weight, with all drawn latents inside the subsampled plate; "
+            "or call bounds without subsampling and scale.",
+        )
     sizes = [data.run.plates[plate] for plate in data.plates]
-    return _over(first, data.plates).expand(sizes)
+    return _over(factors[0].scale if factors else 1.0, data.plates).expand(sizes)
 
 
 def _over(scale: Scale, plates: Plates) -> Tensor:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.log_weights import LogWeights, independent_plates, is_random, log_weights
+from pyro_vfe.energy.log_weights import LogWeights, independent_plates, log_weights
 from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import CostError, ScaleError, VFEError
 from pyro_vfe.program.drawn_guide import DrawnGuide, of_the_guide_alone, ordinary_sites
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, is_random
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.recorder import Site

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from pyro_vfe.energy.portioned import NO_PLATES, HasExpectation, PortionedParts
 from pyro_vfe.engine.elimination import eliminate
 from pyro_vfe.engine.execution import without_plates
 from pyro_vfe.engine.expectation import Expectation, expected
@@ -23,8 +24,6 @@ from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 from pyro_vfe.errors import ScaleError
 from pyro_vfe.program.enumeration import Enumeration
-
-NO_PLATES: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
         if name not in enumeration.draws:
             result.append(factor)
             continue
-        score = enumeration.scores.get(name, factor)
+        score = enumeration.scores.get(name, enumeration.own_scores.get(name, factor))
         if score is not None:
             # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
             score = _drawn_as_one(score, enumeration)
@@ -121,6 +120,23 @@ def prior_graph(enumeration: Enumeration) -> FactorGraph:
 def guide_graph(enumeration: Enumeration) -> FactorGraph:
     """log Q(v, w) over all latents of the guide: its normaliser is log q(w)."""
     return enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
+
+
+def free_energy_parts(
+    enumeration: Enumeration, max_bytes: float | None = None, keep_plates: frozenset[str] = NO_PLATES
+) -> Sequence[HasExpectation]:
+    """log Q - log P as one part where guide and model share a graph, as two where one had plates written out.
+
+    One part that sums portions, where the tables are made so.
+    """
+    if enumeration.portions is not None:
+        return [PortionedParts(enumeration.portions, partial(free_energy_parts, max_bytes=max_bytes))]
+    q, joint = log_q(enumeration, max_bytes, keep_plates), log_joint(enumeration, max_bytes, keep_plates)
+    joint = Parts(joint.graph, joint.conditionals, negative(joint.costs))
+    if q.graph.variables.keys() | joint.graph.variables.keys() <= enumeration.variables.keys():
+        everything = enumeration.graph(*q.conditionals, *q.costs, *joint.costs)
+        return [Parts(everything, q.conditionals, (*q.costs, *joint.costs))]
+    return [q, joint]
 
 
 def negative(parts: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -11,8 +11,6 @@ References:
 """
 
 from collections.abc import Callable
-from itertools import combinations
-from math import prod
 
 import torch
 from torch import Tensor
@@ -39,9 +37,7 @@ def data_plates(run: Enumeration, max_bytes: float | None = None) -> Plates:
         max_bytes: The most memory that tables may take.
     """
     shared, in_steps = run.plates_of_data
-    subsets = [sorted(own) for size in range(1, len(shared) + 1) for own in combinations(shared, size)]
-    candidates = [tuple(own) for own in sorted(subsets, key=lambda own: -prod(run.plates[plate] for plate in own))]
-    for plates in (*candidates, *((plate,) for plate in sorted(in_steps))):
+    for plates in (*run.plate_sets(shared), *((plate,) for plate in sorted(in_steps))):
         try:
             log_likelihood(run, plates, max_bytes)
         except PlateError:

@@ -1,5 +1,6 @@
 """A decomposition on paper: four readings of one number, in text and in a notebook."""
 
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pyro_vfe.energy.decomposition import Decomposition
+
+Cells = tuple[str, tuple[str, ...], str]
+"""A row of a table: its label, its numbers and what they mean."""
 
 _ROWS = (
     ("free energy", "free_energy", "F"),
@@ -30,31 +34,51 @@ def as_text(terms: "Decomposition") -> str:
     header, columns = _columns(terms)
     width = max(len(number) for _, numbers, _ in columns for number in numbers) + 2
     width = max(width, *(len(title) + 2 for title in header))
-    lines = [" " * 14 + "".join(title.rjust(width) for title in header)]
-    lines += [
-        label.ljust(14) + "".join(number.rjust(width) for number in numbers) + "   " + meaning
-        for label, numbers, meaning in columns
-    ]
-    return "\n".join([*lines, *_notes(terms)])
+    return "\n".join([*table_lines(header, columns, [width] * len(header)), *_notes(terms)])
 
 
 def as_html(terms: "Decomposition") -> str:
-    """Returns the same table as self-contained HTML, with bars for surprise and gap."""
-    header, columns = _columns(terms)
+    """Returns the same table as self-contained HTML."""
+    return table_html(*_columns(terms), _notes(terms))
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Cells], widths: Sequence[int]) -> list[str]:
+    """Returns the lines of a table of numbers.
+
+    Args:
+        header: The titles of the numbers.
+        rows: The rows.
+        widths: The width of each column of numbers.
+    """
+
+    def line(label: str, numbers: Sequence[str]) -> str:
+        return label.ljust(14) + "".join(cell.rjust(width) for cell, width in zip(numbers, widths, strict=True))
+
+    return [line("", header), *(f"{line(label, numbers)}   {meaning}" for label, numbers, meaning in rows)]
+
+
+def table_html(header: Sequence[str], rows: Sequence[Cells], notes: Iterable[str]) -> str:
+    """Returns a table of numbers as self-contained HTML.
+
+    Args:
+        header: The titles of the numbers.
+        rows: The rows.
+        notes: What stands below it.
+    """
     cell = "style='text-align:right;padding:2px 12px;font-variant-numeric:tabular-nums'"
     left = "style='text-align:left;padding:2px 12px'"
     titles = "".join(f"<th {cell}>{escape(title)}</th>" for title in header)
-    rows = "".join(
+    body = "".join(
         f"<tr><td {left}>{escape(label)}</td>"
         + "".join(f"<td {cell}>{escape(number)}</td>" for number in numbers)
         + f"<td {left}>{escape(meaning)}</td></tr>"
-        for label, numbers, meaning in columns
+        for label, numbers, meaning in rows
     )
-    notes = "".join(f"<div>{escape(note)}</div>" for note in _notes(terms))
-    return f"<div><table><thead><tr><th></th>{titles}<th></th></tr></thead><tbody>{rows}</tbody></table>{notes}</div>"
+    below = "".join(f"<div>{escape(note)}</div>" for note in notes)
+    return f"<div><table><thead><tr><th></th>{titles}<th></th></tr></thead><tbody>{body}</tbody></table>{below}</div>"
 
 
-def _columns(terms: "Decomposition") -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...], str]]]:
+def _columns(terms: "Decomposition") -> tuple[tuple[str, ...], list[Cells]]:
     if terms.plate is not None:
         size = terms.energy.numel()
         header: tuple[str, ...] = ("sum, nats", f"mean over {size}", "largest")
@@ -65,7 +89,7 @@ def _columns(terms: "Decomposition") -> tuple[tuple[str, ...], list[tuple[str, t
     rows = []
     for label, name, meaning in _meanings(terms):
         total = float(getattr(terms, name))
-        numbers = (_number(total), _number(total / terms.num_data)) if per_datum else (_number(total),)
+        numbers = (number(total), number(total / terms.num_data)) if per_datum else (number(total),)
         rows.append((label, numbers, meaning))
     return header, rows
 
@@ -77,11 +101,15 @@ def _meanings(terms: "Decomposition") -> tuple[tuple[str, str, str], ...]:
 
 
 def _over_plate(values: Tensor) -> tuple[str, ...]:
-    return _number(float(values.sum())), _number(float(values.mean())), _number(float(values.max()))
+    return number(float(values.sum())), number(float(values.mean())), number(float(values.max()))
 
 
-def _number(value: float) -> str:
-    """Four decimals; a small positive number keeps its magnitude, and rounding below zero is not shown as a sign."""
+def number(value: float) -> str:
+    """Returns a number with four decimals; a small one keeps its magnitude, and rounding below zero shows no sign.
+
+    Args:
+        value: In nats, say.
+    """
     if -1e-9 < value <= 0:  # the zero too, which may be a negative one
         value = 0.0
     if value != 0 and abs(value) < 1e-4:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.parts import (
-    NO_PLATES,
     Parts,
     conditionals_of,
     guide_graph,
@@ -31,7 +30,7 @@ from pyro_vfe.energy.parts import (
     log_prior,
     log_q,
 )
-from pyro_vfe.energy.portioned import put_together
+from pyro_vfe.energy.portioned import NO_PLATES, put_together
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table

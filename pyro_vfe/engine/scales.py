@@ -29,6 +29,11 @@ def same_scale(first: Scale, second: Scale) -> bool:
     return bool(torch.as_tensor(one == other).all())
 
 
+def of_other_scale(factors: Sequence[Factor]) -> Factor | None:
+    """Returns the first of some factors whose scale is not that of the first; None where all have one scale."""
+    return next((factor for factor in factors if not same_scale(factor.scale, factors[0].scale)), None)
+
+
 def common_scale(variables: Sequence[Variable]) -> Scale:
     """Returns the scale of variables that are summed together.
 

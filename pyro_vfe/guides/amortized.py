@@ -12,26 +12,26 @@ References:
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import pyro
 import torch
 from pyro.nn import PyroModule
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
 from pyro_vfe.errors import StructureError
-from pyro_vfe.guides.amortized_inputs import Inputs, signature_of
+from pyro_vfe.guides.amortized_inputs import Inputs
 from pyro_vfe.guides.amortized_latents import latents_of
-from pyro_vfe.guides.amortized_logits import Rows, Share, called, divided
+from pyro_vfe.guides.amortized_logits import Rows, called, divided
 from pyro_vfe.guides.amortized_networks import network_for, registered, unregistered
 from pyro_vfe.guides.amortized_plan import Plan, Question, Step, plan_of, shape_key
 from pyro_vfe.guides.base import OwnGuide
+from pyro_vfe.guides.tables import frame, sampled
+from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
-from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
-
-Program = Callable[..., Any]
+from pyro_vfe.program.recorder import Plate
+from pyro_vfe.program.signatures import signature_of
 
 Chosen = Callable[[PyroModule, str | None], nn.Module]
 """Finds a guide's network of a site."""
@@ -129,8 +129,9 @@ class AutoAmortized(OwnGuide):
         for step in plan.steps:
             logits = _logits(network(self, step.site), step, inputs, [rows[plate.name] for plate in step.plates])
             for share in step.order:
-                name = share.latent.name
-                inputs.values[name] = _sample(share, share.distribution(logits[name], inputs.values), plates)
+                latent = share.latent
+                fn = partial(share.distribution, logits[latent.name], inputs.values)
+                inputs.values[latent.name] = sampled(latent.name, latent.plates, fn, plates, drawn=latent.drawn)
         return {name: inputs.values[name] for name in plan.latents}
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -156,10 +157,7 @@ class AutoAmortized(OwnGuide):
 
 def _frames(plan: Plan) -> dict[str, Any]:
     """What Pyro's guides make their plates from."""
-    return {
-        plate.name: CondIndepStackFrame(plate.name, plate.dim, plate.size, 0, plate.full_size)
-        for plate in plan.plates.values()
-    }
+    return {name: frame(plate) for name, plate in plan.plates.items()}
 
 
 def _logits(network: nn.Module, step: Step, inputs: Inputs, rows: Sequence[Rows]) -> dict[str, Tensor]:
@@ -172,17 +170,6 @@ def _logits(network: nn.Module, step: Step, inputs: Inputs, rows: Sequence[Rows]
 
     output = called(network, inputs.read(step.source, network, step.whose, present), step.whose)
     return divided(output, step.shares, rows, inputs.carried(step.source), step.whose)
-
-
-def _sample(share: Share, fn: Any, plates: Mapping[str, Any]) -> Tensor:
-    infer: Any = {FOLLOWS_MODEL: True}
-    if share.latent.drawn:
-        infer["enumerate"] = None
-    with ExitStack() as stack:
-        for plate in share.latent.plates:
-            stack.enter_context(plates[plate.name])
-        value: Tensor = pyro.sample(share.latent.name, fn, infer=infer)
-    return value
 
 
 def _rows(plate: Plate, live: Any, given: bool) -> Rows:

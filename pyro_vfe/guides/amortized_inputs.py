@@ -3,7 +3,6 @@
 input  =  [ argument | ... | value of a latent | ... ]        joined along the last dim, broadcast over all others
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,22 +42,6 @@ def source_of(inputs: Any, whose: str) -> Source:
         f"AutoAmortized was given inputs={inputs!r} for the network of {whose}.",
         hint="Pass the name of an argument of the model, a list of names, or a function of the arguments.",
     )
-
-
-def signature_of(program: Any) -> inspect.Signature | None:
-    """Returns the signature of what the user wrote, without its annotations; None where there is none to be had.
-
-    Args:
-        program: A function, a module, or either with Pyro's handlers around it.
-    """
-    while type(program).__name__ == "_bound_partial":  # Pyro's handlers: partial(call, handler, program)
-        program = program.func.args[1] if isinstance(program.func, functools.partial) else program.func
-    try:
-        found = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
-    except (TypeError, ValueError):
-        return None
-    empty = inspect.Parameter.empty
-    return inspect.Signature([parameter.replace(annotation=empty) for parameter in found.parameters.values()])
 
 
 def arguments_of(

@@ -16,19 +16,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vfe.guides.positions import COUNTED, ONE_HOT, position
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import discrete_latents
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.provenance import untracked
 from pyro_vfe.program.recorder import Plate, plates_around
-from pyro_vfe.program.supports import finite_support, is_enumerable, support_size, unwrapped
-
-MOST_VALUES = 2**20
-"""A site with more joint values than this is drawn, never listed."""
-
-ONE_HOT = ("OneHotCategorical", "OneHotCategoricalStraightThrough")
-_COUNTED = ("Categorical", "MarkovChain")
-"""Families whose values are 0 to K - 1."""
+from pyro_vfe.program.supports import MAX_VALUES, finite_support, is_enumerable, support_size, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +77,7 @@ class Latent:
     def _of_elements(self, logits: Tensor) -> Any:
         if self.family == "Bernoulli":
             return dist.Bernoulli(logits=logits)
-        if self.family in _COUNTED:
+        if self.family in COUNTED:
             return dist.Categorical(logits=logits)
         return dist.OneHotCategorical(logits=logits) if self.family in ONE_HOT else Finite(self.support, logits)
 
@@ -93,7 +87,7 @@ class Latent:
         Args:
             value: Values of the site, `(*batch, *event_shape)`.
         """
-        digits = self._digits(value)
+        digits = position(self.family, self.support, value)
         if not self.elements:
             return digits
         count = prod(self.elements)
@@ -107,21 +101,11 @@ class Latent:
             value: Values of the site, `(*batch, *event_shape)`.
             dtype: That of the network.
         """
-        if self.family in _COUNTED:
+        if self.family in COUNTED:
             value = torch.eye(self.size, dtype=dtype, device=value.device)[value.long()]
             return value.flatten(-1 - len(self.elements)) if self.elements else value
         value = value.to(dtype)
         return value.flatten(-self.event_dims) if self.event_dims else value.unsqueeze(-1)
-
-    def _digits(self, value: Tensor) -> Tensor:
-        """Which of its values each element has, `(*batch, *elements)`."""
-        if self.family in (*_COUNTED, "Bernoulli"):
-            return value.long()
-        if self.family in ONE_HOT:
-            return value.argmax(-1)
-        inner = self.support.dim() - 1
-        same = value.unsqueeze(-1 - inner) == self.support.to(value.device)
-        return (same.flatten(-inner).all(-1) if inner else same).long().argmax(-1)
 
     def __str__(self) -> str:
         vector = f" vector of shape {tuple(self.elements)}" if self.elements else ""
@@ -159,7 +143,7 @@ class _Look(Messenger):
         if msg["is_observed"] or type(fn).__name__ == "_Subsample" or not is_enumerable(fn):
             return
         with untracked():
-            too_many = support_size(fn) > MOST_VALUES
+            too_many = support_size(fn) > MAX_VALUES
             element, elements = _element(fn)
             support = finite_support(element, msg["name"]).detach()
         plates = plates_around(msg)

@@ -129,7 +129,8 @@ def called(network: nn.Module, inputs: Tensor, whose: str) -> Tensor:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ShapeError(
             f"The network of {whose} cannot read its input, {_described(inputs)}: {said.rstrip('.')}.",
-            hint="Let inputs be a function of the model's arguments that returns what the network reads, such as "
+            hint="Give its first layer as many inputs as the last dim of that shape has. Let inputs be a function of "
+            "the model's arguments where the network reads something else, such as "
             f"lambda u: u.unsqueeze(-1).float(). {_BATCH_DIMS}",
         ) from error
     if isinstance(output, Tensor) and output.dim():

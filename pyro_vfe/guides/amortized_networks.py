@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pyro_vfe.errors import StructureError, VFEWarning
+from pyro_vfe.guides.tables import attribute
 from pyro_vfe.program.parameters import other_shape
 
 
@@ -31,7 +32,7 @@ def registered(network: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
         raise StructureError("AutoAmortized was given no network.", hint="Pass one, or one for each latent site.")
     holder = PyroModule()
     for site, module in network.items():
-        deep_setattr(holder, _attribute(site), _checked(module, f"the network of '{site}'"))
+        deep_setattr(holder, attribute(site), _checked(module, f"the network of '{site}'"))
     return holder
 
 
@@ -48,11 +49,6 @@ def _checked(network: object, what: str) -> nn.Module:
             hint="Run it once on the data first, or say the sizes.",
         )
     return network
-
-
-def _attribute(name: str) -> str:
-    """The attribute path of a site: its name, with `_` behind parts that modules use themselves."""
-    return ".".join(f"{part}_" if hasattr(PyroModule, part) else part for part in name.split("."))
 
 
 def network_for(guide: PyroModule, site: str | None) -> nn.Module:
@@ -84,17 +80,17 @@ def unregistered(guide: PyroModule, site: str | None) -> nn.Module:
 
 def _path(site: str | None) -> tuple[str, str]:
     """Where a network is: the path of its owner from the guide, and its own name."""
-    path, _, last = (f"network.{_attribute(site)}" if site is not None else "network").rpartition(".")
+    path, _, last = (f"network.{attribute(site)}" if site is not None else "network").rpartition(".")
     return path, last
 
 
-def _in_store(owner: PyroModule, attribute: str) -> nn.Module:
+def _in_store(owner: PyroModule, child: str) -> nn.Module:
     """A submodule; where the store has its weights already it takes them over, as PyroModule does with its own.
 
     Pyro registers a plain module's weights and leaves the module as it is: an optimiser that asks the store would then
     train tensors that the module does not use.
     """
-    module: nn.Module = getattr(owner, attribute)
+    module: nn.Module = getattr(owner, child)
     if isinstance(module, PyroModule):
         # Its plain submodules are known to the store once they are asked for by name, which a Sequential does not do.
         for name, part in module._modules.items():
@@ -103,7 +99,7 @@ def _in_store(owner: PyroModule, attribute: str) -> nn.Module:
         return module
     if not owner._pyro_context.active or pyro.settings.get("module_local_params"):
         return module
-    name, store = owner._pyro_get_fullname(attribute), pyro.get_param_store()._params
+    name, store = owner._pyro_get_fullname(child), pyro.get_param_store()._params
     others: dict[nn.Parameter, torch.Tensor] = {}
     for path, own in module.named_parameters():
         stored = store.get(param_with_module_name(name, path), own)

@@ -15,6 +15,7 @@ from pyro_vfe.errors import StructureError
 from pyro_vfe.guides.amortized_inputs import Source, source_of
 from pyro_vfe.guides.amortized_latents import Latent
 from pyro_vfe.guides.amortized_logits import Share, check_plates
+from pyro_vfe.guides.edges import in_order, pairs_of
 from pyro_vfe.program.recorder import Plate
 
 Edges = Literal["model"] | Sequence[tuple[str, str]]
@@ -125,13 +126,11 @@ def plan_of(question: Question, latents: Mapping[str, Latent]) -> Plan:
 
 def _parents(edges: Edges, latents: Mapping[str, Latent]) -> dict[str, list[str]]:
     """The parents of each latent, itself among them where a chain depends on its state before, in the model's order."""
-    if isinstance(edges, str):
-        if edges != "model":
-            raise StructureError(f"AutoAmortized was given edges='{edges}'.", hint="Pass 'model', or pairs of sites.")
+    if edges == "model":
         pairs = {(parent, name) for name, latent in latents.items() for parent in latent.reads}
         pairs |= {(name, name) for name, latent in latents.items() if latent.chain is not None}
     else:
-        pairs = {_pair(edge) for edge in edges}
+        pairs = set(pairs_of(edges, "AutoAmortized"))
     for parent, child in pairs:
         for name in (parent, child):
             if name not in latents and edges != "model":
@@ -147,30 +146,13 @@ def _parents(edges: Edges, latents: Mapping[str, Latent]) -> dict[str, list[str]
     return {child: [parent for parent in latents if (parent, child) in pairs] for child in latents}
 
 
-def _pair(edge: Any) -> tuple[str, str]:
-    if isinstance(edge, Sequence) and not isinstance(edge, str) and len(edge) == 2:
-        return edge[0], edge[1]
-    raise StructureError(
-        f"AutoAmortized was given the edge {edge!r}.", hint="An edge is a pair of sites, (parent, child)."
-    )
-
-
 def _sorted(latents: Mapping[str, Latent], parents: Mapping[str, Sequence[str]]) -> list[str]:
     """The latents with parents first, otherwise in the model's order."""
     for child in latents:
         for parent in parents[child]:
             check_plates(latents[child], latents[parent])
-    done: list[str] = []
-    while len(done) < len(latents):
-        left = [name for name in latents if name not in done]
-        ready = [name for name in left if all(parent in done or parent == name for parent in parents[name])]
-        if not ready:
-            raise StructureError(
-                f"The latents {_quoted(left)} depend on each other in a circle.",
-                hint="Leave an edge or an input out, so that each can be sampled after those that it depends on.",
-            )
-        done.append(ready[0])
-    return done
+    # A chain that depends on its own state before waits for nothing.
+    return in_order({name: [own for own in parents[name] if own != name] for name in latents}, "AutoAmortized")
 
 
 def _latents_read(source: Source, name: str, latents: Mapping[str, Latent]) -> list[str]:

@@ -5,7 +5,6 @@ r"""Sampling a latent from its conditional table, given the values of its parent
 All of it stays in torch: parents that are enumerated bring dims of their own, left of the plates.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from pyro_vfe.energy.conditionals import Conditional
 from pyro_vfe.engine.factors import Table
+from pyro_vfe.guides.positions import position
 from pyro_vfe.guides.tables import Latent, distribution, rows, sampled
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.tables import batch_axes
-
-_MAX_CODE = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +61,15 @@ def sample_given(
         logits: Its table, of those elements of the plates that are present.
         plates: Pyro's plates by name.
     """
-    places = [position(parent, values[parent.name]) for parent in parents]
+    places = [position(parent.family, parent.support, values[parent.name]) for parent in parents]
     if latent.chain is None:
-        return sampled(latent, lambda: distribution(latent, _entries(logits.table, places, 1)), plates)
+        return sampled(
+            latent.name, latent.plates, lambda: distribution(latent, _entries(logits.table, places, 1)), plates
+        )
     assert logits.initial is not None
     initial = _entries(logits.initial, [place[..., 0] if place.dim() else place for place in places], 1).softmax(-1)
     transition = _entries(logits.table, [_from_second(place) for place in places], 2).softmax(-1)
-    return sampled(latent, lambda: MarkovChain(initial, transition, num_steps=latent.steps), plates)
+    return sampled(latent.name, latent.plates, lambda: MarkovChain(initial, transition, num_steps=latent.steps), plates)
 
 
 def present(latent: Latent, logits: Logits, num_parents: int, plates: Mapping[str, Any]) -> Logits:
@@ -101,48 +101,3 @@ def _entries(table: Tensor, places: list[Tensor], own_dims: int) -> Tensor:
         return table
     selected: Tensor = Vindex(table)[(Ellipsis, *places, *(slice(None),) * own_dims)]
     return selected
-
-
-def position(latent: Latent, value: Tensor) -> Tensor:
-    """Returns the indices of values in a latent's support, int64 `(*batch,)`; no value leaves torch.
-
-    Args:
-        latent: The latent.
-        value: Values from its support, `(*batch, *event_shape)`.
-    """
-    support = latent.support
-    if latent.family in ("Categorical", "MarkovChain"):
-        return value.long()
-    if latent.family == "OneHotCategorical":
-        return value.argmax(-1)
-    event_dims = support.dim() - 1
-    if not event_dims:
-        return _rank(support, value)
-    columns, wanted = support.flatten(1), value.flatten(-event_dims)
-    code, base = _codes(columns)
-    if code is None:
-        return (wanted.unsqueeze(-2) == columns).all(-1).long().argmax(-1)
-    found = sum(_digit(level, wanted[..., n]) * weight for n, (level, weight) in enumerate(base))
-    return _rank(code, torch.as_tensor(found))
-
-
-def _rank(support: Tensor, value: Tensor) -> Tensor:
-    """The indices of numbers in an unordered list of them."""
-    ordered, order = support.sort()
-    return order[torch.searchsorted(ordered, value.to(ordered.dtype).contiguous()).clamp(max=len(support) - 1)]
-
-
-def _codes(columns: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, int]]]:
-    """Each row of a table as one number, in a system with a digit per column; None where that would be too long."""
-    levels = [column.unique() for column in columns.unbind(1)]
-    sizes = [len(level) for level in levels]
-    if math.prod(sizes) > _MAX_CODE:
-        return None, []
-    weights = [math.prod(sizes[n + 1 :]) for n in range(len(sizes))]
-    base = list(zip(levels, weights, strict=True))
-    code = sum(_digit(level, columns[:, n]) * weight for n, (level, weight) in enumerate(base))
-    return torch.as_tensor(code), base
-
-
-def _digit(levels: Tensor, value: Tensor) -> Tensor:
-    return torch.searchsorted(levels, value.to(levels.dtype).contiguous())

@@ -1,4 +1,4 @@
-r"""Which latents a structured guide lets each latent depend on: a directed graph without cycles, over names.
+r"""Which latents a guide lets each latent depend on: a directed graph without cycles, over names.
 
 Q(v)  =  prod_i  Q( v_i | v_parents(i) )
 """
@@ -27,24 +27,34 @@ def parents_of(edges: Edges, latents: Mapping[str, SiteStructure], reads: Mappin
         StructureError: An edge names an unknown latent, or leads from a latent to itself, or the edges form a cycle.
         PlateError: An edge leads out of a plate.
     """
-    pairs = [(parent, child) for child in latents for parent in reads[child]] if edges == "model" else _pairs(edges)
+    own = edges == "model"
+    pairs = [(x, child) for child in latents for x in reads[child]] if own else pairs_of(edges, "AutoStructured")
     for pair in pairs:
         _check_edge(pair, latents)
     parents: dict[str, set[str]] = {name: set() for name in latents}
     for parent, child in pairs:
         parents[child].add(parent)
-    order = _sorted(parents)
+    order = in_order(parents, "AutoStructured")
     place = {name: index for index, name in enumerate(order)}
     return {name: tuple(sorted(parents[name], key=place.__getitem__)) for name in order}
 
 
-def _pairs(edges: Edges) -> list[tuple[str, str]]:
-    if isinstance(edges, str):
-        raise StructureError(f"AutoStructured was given edges='{edges}'.", hint=_FORMS)
+def pairs_of(edges: object, who: str) -> list[tuple[str, str]]:
+    """Returns edges as pairs (parent, child).
+
+    Args:
+        edges: What the user gave, if not "model".
+        who: The guide.
+
+    Raises:
+        StructureError: They are none.
+    """
+    if isinstance(edges, str) or not isinstance(edges, Iterable):
+        raise StructureError(f"{who} was given edges={edges!r}.", hint=_FORMS)
     pairs: list[tuple[str, str]] = []
     for pair in edges:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise StructureError(f"AutoStructured was given the edge {pair!r}, which is no pair.", hint=_FORMS)
+            raise StructureError(f"{who} was given the edge {pair!r}, which is no pair.", hint=_FORMS)
         parent, child = pair
         pairs.append((parent, child))
     return pairs
@@ -78,19 +88,27 @@ def _check_edge(pair: tuple[str, str], latents: Mapping[str, SiteStructure]) -> 
             )
 
 
-def _sorted(parents: Mapping[str, set[str]]) -> list[str]:
-    """The names, parents first; the given order where it does not matter."""
+def in_order(parents: Mapping[str, Collection[str]], who: str) -> list[str]:
+    """Returns the names, parents first; in the given order where it does not matter.
+
+    Args:
+        parents: The names, and for each what it depends on.
+        who: The guide.
+
+    Raises:
+        StructureError: Some depend on one another in a cycle.
+    """
     order: list[str] = []
     placed: set[str] = set()
     waiting = list(parents)
     while waiting:
-        ready = next((name for name in waiting if parents[name] <= placed), None)
+        ready = next((name for name in waiting if placed.issuperset(parents[name])), None)
         if ready is None:
             cycle = _cycle(parents, waiting)
             listed = " -> ".join(f"'{name}'" for name in cycle)
             raise StructureError(
-                f"The edges of AutoStructured form a cycle: {listed}.",
-                hint=f"Drop one of them, ('{cycle[-2]}', '{cycle[-1]}') say.",
+                f"The latents of {who} depend on one another in a cycle: {listed}.",
+                hint=f"Drop an edge or an input, that from '{cycle[-2]}' to '{cycle[-1]}' say.",
             )
         order.append(ready)
         placed.add(ready)
@@ -98,11 +116,11 @@ def _sorted(parents: Mapping[str, set[str]]) -> list[str]:
     return order
 
 
-def _cycle(parents: Mapping[str, set[str]], waiting: Sequence[str]) -> list[str]:
+def _cycle(parents: Mapping[str, Collection[str]], waiting: Sequence[str]) -> list[str]:
     """A cycle among latents that wait for one another, from a latent back to itself along the edges."""
     left = set(waiting)
     path = [waiting[0]]
     while path[-1] not in path[:-1]:
-        path.append(min(parents[path[-1]] & left))
+        path.append(min(left.intersection(parents[path[-1]])))
     backwards = path[path.index(path[-1]) :]
     return backwards[::-1]

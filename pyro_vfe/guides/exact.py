@@ -24,12 +24,12 @@ from pyro_vfe.energy.posterior import Posterior
 from pyro_vfe.errors import MissingGuideSiteError, StructureError
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, sample_given
-from pyro_vfe.guides.tables import Latent, Program, check_size, find_latents
+from pyro_vfe.guides.tables import Latent, check_size, find_latents
 from pyro_vfe.program.calls import kept
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
-from pyro_vfe.program.layout import no_guide
+from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.programs import Programs
-from pyro_vfe.program.provenance import out_of_sight
+from pyro_vfe.program.provenance import out_of_sight, untracked
 from pyro_vfe.program.randomness import random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import draws_so_far
 from pyro_vfe.program.supports import unwrapped
@@ -226,5 +226,5 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two sets of values are the same; asked so that no program counts as branching on them."""
     if one.keys() != other.keys():
         return False
-    with torch._C.DisableTorchFunction():
+    with untracked():
         return all(one[name] is other[name] or torch.equal(one[name], other[name]) for name in one)

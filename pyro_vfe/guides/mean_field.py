@@ -8,7 +8,7 @@ References:
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 import torch
@@ -19,7 +19,7 @@ from pyro_vfe.energy.posterior import posterior
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.tables import (
-    Program,
+    Init,
     check_start,
     create_missing,
     distribution,
@@ -30,7 +30,7 @@ from pyro_vfe.guides.tables import (
     whole_batch,
     whole_plates,
 )
-from pyro_vfe.program.layout import SiteStructure
+from pyro_vfe.program.layout import Program, SiteStructure
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.tables import over_dims
 
@@ -49,7 +49,7 @@ class AutoMeanField(OwnGuide):
         self,
         model: Program,
         *,
-        init: Literal["uniform", "posterior"] = "uniform",
+        init: Init = "uniform",
         init_scale: float = 0.0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -110,7 +110,7 @@ class AutoMeanField(OwnGuide):
     def _sample(self, site: SiteStructure, plates: dict[str, Any]) -> Tensor:
         logits = _logits(self, site.name)
         own = rows(logits, site.plates, plates, logits.dim() - 1)
-        return sampled(site, lambda: distribution(site, own), plates)
+        return sampled(site.name, site.plates, lambda: distribution(site, own), plates)
 
     def probabilities(self, name: str) -> Tensor:
         """Returns Q(v) of a latent's values, shape `(*batch_shape, K)`, detached.

@@ -27,7 +27,6 @@ from pyro_vfe.guides.edges import Edges, Parents, parents_of
 from pyro_vfe.guides.tables import (
     Init,
     Latent,
-    Program,
     check_size,
     check_start,
     create_missing,
@@ -36,7 +35,7 @@ from pyro_vfe.guides.tables import (
     read_parameter,
     whole_plates,
 )
-from pyro_vfe.program.layout import SiteStructure, no_guide
+from pyro_vfe.program.layout import Program, SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.provenance import out_of_sight
 from pyro_vfe.program.randomness import undisturbed_randomness

@@ -27,8 +27,6 @@ from pyro_vfe.program.parameters import other_shape
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
 
-Program = Callable[..., Any]
-
 Init = Literal["uniform", "posterior"]
 
 
@@ -106,19 +104,23 @@ def distribution(latent: SiteStructure | Latent, logits: Tensor) -> Any:
     return Finite(latent.support, logits)
 
 
-def sampled(latent: SiteStructure | Latent, fn: Callable[[], Any], plates: Mapping[str, Any]) -> Tensor:
+def sampled(
+    name: str, around: Iterable[Plate], fn: Callable[[], Any], plates: Mapping[str, Any], *, drawn: bool = False
+) -> Tensor:
     """Samples a latent in its plates, with the weight that the model gives it, and returns its value.
 
     Args:
-        latent: The latent.
+        name: The latent's site.
+        around: The plates around it.
         fn: Makes its distribution, inside the plates.
         plates: Pyro's plates by name.
+        drawn: Whether its values are drawn, and not summed.
     """
     with ExitStack() as stack:
-        for plate in latent.plates:
+        for plate in around:
             stack.enter_context(plates[plate.name])
-        infer: Any = {FOLLOWS_MODEL: True}
-        value: Tensor = pyro.sample(latent.name, fn(), infer=infer)
+        infer: Any = {FOLLOWS_MODEL: True, **({"enumerate": None} if drawn else {})}
+        value: Tensor = pyro.sample(name, fn(), infer=infer)
     return value
 
 

@@ -7,6 +7,7 @@ References:
     Dayan, Hinton, Neal and Zemel (1995), The Helmholtz machine.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.errors import NotFiniteError
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
 from pyro_vfe.program.layout import Program, lay_out
-from pyro_vfe.program.parameters import stored_tensors
+from pyro_vfe.program.parameters import Strangers, stored_tensors, two_of_one_name
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Recorder, Site
@@ -46,11 +47,14 @@ class Machine:
         self.given_guide = guide
         self.given_model = model
         self.on_cost: OnCost = on_cost
-        self.model = Handled(model, self.theta)
+        self.strangers = Strangers()
+        """Parameters of modules that have the name of others in Pyro's store."""
+        self.model = Handled(model, self.theta, strangers=self.strangers)
         self.hidden_model = Handled(model, self.theta, hides=lambda name: True, gradients=False)
         self.held_guide = Handled(guide, self.read_by_guide, hides=lambda name: True, gradients=False)
-        self.learning_guide = Handled(guide, self.read_by_guide, hides=self.theta.__contains__, detaches=True)
-        self.guide_at_dreams = Handled(guide, self.read_by_guide, hides=self.theta.__contains__)
+        own, strangers = self.theta.__contains__, self.strangers
+        self.learning_guide = Handled(guide, self.read_by_guide, hides=own, detaches=True, strangers=strangers)
+        self.guide_at_dreams = Handled(guide, self.read_by_guide, hides=own, strangers=strangers)
         self.programs = Programs(check=check, max_bytes=max_bytes)
         self._drawing = Drawing(on_cost)
         self._enumerates: bool | None = None
@@ -122,17 +126,27 @@ class Machine:
         return first, run_model(self.model, args, kwargs, first, self._unread)
 
 
-def gradients(loss: Tensor, names: Iterable[str]) -> None:
+def gradients(loss: Tensor, names: Iterable[str], strangers: Strangers) -> None:
     """Writes the gradient of a loss to `.grad` of the parameters of some names, and of no others.
 
     Args:
         loss: A scalar.
         names: In Pyro's store; others have no gradient.
+        strangers: Parameters that are not in Pyro's store, though others of their names are.
+
+    Raises:
+        NameClashError: The loss depends on one of these.
     """
     leaves = [leaf for leaf in stored_tensors(names) if leaf.requires_grad]
-    if not leaves or not loss.requires_grad:
+    others = [name for name, tensor in strangers.found.items() if tensor.requires_grad]
+    wanted = [*leaves, *(strangers.found[name] for name in others)]
+    if not wanted or not loss.requires_grad:
         return
-    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    clashing = [name for name, gradient in zip(others, found[len(leaves) :], strict=True) if gradient is not None]
+    if clashing:
+        raise two_of_one_name(clashing)
+    for leaf, gradient in zip(leaves, found, strict=False):
         leaf.grad = gradient
 
 
@@ -146,7 +160,7 @@ def check_finite(loss: Tensor, sites: Iterable[Site]) -> None:
     Raises:
         NotFiniteError: It is not; the message names the sites.
     """
-    if bool(loss.isfinite()):
+    if math.isfinite(loss.item()):
         return
     found = [_fault(site) for site in sites if site.kind != "unread"]
     named = ", ".join(dict.fromkeys(words for words in found if words))

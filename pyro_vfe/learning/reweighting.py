@@ -13,7 +13,6 @@ References:
     Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders.
 """
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.parts import guide_graph, joint_graph, log_q
+from pyro_vfe.energy.weight_means import log_mean_exp
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
 from pyro_vfe.engine.inference import log_normalizer_and_expected_tables
-from pyro_vfe.engine.scales import same_scale
+from pyro_vfe.engine.scales import of_other_scale
 from pyro_vfe.errors import ScaleError, StructureError
 from pyro_vfe.learning.e_phases import model_keys
 from pyro_vfe.learning.machine import check_finite
@@ -62,8 +62,7 @@ def drawn_losses(runs: Sequence[tuple[Collection[Site], Collection[Site]]]) -> L
     scale = _common_scale_of_sites([site for site in guides[0] if site.kind != "observed"], plates)
     with torch.no_grad():
         log_weights = (log_p - log_q) / scale
-        log_mean = log_weights.logsumexp(0) - math.log(len(runs))
-        surprise = -(scale * log_mean).sum()
+        surprise = -(scale * log_mean_exp(log_weights)).sum()
         check_finite(surprise, [site for sites in (*models, *guides) for site in sites])
         weights = log_weights.softmax(0)
     model, guide = (-torch.where(weights > 0, weights * own, 0.0).sum() for own in (log_p, log_q))
@@ -104,13 +103,17 @@ def _common_scale_of_sites(latents: Sequence[Site], plates: Sequence[str]) -> Te
             whole = scale.expand(log_prob_of(site).shape)
             scale = _reduced(whole, site, plates) / _reduced(torch.ones_like(whole), site, plates)
         if position and not torch.allclose(scale, found):
-            raise ScaleError(
-                f"Latents '{latents[0].name}' and '{site.name}' have other weights (a subsample or poutine.scale): "
-                "draws of both cannot be weighed together.",
-                hint="Put both sites under one poutine.scale, or use reweighted=False.",
-            )
+            raise _other_weights(latents[0].name, site.name)
         found = scale
     return found
+
+
+def _other_weights(one: str, other: str) -> ScaleError:
+    return ScaleError(
+        f"Latents '{one}' and '{other}' carry different weights (a subsample or poutine.scale): draws of both cannot "
+        "be weighed together.",
+        hint="Put both sites under one poutine.scale, or use reweighted=False.",
+    )
 
 
 def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = None) -> Losses:
@@ -147,20 +150,16 @@ def _weights(runs: Sequence[Enumeration], max_bytes: float | None) -> tuple[list
         scale = _common_scale_of_factors(runs[0], plates)
         ratios = [by_datum(joint_graph(run)) - by_datum(guide_graph(run)) for run in runs]
         log_weights = torch.stack(ratios) / scale
-        surprise = -(scale * (log_weights.logsumexp(0) - math.log(len(runs)))).sum()
+        surprise = -(scale * log_mean_exp(log_weights)).sum()
         weights = log_weights.softmax(0)
     return [Table(weight, plates) for weight in weights], surprise.item()
 
 
 def _common_scale_of_factors(run: Enumeration, plates: Sequence[str]) -> Tensor:
     factors = (*run.guide_latents, *run.guide_draws, *run.model_latents)
-    for factor in factors[1:]:
-        if not same_scale(factor.scale, factors[0].scale):
-            raise ScaleError(
-                f"Sites '{factors[0].name}' and '{factor.name}' have other weights (a subsample or poutine.scale): "
-                "draws of both cannot be weighed together.",
-                hint="Put both sites under one poutine.scale, or use reweighted=False.",
-            )
+    other = of_other_scale(factors)
+    if other is not None:
+        raise _other_weights(factors[0].name, other.name)
     scale = factors[0].scale if factors else 1.0
     return scale.aligned(plates) if isinstance(scale, Table) else torch.tensor(scale)
 

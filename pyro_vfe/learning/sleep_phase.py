@@ -13,11 +13,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vfe.energy.parts import joint_graph
-from pyro_vfe.engine.elimination import log_normalizer
+from pyro_vfe.energy.portioned import normalizer_of
 from pyro_vfe.errors import MissingGuideSiteError, StructureError
 from pyro_vfe.learning.machine import Machine, check_finite, gradients
 from pyro_vfe.program.drawing_runs import IsEnumerable, run_guide_at, total_log_prob
@@ -56,7 +55,7 @@ class Sleep:
         machine.look(args, kwargs)
         losses = [self._of_dream(args, kwargs) for _ in range(self._num_dreams)]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        gradients(loss if self._weight == 1.0 else self._weight * loss, machine.phi)
+        gradients(loss if self._weight == 1.0 else self._weight * loss, machine.phi, machine.strangers)
         return loss.item()
 
     def _of_dream(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -90,10 +89,12 @@ class Sleep:
         """-log of the sum of Q over what only the guide has: its surprise at the dream, the guide read as a model."""
         self._at_dream.made_up = made_up
         try:
-            run = self._programs.enumerate(self._at_dream, no_guide, made_up.args, made_up.kwargs)
+            run = self._programs.enumerate(
+                self._at_dream, no_guide, made_up.args, made_up.kwargs, subsamples=made_up.subsamples
+            )
         except MissingGuideSiteError as error:
             raise _not_dreamt(error.site, error.latent) from error
-        return -log_normalizer(joint_graph(run), max_bytes=self._machine.max_bytes).total
+        return -normalizer_of(run, joint_graph, max_bytes=self._machine.max_bytes).total
 
 
 class _AtDream:
@@ -104,20 +105,8 @@ class _AtDream:
         self.made_up: Dream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Subsampled(self.made_up.subsamples), pyro.condition(data=dict(self.made_up.latents)):
+        with pyro.condition(data=dict(self.made_up.latents)):
             return self._guide(*args, **kwargs)
-
-
-class _Subsampled(Messenger):
-    """Gives plates the elements of a dream."""
-
-    def __init__(self, subsamples: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.subsamples = subsamples
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is None and msg["name"] in self.subsamples:
-            msg["value"] = self.subsamples[msg["name"]]
 
 
 def _not_dreamt(name: str, family: str) -> StructureError:

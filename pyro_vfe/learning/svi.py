@@ -9,7 +9,6 @@ References:
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +19,11 @@ from torch import Tensor
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.errors import VFEError, VFEWarning
 from pyro_vfe.learning.batches import are_several, out_of_step
-from pyro_vfe.learning.em_run import parameter_table
 from pyro_vfe.learning.history import History, Numbers
 from pyro_vfe.learning.monitor import Monitor, SVICallback
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim
-from pyro_vfe.learning.svi_report import Unmonitored, ending, notes_of_own_parameters
+from pyro_vfe.learning.svi_report import Unmonitored, ending, notes_of_own_parameters, run_as_html, run_as_text
 from pyro_vfe.learning.svi_step import Stepper
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -65,16 +63,10 @@ class SVIRun:
         return self.history.rows[-1].free_energy if self.history.rows else float("nan")
 
     def __str__(self) -> str:
-        history = [str(self.history), ""] if self.history.rows else []
-        lines = [*self._headline(), "", *history, *parameter_table(self.params, self.updates)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return run_as_text(self, self._headline())
 
     def _repr_html_(self) -> str:
-        headline = "".join(f"<div>{escape(line)}</div>" for line in self._headline())
-        history = self.history._repr_html_() if self.history.rows else ""
-        parameters = escape("\n".join(parameter_table(self.params, self.updates)))
-        notes = "".join(f"<div>note: {escape(note)}</div>" for note in self.notes)
-        return f"<div>{headline}{history}<pre>{parameters}</pre>{notes}</div>"
+        return run_as_html(self, self._headline())
 
     def _headline(self) -> list[str]:
         """Where it ended, and why."""

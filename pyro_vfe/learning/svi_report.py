@@ -1,7 +1,9 @@
-"""What a person sees of SVI while it runs: a progress bar, and values by tag for a callback."""
+"""What a person sees of training: a progress bar, values by tag for a callback, and the end on paper."""
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -10,7 +12,7 @@ from pyro_vfe.errors import VFEError
 from pyro_vfe.guides.mean_field import AutoMeanField
 from pyro_vfe.guides.structured import AutoStructured
 from pyro_vfe.learning.em_report import row_by_tag, row_in_words
-from pyro_vfe.learning.em_run import counted
+from pyro_vfe.learning.em_run import counted, parameter_table
 from pyro_vfe.learning.history import History, Row
 from pyro_vfe.program.layout import Program
 
@@ -134,6 +136,52 @@ def ending(what: str, num_steps: int, stopped: str | None, history: History) -> 
         words = "unknown" if math.isnan(value) else f"{value:,.4f}{per_datum}"
         lines.append(f"  {'=' if name == 'surprise' else '+'} {name} {words}")
     return lines
+
+
+class Ended(Protocol):
+    """A finished run."""
+
+    @property
+    def history(self) -> History:
+        """Its readings."""
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """The values of its parameters."""
+
+    @property
+    def updates(self) -> Mapping[str, str]:
+        """How each was updated."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know."""
+
+
+def run_as_text(run: Ended, headline: Sequence[str]) -> str:
+    """A finished run on paper: where it ended, its history, its parameters, and what to know.
+
+    Args:
+        run: The run.
+        headline: Lines of where it ended.
+    """
+    history = [str(run.history), ""] if run.history.rows else []
+    lines = [*headline, "", *history, *parameter_table(run.params, run.updates)]
+    return "\n".join([*lines, *(f"note: {note}" for note in run.notes)])
+
+
+def run_as_html(run: Ended, headline: Sequence[str]) -> str:
+    """The same as HTML.
+
+    Args:
+        run: The run.
+        headline: Lines of where it ended.
+    """
+    lines = "".join(f"<div>{escape(line)}</div>" for line in headline)
+    history = run.history._repr_html_() if run.history.rows else ""
+    parameters = escape("\n".join(parameter_table(run.params, run.updates)))
+    notes = "".join(f"<div>note: {escape(note)}</div>" for note in run.notes)
+    return f"<div>{lines}{history}<pre>{parameters}</pre>{notes}</div>"
 
 
 def notes_of_own_parameters(guide: Program) -> list[str]:

@@ -20,7 +20,7 @@ from torch.distributions import transform_to
 from pyro_vfe.errors import NotFiniteError, VFEError, located
 from pyro_vfe.learning.svi_report import Loss
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.parameters import constraint_of, unconstrained
+from pyro_vfe.program.parameters import Strangers, constraint_of, two_of_one_name, unconstrained
 
 _MOST_NAMED = 5
 
@@ -113,12 +113,14 @@ class Stepper:
 
     def _loss_and_grads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Loss, dict[str, Tensor]]:
         """The loss as numbers, and the leaves of the parameters that were read, with gradients that can be used."""
-        with pyro.poutine.trace(param_only=True) as capture:
+        strangers = Strangers()
+        with pyro.poutine.trace(param_only=True) as capture, strangers:
             try:
                 loss: Any = self._elbo.loss_and_grads(self._model, self._guide, *args, **kwargs)
             finally:
                 used = self._meet(capture.trace.nodes)
         _check_shared(capture.trace.nodes.keys() - used.keys())
+        _check_in_store(strangers.found)
         gradients = {name: leaf.grad for name, leaf in used.items() if leaf.grad is not None}
         self.reached.update(gradients)
         numbers = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
@@ -193,7 +195,7 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
             "vfe.FreeEnergy(), which names the site. This step changed nothing.",
         )
     # One sum tells of any entry; only where it is not finite, which large entries can cause too, all are looked at.
-    if all(bool(gradient.sum().isfinite()) for gradient in gradients.values()):
+    if all(math.isfinite(gradient.sum().item()) for gradient in gradients.values()):
         return
     bad = [name for name, gradient in gradients.items() if not bool(_entries(gradient).isfinite().all())]
     if bad:
@@ -218,6 +220,18 @@ def _check_shared(local: Iterable[str]) -> None:
             hint="Keep a loop of your own with a torch optimiser over vfe.FreeEnergy()(model, guide).parameters(), and "
             "a vfe.Monitor; or leave module_local_params=False.",
         )
+
+
+def _check_in_store(strangers: Mapping[str, Tensor]) -> None:
+    """Checks that the loss depends on no parameters but those in Pyro's store.
+
+    Raises:
+        NameClashError: It does.
+    """
+    names = [name for name, tensor in strangers.items() if tensor.grad is not None]
+    if names:
+        zero_grads(strangers.values())
+        raise two_of_one_name(names)
 
 
 def _constrained(name: str, leaf: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import log_joint
+from pyro_vfe.energy.portioned import HasExpectation, PortionedParts
 from pyro_vfe.errors import NotFiniteError, VFEError
 from pyro_vfe.learning.machine import Machine, check_finite, gradients
 from pyro_vfe.learning.reweighting import Losses, drawn_losses, enumerated_losses
@@ -66,13 +67,13 @@ class Wake:
             for _ in range(self._num_particles)
         ]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        gradients(loss, machine.theta)
+        gradients(loss, machine.theta, machine.strangers)
         return loss.item()
 
     def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         machine = self._machine
         run = machine.programs.enumerate(machine.model, guide, args, kwargs)
-        loss = -log_joint(run, machine.max_bytes).expectation().total
+        loss = -_log_joint(run, machine.max_bytes).expectation().total
         if not math.isfinite(loss.item()):
             raise not_finite([run], loss.item(), (machine.given_model, machine.given_guide))
         return loss
@@ -83,6 +84,13 @@ class Wake:
         loss = -total_log_prob(run.sites.values())
         check_finite(loss, run.sites.values())
         return loss
+
+
+def _log_joint(run: Enumeration, max_bytes: float | None) -> HasExpectation:
+    """log P as a term under Q, summed in portions where the tables are made so."""
+    if run.portions is None:
+        return log_joint(run, max_bytes)
+    return PortionedParts(run.portions, lambda part: [log_joint(part, max_bytes)])
 
 
 class ReweightedWake:
@@ -118,8 +126,8 @@ class ReweightedWake:
         )
         if self._insomnia > 0:
             _check_covers(losses.guide)
-            gradients(self._insomnia * losses.guide, machine.phi)
-        gradients(losses.model, machine.theta)
+            gradients(self._insomnia * losses.guide, machine.phi, machine.strangers)
+        gradients(losses.model, machine.theta, machine.strangers)
         return losses.surprise
 
     def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Losses:

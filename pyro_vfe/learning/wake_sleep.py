@@ -10,7 +10,7 @@ References:
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vfe.energy.drawing import OnCost
 from pyro_vfe.errors import VFEError, VFEWarning
 from pyro_vfe.learning.batches import are_several
+from pyro_vfe.learning.history import SLEEP, WAKE
 from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.sleep_phase import Sleep
 from pyro_vfe.learning.stop_rules import StopRule
@@ -123,7 +124,7 @@ class WakeSleep:
         given_guide(model, guide)
         check_optim(optim_model, "optim_model")
         check_optim(optim_guide, "optim_guide")
-        _check_options(guide, num_particles, num_dreams, insomnia, on_cost)
+        _check_options(guide, num_particles, num_dreams, insomnia)
         self.model = model
         self.guide = guide
         self._machine = Machine(model, guide, check=check, max_bytes=max_bytes, on_cost=on_cost)
@@ -148,14 +149,7 @@ class WakeSleep:
         Raises:
             VFEError: A phase failed; the parameters are as they were before the step.
         """
-        wake = self.wake(*args, **kwargs)
-        if not self._sleeps:
-            return WakeSleepLosses(wake, math.nan)
-        try:
-            return WakeSleepLosses(wake, self.sleep(*args, **kwargs))
-        except BaseException:
-            self._undo_wake()
-            raise
+        return self._step(args, kwargs, lambda phase, loss: None)
 
     def wake(self, *args: Any, **kwargs: Any) -> float:
         """Does a wake phase and returns its loss in nats: E_Q[-log P(v, u)]; reweighted, the estimate of -log p(u).
@@ -264,17 +258,25 @@ class WakeSleep:
         if number == 1:
             self._machine.look(args, kwargs)
             watch.begin(args, kwargs)
+        losses = self._step(args, kwargs, lambda phase, loss: watch.after(phase, number, args, kwargs, loss))
+        watch.advance(losses.wake, losses.sleep)
+        return losses
+
+    def _step(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], after: Callable[[str, float], None]
+    ) -> WakeSleepLosses:
+        """Both phases; a sleep phase that fails takes the wake phase back."""
         wake = self.wake(*args, **kwargs)
-        sleep = math.nan
-        watch.after("wake", number, args, kwargs, wake)
-        if self._sleeps:
-            try:
-                sleep = self.sleep(*args, **kwargs)
-            except BaseException:
-                self._undo_wake()
-                raise
-            watch.after("sleep", number, args, kwargs, sleep)
-        watch.advance(wake, sleep)
+        after(WAKE, wake)
+        if not self._sleeps:
+            return WakeSleepLosses(wake, math.nan)
+        try:
+            sleep = self.sleep(*args, **kwargs)
+        except BaseException:
+            self._wake.undo()
+            self._phases[0] -= 1
+            raise
+        after(SLEEP, sleep)
         return WakeSleepLosses(wake, sleep)
 
     def _phase(
@@ -291,10 +293,6 @@ class WakeSleep:
         assert isinstance(loss, float)
         return loss
 
-    def _undo_wake(self) -> None:
-        self._wake.undo()
-        self._phases[0] -= 1
-
     def _check_learns(self) -> None:
         if not self._machine.theta and not self._machine.phi:
             raise VFEError(
@@ -308,6 +306,8 @@ class WakeSleep:
 
     def _notes(self, of_batches: bool) -> list[str]:
         notes = ["Each reading of F is of the batch of its step."] if of_batches else []
+        if not self._machine.phi:
+            notes.append("The guide has no parameters of its own: sleep phases change nothing.")
         notes += [
             f"Parameter '{name}' is read by both programs: it is the model's, and sleep phases leave it as it is."
             for name in self._machine.shared
@@ -329,7 +329,7 @@ class WakeSleep:
         }
 
 
-def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia: float, on_cost: str) -> None:
+def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia: float) -> None:
     if guide is None:
         raise VFEError(
             "WakeSleep was given no guide: there is nothing that could learn from dreams.",
@@ -341,5 +341,3 @@ def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia:
             raise VFEError(f"{name} is {number}.", hint="Use at least one.")
     if not 0 <= insomnia <= 1:
         raise VFEError(f"insomnia is {insomnia}.", hint="Pass a weight from 0 (learn asleep) to 1 (learn awake).")
-    if on_cost not in ("raise", "sample"):
-        raise VFEError(f"on_cost is {on_cost!r}.", hint="Pass 'raise' or 'sample'.")

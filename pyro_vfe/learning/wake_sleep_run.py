@@ -6,15 +6,14 @@ the limit of small steps; that of a sleep phase may be of any sign
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-from pyro_vfe.learning.em_run import counted, parameter_table
+from pyro_vfe.learning.em_run import counted
 from pyro_vfe.learning.history import SLEEP, WAKE, History, Numbers, Row
-from pyro_vfe.learning.svi_report import ending
+from pyro_vfe.learning.svi_report import ending, run_as_html, run_as_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +51,10 @@ class WakeSleepRun:
         return np.array([after.free_energy - before.free_energy for before, after in pairs], dtype=np.float64)
 
     def __str__(self) -> str:
-        lines = [*self._headline(), "", str(self.history), "", *parameter_table(self.params, self.updates)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return run_as_text(self, self._headline())
 
     def _repr_html_(self) -> str:
-        headline = "".join(f"<div>{escape(line)}</div>" for line in self._headline())
-        parameters = escape("\n".join(parameter_table(self.params, self.updates)))
-        notes = "".join(f"<div>note: {escape(note)}</div>" for note in self.notes)
-        return f"<div>{headline}{self.history._repr_html_()}<pre>{parameters}</pre>{notes}</div>"
+        return run_as_html(self, self._headline())
 
     def _headline(self) -> list[str]:
         lines = ending("wake-sleep", self.num_steps, self.stopped, self.history)

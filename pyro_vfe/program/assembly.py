@@ -7,7 +7,7 @@ they are.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
@@ -39,6 +39,8 @@ class Run:
     lost: frozenset[tuple[str, str, str]]
     label: Callable[[Mapping[SiteKey, Site], Scorer], dict[SiteKey, Factor]]
     """Makes factors of some of its sites again, of other numbers than log-probabilities."""
+    scores: dict[SiteKey, Factor] = field(default_factory=dict)
+    """The log-probabilities of those draws whose factors are something else, by masks or weights."""
     portioned: PortionedRun | None = None
     """Where the tables are withheld: what makes them a portion of a plate at a time."""
 
@@ -79,6 +81,7 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         return _factors(again, layout, supports, {key: sites[key] for key in keys})
 
     whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
+    whole = replace(whole, own_scores=_scores(runs, layout, supports, sites))
     if last.portioned is None:
         check_absences(whole.guided, sites, whole.factors.values(), layout)
         return replace(whole, paths=tuple(run.sites for run in runs.values()))
@@ -93,6 +96,7 @@ def _portions(whole: Enumeration, run: Run, portioned: PortionedRun, layout: Lay
     def made(start: int, length: int) -> Enumeration:
         sites = portioned.restricted(start, length)
         part = replace(run, sites=sites, factors=portioned.factors(sites), portioned=None)
+        part.scores = portioned.scores(sites)
         return replace(assembled({(): part}, layout), plates={**whole.plates, plate: length})
 
     return Portions(plate, portioned.size, length, made)
@@ -105,6 +109,18 @@ def _factors(
     if len(runs) == 1 and not layout.sequential:
         return next(iter(runs.values())).factors
     return _joined_factors(runs, layout, supports, sites)
+
+
+def _scores(
+    runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
+) -> dict[str, Factor]:
+    """The log-probabilities of draws that have other factors in some run."""
+    keys = [key for key in sites if any(key in run.scores for run in runs.values())]
+    if not keys:
+        return {}
+    again = {path: replace(run, factors={**run.factors, **run.scores}) for path, run in runs.items()}
+    found = _factors(again, layout, supports, {key: sites[key] for key in keys})
+    return {key[1]: found[key] for key in keys}
 
 
 def _labelled_again(run: Run, keys: Collection[SiteKey], scorer: Scorer) -> Run:

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_vfe.engine.shapes import broadcast_shapes
+from pyro_vfe.program.bits import are_bits
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.parameters import Strangers
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site, is_pathwise, is_summed
 
 
@@ -37,6 +39,7 @@ class Handled:
         hides: Callable[[str], bool] = lambda name: False,
         gradients: bool = True,
         detaches: bool = False,
+        strangers: Strangers | None = None,
     ) -> None:
         """Args:
         program: A model or guide.
@@ -44,12 +47,14 @@ class Handled:
         hides: Says of a parameter whether nobody outside shall see that it was read.
         gradients: Whether the program runs with gradients.
         detaches: Whether what it draws is held fixed when its parameters change.
+        strangers: Where parameters of its modules are noted that Pyro's store does not have.
         """
         self.program = program
         self.names = names
         self.hides = hides
         self.gradients = gradients
         self.detaches = detaches
+        self.strangers = strangers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the program returns."""
@@ -66,6 +71,10 @@ class _Handler(Messenger):
         self.handled.names.add(msg["name"])
         if self.handled.hides(msg["name"]):
             msg["stop"] = True
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if self.handled.strangers is not None:
+            self.handled.strangers.meet(msg)
 
     def _pyro_sample(self, msg: Any) -> None:
         if not self.handled.detaches or msg["value"] is not None or type(msg["fn"]).__name__ == "_Subsample":
@@ -155,14 +164,15 @@ def _of_bits(fn: Any, value: Tensor) -> Tensor | None:
     if type(fn) is Independent:
         fn, dims = fn.base_dist, fn.reinterpreted_batch_ndims
     logits = fn.__dict__.get("logits") if type(fn) is Bernoulli else None
-    if logits is None or fn._param is not logits:
+    if logits is None or "probs" in fn.__dict__:  # Of two, one was derived: logits of 0 and 1 are clamped.
         return None
     if logits.shape != value.shape or not value.is_floating_point():
         return None
-    if fn._validate_args:
+    if fn._validate_args and not are_bits(value):
         fn._validate_sample(value)
-    values = -binary_cross_entropy_with_logits(logits, value, reduction="none")
-    return values.sum(tuple(range(-dims, 0))) if dims else values
+    costs = binary_cross_entropy_with_logits(logits, value, reduction="none")
+    # The sign comes last: to negate every bit would take another large tensor here, and one in the gradient.
+    return -(costs.sum(tuple(range(-dims, 0))) if dims else costs)
 
 
 def log_prob_of(site: Site) -> Tensor:

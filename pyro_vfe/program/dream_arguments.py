@@ -1,9 +1,7 @@
 """Where a dreamt observation goes: in the place of the argument of its name, in that argument's type and shape."""
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Plate
+from pyro_vfe.program.signatures import signature_of
 
 _OBSERVED, _UNOBSERVED = "_observed", "_unobserved"
 """What Pyro appends to the name of a site with `obs_mask=`, for its two parts."""
@@ -74,22 +73,9 @@ def with_dreams(
 
 def _names(model: Program, count: int) -> list[str]:
     """The names of a program's first positional arguments; those in `*args` have none."""
-    parameters = _signature(model).parameters.values()
+    signature = signature_of(model)
+    parameters = () if signature is None else signature.parameters.values()
     return [own.name for own in parameters if own.kind in (own.POSITIONAL_ONLY, own.POSITIONAL_OR_KEYWORD)][:count]
-
-
-def _signature(model: Program) -> inspect.Signature:
-    """The signature of what the user wrote: of a module's `forward`, of the function inside Pyro's handlers."""
-    program: Any = model
-    while True:
-        if isinstance(program, torch.nn.Module):
-            program = program.forward
-        elif type(program).__name__ == "_bound_partial":
-            program = program.func
-        elif isinstance(program, partial) and getattr(program.func, "__name__", "") == "_context_wrap":
-            program = program.args[1]
-        else:
-            return inspect.signature(program)
 
 
 def _argument_of(name: str, latents: Collection[str], arguments: Mapping[str, object]) -> str | None:

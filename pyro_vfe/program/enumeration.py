@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,15 @@ def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
         f"The factors of {len(keys)} sites were to be made again from a result, which holds numbers and no runs.",
         hint="Run the programs where the statistics are wanted.",
     )
+
+
+def is_random(site: Site) -> bool:
+    """Whether a latent is drawn at random; a point estimate, a Delta, is not.
+
+    Args:
+        site: A site of either program.
+    """
+    return site.kind == "sampled" and type(unwrapped(site.fn)).__name__ != "Delta"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +106,22 @@ class Enumeration:
     """Where tables are too large to be made whole: the enumeration in portions. The tables are withheld then."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
+    own_scores: Mapping[str, Factor] = field(default_factory=dict)
+    """The log-probabilities of draws whose factors are something else: under a mask, or weighted by a latent."""
     scores: Mapping[str, Factor | None] = field(default_factory=dict)
     """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
         parameters = {name: value.detach() for name, value in self.parameters.items()}
-        return {**self.__dict__, "rescored": _not_here, "parameters": parameters, "scores": {}, "portions": None}
+        return {
+            **self.__dict__,
+            "rescored": _not_here,
+            "parameters": parameters,
+            "own_scores": {},
+            "scores": {},
+            "portions": None,
+        }
 
     @cached_property
     def guide_latents(self) -> tuple[Factor, ...]:
@@ -132,7 +151,7 @@ class Enumeration:
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
-        return replace(self, paths=(), rescored=_not_here, parameters={}, scores={}, portions=portions)
+        return replace(self, paths=(), rescored=_not_here, parameters={}, own_scores={}, scores={}, portions=portions)
 
     @property
     def parts(self) -> "Iterable[Enumeration]":
@@ -184,8 +203,16 @@ class Enumeration:
     @property
     def is_sampled(self) -> bool:
         """Whether the guide draws anything at random; a point estimate, a Delta, is not."""
-        draws = (site for site in self.sites.values() if site.role == "guide" and site.kind == "sampled")
-        return any(type(unwrapped(site.fn)).__name__ != "Delta" for site in draws)
+        return any(site.role == "guide" and is_random(site) for site in self.sites.values())
+
+    def plate_sets(self, plates: Collection[str]) -> list[tuple[str, ...]]:
+        """Returns the sets of some vectorised plates, each sorted by name, those with the most elements first.
+
+        Args:
+            plates: The plates.
+        """
+        sets = (own for size in range(1, len(plates) + 1) for own in combinations(sorted(plates), size))
+        return sorted(sets, key=lambda own: -math.prod(self.plates[plate] for plate in own))
 
     @cached_property
     def draws_tell_of_latents(self) -> bool:

@@ -19,7 +19,7 @@ from torch.distributions import Independent
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.families_forms import FAMILIES, Family, Parameters
-from pyro_vfe.program.log_prob import slim
+from pyro_vfe.program.log_prob import given_as, slim
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def form_of(fn: Any) -> Form | None:
         return None
     parameters = {}
     for name, event_dim in family.parameters.items():
-        given = _given(base) if name == "probs" else name
+        given = given_as(getattr(base, "_categorical", base)) if name == "probs" else name
         parameters[given] = slim(torch.as_tensor(getattr(base, given)), own_dims + event_dim)
     return Form(family, parameters, base.batch_shape[len(base.batch_shape) - own_dims :])
 
@@ -144,11 +144,3 @@ def unwrapped(fn: Any) -> tuple[Any, int]:
             fn = fn.base_dist
         else:
             return fn, own_dims
-
-
-def _given(fn: Any) -> str:
-    """Whether a distribution was given probs or logits: torch derives the one from the other after clamping."""
-    fn = getattr(fn, "_categorical", fn)
-    known = fn.__dict__
-    given = getattr(fn, "_param", known.get("logits"))
-    return "logits" if "logits" in known and given is not known.get("probs") else "probs"

@@ -1,9 +1,4 @@
-"""One ordinary run of guide and model, and what it tells: who reads whom, and hence which dim each latent takes.
-
-Latents that meet in one tensor need different dims. Few latents get a dim each. Many latents share dims by greedy
-colouring of the graph of meetings, in program order: a chain of any length needs two colours. Every later run is
-tracked to tell which latent of a colour was read, so that a program may change how it is wired from call to call.
-"""
+"""One ordinary run of guide and model, and what it tells: who reads whom, and hence which dim each latent takes."""
 
 import math
 import warnings
@@ -14,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.errors import CostError, EscapeError, PlateError, StructureError, VFEWarning
+from pyro_vfe.errors import EscapeError, PlateError, StructureError, VFEWarning
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.chain_sites import time_plate
+from pyro_vfe.program.colouring import enumeration_dims
 from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
 from pyro_vfe.program.log_prob import is_listed
@@ -31,13 +27,6 @@ Program = Callable[..., Any]
 
 def no_guide(*args: Any, **kwargs: Any) -> None:
     """A guide without sites: every latent is summed out inside the model."""
-
-
-_OWN_DIMS = 12
-"""Up to so many latents get a dim each."""
-
-_MAX_DIMS = 60
-"""torch's tensors have at most 64 dims; a few are left to events."""
 
 
 @dataclass(frozen=True)
@@ -288,41 +277,13 @@ def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int,
         for name in dict.fromkeys(site.name for site in sites.values() if site.kind == "enumerated")
         if name not in sequential
     ]
-    own = len(latents) <= _OWN_DIMS
-    colours = {name: i for i, name in enumerate(latents)} if own else _coloured(latents, findings, nesting)
     return Layout(
         nesting=nesting,
-        dims={name: -1 - nesting - colour for name, colour in colours.items()},
+        dims=enumeration_dims(latents, findings.meetings, [site.meets for site in sites.values()], nesting),
         sequential=sequential,
         unread=unread,
         sites=sites,
     )
-
-
-def _coloured(latents: list[str], findings: _Findings, nesting: int) -> dict[str, int]:
-    """Greedy colouring of the graph of latents that meet in a tensor, in program order."""
-    known = set(latents)
-    neighbours: dict[str, set[str]] = {name: set() for name in latents}
-    meets = [site.meets for site in findings.sites.values()]
-    for sites in (*findings.meetings, *meets):
-        clique = sites & known
-        for name in clique:
-            neighbours[name] |= clique
-    colours: dict[str, int] = {}
-    for name in latents:
-        taken = {colours[other] for other in neighbours[name] if other in colours}
-        colours[name] = next(colour for colour in range(len(latents) + 1) if colour not in taken)
-    if max(colours.values()) + 1 + nesting > _MAX_DIMS:
-        clique, operation = max(findings.meetings.items(), key=lambda item: len(item[0] & known))
-        names = sorted(clique & known)
-        raise CostError(
-            f"{len(names)} latents ('{names[0]}', '{names[1]}', ...) meet in one tensor, made by `{operation}`: "
-            f"enumerated together they would need {max(colours.values()) + 1} dims, and torch has 64.",
-            hint="Do not join the latents (torch.stack, torch.cat, a running sum); keep a list and use each where "
-            "it is needed.",
-            sites=names,
-        )
-    return colours
 
 
 def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:

@@ -141,24 +141,35 @@ def _sum_event(values: Tensor, fn: Independent, own_dims: int) -> Tensor:
 
 def _category_table(fn: Any, own_dims: int) -> Tensor:
     """Log-probabilities of a Categorical, shape `(*batch, K)`, with exact zeros."""
-    given = fn.__dict__
-    if "logits" not in given:
+    if given_as(fn) == "probs":
         return exact_log(slim(fn.probs, own_dims + 1))
-    if "probs" not in given:
-        return slim(fn.logits, own_dims + 1)
-    if fn._param is given["probs"]:
-        return exact_log(slim(fn.probs, own_dims + 1))
-    # Both are cached and expanded, so one was derived, and torch derives logits from clamped probabilities.
-    probs, logits = slim(fn.probs, own_dims + 1), slim(fn.logits, own_dims + 1)
+    return slim(fn.logits, own_dims + 1)
+
+
+def given_as(fn: Any) -> str:
+    """Whether a distribution was given "probs" or "logits": torch derives the one from the other after clamping.
+
+    Args:
+        fn: A Categorical, or a distribution with one probability of success.
+    """
+    known = fn.__dict__
+    if "logits" not in known or "probs" not in known:
+        return "probs" if "probs" in known else "logits"
+    if getattr(fn, "_param", None) is known["probs"]:
+        return "probs"
+    # Where both are cached `expand` says logits, whichever was given; probabilities that were clamped show it.
+    probs, logits = slim(known["probs"].detach(), 0), slim(known["logits"].detach(), 0)
     epsilon = torch.finfo(probs.dtype).eps
-    clamped = (probs < epsilon) & (logits > math.log(epsilon) - 1e-3)
-    return torch.where(clamped, exact_log(probs), logits)
+    end = math.log(epsilon) - 1e-3
+    clamped = (probs < epsilon) & (logits > end)
+    if type(fn).__name__ != "Categorical":
+        clamped = clamped | ((probs > 1 - epsilon) & (logits < -end))
+    return "probs" if bool(clamped.any()) else "logits"
 
 
 def _bernoulli_logs(fn: Any, own_dims: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities of 1 and of 0, each of the batch shape."""
-    given = fn.__dict__
-    if "logits" not in given or ("probs" in given and fn._param is given["probs"]):
+    if given_as(fn) == "probs":
         probs = slim(fn.probs, own_dims)
         return exact_log(probs), exact_log(1 - probs)
     logits = slim(fn.logits, own_dims)
@@ -195,8 +206,7 @@ def _exact_one_hot(fn: Any, value: Tensor, own_dims: int) -> Tensor:
 
 
 def _exact_bernoulli(fn: Any, value: Tensor, own_dims: int) -> Tensor:
-    given = fn.__dict__
-    if "probs" not in given:
+    if given_as(fn) == "logits":
         logits = slim(fn.logits, own_dims)
         # A product with 1 or -1 is exact, at infinite logits too, and has a cheaper gradient than a selection.
         return torch.nn.functional.logsigmoid(logits * (2 * (value == 1).to(logits.dtype) - 1))
@@ -205,7 +215,7 @@ def _exact_bernoulli(fn: Any, value: Tensor, own_dims: int) -> Tensor:
 
 
 def _exact_binomial(fn: Any, value: Tensor, own_dims: int) -> Tensor:
-    if "probs" not in fn.__dict__:
+    if given_as(fn) == "logits":
         result: Tensor = fn.log_prob(value)
         return result
     probs, count = slim(fn.probs, own_dims), slim(fn.total_count, own_dims)

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_vfe.errors import StructureError
+from pyro_vfe.errors import NameClashError, StructureError
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Role
@@ -164,6 +164,48 @@ def other_shape(name: str, stored: torch.Size, own: torch.Size) -> StructureErro
         f"{tuple(own)}: it is left from other data or another program.",
         hint="Clear the store first, pyro.clear_param_store(); or give the parameter another name; or keep the two "
         "apart by `with pyro.get_param_store().scope():`.",
+    )
+
+
+class Strangers(Messenger):
+    """Notes tensors of modules that have the name of another tensor in Pyro's store.
+
+    A module computes with its own parameters, whatever Pyro's store has by their names, and optimisers change what is
+    in the store. So a stranger that a loss depends on would not be learned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+        """The last stranger by each name."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.meet(msg)
+
+    def meet(self, msg: Any) -> None:
+        """Notes the parameter of a message, if it is a stranger.
+
+        Args:
+            msg: What Pyro says of a parameter that was read.
+        """
+        name, store = msg["name"], pyro.get_param_store()._params
+        start = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(start, torch.nn.Parameter) and name in store and store[name] is not start:
+            self.found[name] = start
+
+
+def two_of_one_name(names: Iterable[str]) -> NameClashError:
+    """The error for parameters of modules that a loss depends on and that Pyro's store does not have.
+
+    Args:
+        names: Their names.
+    """
+    quoted = ", ".join(f"'{name}'" for name in sorted(names)[:5])
+    return NameClashError(
+        f"A module computes with a tensor of its own for parameter {quoted}, and Pyro's store has another by that "
+        "name, of another module: no optimiser would change the first.",
+        hint='Give the modules names, `super().__init__("guide")` in a PyroModule, or their parts different ones; '
+        "where the store holds parameters of earlier modules, call pyro.clear_param_store() first.",
     )
 
 

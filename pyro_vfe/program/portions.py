@@ -91,6 +91,8 @@ class PortionedRun:
         self.size = next(p.size for site in sites.values() for p in site.plates if p.name == plate)
         self._labelled = labelled
         self._scale = scale
+        self.scores: Callable[[Sites], dict[SiteKey, Factor]] = lambda portion: {}
+        """Makes the log-probabilities of those draws whose factors are something else."""
         few = self.restricted(0, 2)
         self._few = labelled(few.keys(), few)
         """Factors of two elements: how many axes tables have, at little cost."""

@@ -5,6 +5,7 @@ One run of each program makes all tables; where the programs branch on a latent 
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,7 +24,7 @@ from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.supports import common_support, finite_support
-from pyro_vfe.program.tables import Labeller, Scorer
+from pyro_vfe.program.tables import DrawScorer, Labeller, Scorer, counts_otherwise
 
 
 def enumerate_programs(
@@ -137,12 +138,13 @@ class _Runner:
         if plate is not None:
             return self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
         factors, absent = self._factors(labeller, sites.keys(), sites)
-        self.provenance.finish()
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
             return replace(labeller, scorer=scorer).factors(some, absent)
 
-        return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label)
+        own = self._scores(labeller, sites)
+        self.provenance.finish()
+        return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label, own)
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
@@ -157,6 +159,12 @@ class _Runner:
                 factors |= labeller.factors({key: site for key, site in wanted.items() if key[1] in read}, absent)
         return factors, absent
 
+    def _scores(self, labeller: Labeller, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
+        """The log-probabilities of those draws whose factors are something else."""
+        found = {key: site for key, site in sites.items() if counts_otherwise(site, self.layout.nesting)}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            return replace(labeller, scorer=DrawScorer()).factors(found, {}) if found else {}
+
     def _portioned(
         self, sites: Mapping[SiteKey, Site], plate: str, labeller: Labeller, subsamples: dict[str, Tensor]
     ) -> Run:
@@ -164,10 +172,11 @@ class _Runner:
         portioned = PortionedRun(
             sites, plate, lambda keys, portion: self._factors(labeller, keys, portion)[0], labeller.scale
         )
+        portioned.scores = partial(self._scores, labeller)
         self.provenance.finish()
         factors = portioned.withheld()
         lost = frozenset(labeller.lost)
-        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, portioned)
+        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, portioned=portioned)
 
     def _portioned_plate(self, sites: Mapping[SiteKey, Site]) -> str | None:
         """The plate that is summed in portions, where it has more elements than one."""

@@ -15,8 +15,8 @@ from torch.distributions import Bernoulli, Categorical, Independent
 
 from pyro_vfe.errors import CostError, SupportError, UnenumerableError
 
-_MAX_VALUES = 2**20
-"""A site with more joint values than this is refused rather than listed."""
+MAX_VALUES = 2**20
+"""A site with more joint values than this is never listed."""
 
 
 def unwrapped(fn: Any) -> Any:
@@ -115,7 +115,7 @@ def _event_part(fn: Independent) -> torch.Size:
 def _product_support(fn: Independent, name: str) -> Tensor:
     elements = _event_part(fn)
     size = support_size(fn)
-    if size > _MAX_VALUES:
+    if size > MAX_VALUES:
         raise CostError(
             f"Latent site '{name}' has {size:.3g} joint values ({support_size(fn.base_dist)} to the power "
             f"{math.prod(elements)}).",

@@ -61,6 +61,9 @@ class _Reading(NamedTuple):
 class Scorer:
     """Makes the tensors of tables: log-probabilities. Others may stand in their place, of the same shapes."""
 
+    of_draws = False
+    """Whether the numbers are of how a draw came about: masks and weights, which say how it counts, do not touch it."""
+
     def listed(self, site: Site, fn: Any) -> Tensor:
         """One number for each value of a latent, shape `(*batch, K)`.
 
@@ -95,6 +98,22 @@ class Scorer:
             chain: Its distribution.
         """
         return chain.log_initial(), chain.log_transition()
+
+
+class DrawScorer(Scorer):
+    """Scores draws by their log-probabilities alone."""
+
+    of_draws = True
+
+
+def counts_otherwise(site: Site, nesting: int) -> bool:
+    """Whether a draw counts otherwise than it is drawn: under a mask, or with a weight that is part of its table.
+
+    Args:
+        site: A site of the guide.
+        nesting: How many batch dims belong to plates.
+    """
+    return site.needs_score and (unmasked(site)[1] is not None or scale_reads_latents(site, nesting))
 
 
 @dataclass(eq=False)
@@ -205,12 +224,12 @@ class Labeller:
             return self._noted(site, scope, chain_factor(site, self, scope, absent, self.scorer.chain))
         values = self.scorer.listed(site, reading.fn) if own else self.scorer.scored(site, reading.fn)
         if site.kind != "enumerated":
-            values = masked(values, reading.mask)
+            values = values if self.scorer.of_draws else masked(values, reading.mask)
         elif absent is not None and absent is not False:
             values = self._pinned(values, site, absent, own)
         scale = site.scale
         if scale_reads_latents(site, self.layout.nesting):
-            weights = torch.as_tensor(scale, device=values.device)
+            weights = torch.as_tensor(1.0 if self.scorer.of_draws else scale, device=values.device)
             values, scale = values * (weights[..., None] if own else weights), 1.0
         pattern = self._pattern(values, site, own=own)
         axes = self._axes(pattern, site, scope)

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.energy.log_weights import is_random
 from pyro_vfe.energy.particles import Particles, Sampler, drawn_sites
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.dreams import Dream
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.enumeration import Enumeration, is_random
 
 
 def arguments_of(

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from pyro_vfe.energy.log_weights import is_random
 from pyro_vfe.energy.particles import Particles, drawn_sites
+from pyro_vfe.program.enumeration import is_random
 from pyro_vfe.reporting.pareto import GOOD_K, WORTH
 
 if TYPE_CHECKING:

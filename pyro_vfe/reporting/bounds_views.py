@@ -1,9 +1,10 @@
 """Bounds on paper: what was estimated, by how much it is uncertain, and how even the weights are."""
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from pyro_vfe.energy.render import Cells, number, table_html, table_lines
 
 if TYPE_CHECKING:
     from pyro_vfe.reporting.bounds import Bounds
@@ -16,9 +17,6 @@ _ROWS = (
     ("gap, at least", "gap_at_least", "estimate of a lower bound on KL(Q || posterior): F + lower"),
 )
 
-Cells = tuple[str, tuple[str, ...], str]
-"""A row: its label, its numbers and what they mean."""
-
 
 def as_text(found: "Bounds") -> str:
     """Returns the bounds as an aligned table in nats, total and per datum, with their standard errors.
@@ -29,12 +27,7 @@ def as_text(found: "Bounds") -> str:
     header, rows = _table(found)
     columns = zip(header, *(numbers for _, numbers, _ in rows), strict=True)
     widths = [2 + max(map(len, column)) for column in columns]
-
-    def line(label: str, numbers: tuple[str, ...]) -> str:
-        return label.ljust(14) + "".join(n.rjust(width) for n, width in zip(numbers, widths, strict=True))
-
-    lines = [line("", header), *(f"{line(label, numbers)}   {words}" for label, numbers, words in rows)]
-    return "\n".join([*lines, _of_the_weights(found), *found.notes])
+    return "\n".join([*table_lines(header, rows, widths), _of_the_weights(found), *found.notes])
 
 
 def as_html(found: "Bounds") -> str:
@@ -43,18 +36,7 @@ def as_html(found: "Bounds") -> str:
     Args:
         found: Bounds.
     """
-    header, rows = _table(found)
-    cell = "style='text-align:right;padding:2px 12px;font-variant-numeric:tabular-nums'"
-    left = "style='text-align:left;padding:2px 12px'"
-    titles = "".join(f"<th {cell}>{escape(title)}</th>" for title in header)
-    body = "".join(
-        f"<tr><td {left}>{escape(label)}</td>"
-        + "".join(f"<td {cell}>{escape(number)}</td>" for number in numbers)
-        + f"<td {left}>{escape(words)}</td></tr>"
-        for label, numbers, words in rows
-    )
-    notes = "".join(f"<div>{escape(note)}</div>" for note in (_of_the_weights(found), *found.notes))
-    return f"<div><table><thead><tr><th></th>{titles}<th></th></tr></thead><tbody>{body}</tbody></table>{notes}</div>"
+    return table_html(*_table(found), (_of_the_weights(found), *found.notes))
 
 
 def _table(found: "Bounds") -> tuple[tuple[str, ...], list[Cells]]:
@@ -67,18 +49,13 @@ def _table(found: "Bounds") -> tuple[tuple[str, ...], list[Cells]]:
     rows = []
     for label, name, words in named:
         value, stderr = float(getattr(found, name)), getattr(found, f"{name}_stderr")
-        numbers: tuple[str, ...] = (_number(value), "" if stderr is None else f"{float(stderr):.2g}")
-        rows.append((label, (*numbers, *((_number(value / found.num_data),) if per_datum else ())), words))
+        numbers: tuple[str, ...] = (number(value), "" if stderr is None else f"{float(stderr):.2g}")
+        rows.append((label, (*numbers, *((number(value / found.num_data),) if per_datum else ())), words))
     return header, rows
 
 
 def _over_plate(values: Tensor) -> tuple[str, ...]:
-    return tuple(_number(float(value)) for value in (values.sum(), values.mean(), values.min(), values.max()))
-
-
-def _number(value: float) -> str:
-    """Four decimals; a small number keeps its magnitude."""
-    return f"{value:.1e}" if value != 0 and abs(value) < 1e-4 else f"{value:,.4f}"
+    return tuple(number(float(value)) for value in (values.sum(), values.mean(), values.min(), values.max()))
 
 
 def _of_the_weights(found: "Bounds") -> str:
