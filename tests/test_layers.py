@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pyro_vfe as vfe
 from pyro_vfe.energy.posterior import Posterior
-from pyro_vfe.errors import CostError, ImpossibleDataError, NotFiniteError
+from pyro_vfe.errors import CostError, ImpossibleDataError, NotFiniteError, VFEError
 from pyro_vfe.program.cost import table_entries, within_limit
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.families_table import product_table
@@ -513,3 +513,16 @@ def test_a_table_s_graph_keeps_neither_the_data_nor_the_parameters() -> None:
     assert kept_for_the_backward_pass(table.sum()) <= 100
     table.sum().backward()
     assert logits.grad is not None and bool((logits.grad != 0).all())
+
+
+def test_data_overwritten_before_the_backward_pass_are_noticed_in_portions() -> None:
+    """Portions are formed again there: the gradient would be that of other data."""
+    own, weights = NETS["no guide"]
+    leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
+    data = DATA.clone()
+    elbo = vfe.FreeEnergy(max_bytes=4_000.0)
+    loss = elbo.differentiable_loss(own.model(leaves), own.guide(leaves), data)
+    assert portioning(elbo) is not None
+    data.zero_()
+    with pytest.raises(VFEError, match="changed in place"):
+        loss.backward()
