@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pyro_vfe as vfe
 from pyro_vfe.energy.posterior import Posterior
-from pyro_vfe.errors import CostError, ImpossibleDataError, NotFiniteError
+from pyro_vfe.errors import CostError, ImpossibleDataError, NotFiniteError, VFEError
 from pyro_vfe.program.cost import table_entries, within_limit
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.families_table import product_table
@@ -485,3 +485,44 @@ def test_probabilities_of_zero_and_one_are_exact_in_large_layers(dtype: torch.dt
     inside = (probs > 0) & (probs < 1)
     (by_hand,) = torch.autograd.grad(log_prob(fn, data)[possible].sum(), fn.base_dist.probs)
     assert torch.allclose(gradient[:8, 0][inside], by_hand[:8, 0][inside], rtol=1e-4)
+
+
+def kept_for_the_backward_pass(loss: Tensor) -> int:
+    """The bytes that the nodes of a graph hold besides what torch saves (which a checkpoint drops)."""
+    seen: set[Any] = set()
+    storages: dict[int, int] = {}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if (statistics := getattr(node, "statistics", None)) is not None:
+            for values in (statistics.x, *statistics.form.parameters.values()):
+                storages[values.untyped_storage().data_ptr()] = values.untyped_storage().nbytes()
+    assert any(hasattr(node, "statistics") for node in seen), "no matrix product was made"
+    return sum(storages.values())
+
+
+def test_a_table_s_graph_keeps_neither_the_data_nor_the_parameters() -> None:
+    """What a checkpoint cannot drop stays for every portion: gigabytes, for many portions."""
+    logits = noise(2**9, 1, VISIBLE, seed=0).requires_grad_()
+    table = product_table(dist.Bernoulli(logits=logits).to_event(1), DATA.repeat(60, 1))
+    assert table is not None
+    assert kept_for_the_backward_pass(table.sum()) <= 100
+    table.sum().backward()
+    assert logits.grad is not None and bool((logits.grad != 0).all())
+
+
+def test_data_overwritten_before_the_backward_pass_are_noticed_in_portions() -> None:
+    """Portions are formed again there: the gradient would be that of other data."""
+    own, weights = NETS["no guide"]
+    leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
+    data = DATA.clone()
+    elbo = vfe.FreeEnergy(max_bytes=4_000.0)
+    loss = elbo.differentiable_loss(own.model(leaves), own.guide(leaves), data)
+    assert portioning(elbo) is not None
+    data.zero_()
+    with pytest.raises(VFEError, match="changed in place"):
+        loss.backward()

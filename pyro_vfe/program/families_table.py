@@ -84,7 +84,8 @@ class ChunkedStatistics:
     """T(x) and log h(x) of N data, made anew whenever they are asked for."""
 
     form: Form
-    """In double precision; fixed parameters that vary along the data have shape `(N, *independent)`."""
+    """In double precision; fixed parameters that vary along the data have shape `(N, *independent)`. The others have
+    their shapes alone: T(x) and h(x) read no more of them."""
     x: Tensor
     """The data, shape `(N, *independent, *event)`."""
     width: int
@@ -99,7 +100,9 @@ class ChunkedStatistics:
             name: form.parameters[name].expand([*data, *form.independent]).reshape(-1, *form.independent)
             for name in form.family.fixed
         }
-        return ChunkedStatistics(replace(form, parameters={**form.parameters, **fixed}), x, width)
+        # A backward pass keeps this: one table's parameters would stay for each portion of the data.
+        shapes = {name: values.new_zeros(()).expand(values.shape) for name, values in form.parameters.items()}
+        return ChunkedStatistics(replace(form, parameters={**shapes, **fixed}), x, width)
 
     def slices(self) -> Iterator[slice]:
         """The data, so many at a time as a cache holds the statistics of."""
@@ -168,8 +171,9 @@ class _Table(torch.autograd.Function):
         ctx: Any, natural: Tensor, offset: Tensor, statistics: ChunkedStatistics, made: tuple[Tensor]
     ) -> Tensor:
         """The table that was made, `(K, N)`."""
-        ctx.statistics = statistics
-        ctx.save_for_backward(statistics.x)  # so that torch notices where data are overwritten before the backward pass
+        # Saved, so that torch notices where data are overwritten before the backward pass, and can make them again.
+        ctx.save_for_backward(statistics.x)
+        ctx.statistics = replace(statistics, x=statistics.x.new_empty(0))
         return made[0]
 
     @staticmethod

@@ -7,14 +7,15 @@ log P(mid | top) say, is made once and is the same in all portions.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from pyro_vfe.engine.cost import readable_bytes
 from pyro_vfe.engine.factors import Factor, Scale, Table
-from pyro_vfe.errors import CostError
+from pyro_vfe.errors import CostError, VFEError
 from pyro_vfe.program.cost import TOO_LARGE
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.escapes import StructureChanged
@@ -91,6 +92,7 @@ class PortionedRun:
         self.size = next(p.size for site in sites.values() for p in site.plates if p.name == plate)
         self._labelled = labelled
         self._scale = scale
+        self._versions = [(site.name, held, held._version) for site in sites.values() for held in _tensors(site)]
         self.scores: Callable[[Sites], dict[SiteKey, Factor]] = lambda portion: {}
         """Makes the log-probabilities of those draws whose factors are something else."""
         few = self.restricted(0, 2)
@@ -106,7 +108,9 @@ class PortionedRun:
 
         Raises:
             StructureChanged: A distribution cannot be restricted to them.
+            VFEError: What the sites hold has been overwritten since they ran.
         """
+        self._check_unchanged()
         found: dict[SiteKey, Site] = {}
         for key, site in self.sites.items():
             if self.plate in site.plate_names:
@@ -117,6 +121,16 @@ class PortionedRun:
             elif start == 0:
                 found[key] = site
         return found
+
+    def _check_unchanged(self) -> None:
+        """Portions are formed when they are asked for, in a backward pass too: what they are of must be there still."""
+        for name, held, version in self._versions:
+            if held._version != version:
+                raise VFEError(
+                    f"The data or parameters of site '{name}' were changed in place after the programs ran, and its "
+                    "table is made in portions, which are formed again from them.",
+                    hint="Take gradients, and read results, before they change; or change a copy; or raise max_bytes.",
+                )
 
     def factors(self, portion: Sites) -> dict[SiteKey, Factor]:
         """The factors of a portion, those that do not vary along the plate made once for all.
@@ -146,3 +160,13 @@ class PortionedRun:
     def _withheld(self, key: SiteKey) -> Factor:
         factor = self._weighed(self._few[key], self.sites[key])
         return factor.mapped(lambda table: WithheldTable(factor.name, {**table.sizes, self.plate: self.size}))
+
+
+def _tensors(site: Site) -> Iterator[Tensor]:
+    """The tensors that a site's log-probability is made of."""
+    fn: Any = site.fn
+    held: list[Any] = [site.value, site.mask, site.scale]
+    while fn is not None:
+        held += fn.__dict__.values()
+        fn = fn.__dict__.get("base_dist")
+    return (part for part in held if isinstance(part, Tensor) and not part.is_inference())
