@@ -32,8 +32,7 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         ImpossibleDataError: log p(u) is -inf.
         NotFiniteError: Some table holds a NaN.
     """
-    is_finite = all(bool(getattr(terms, name).isfinite().all()) for name in NAMES)
-    if enumeration.portions is not None and is_finite:
+    if enumeration.portions is not None and _are_finite(terms):
         return  # Tables that are made in portions are not made once more to look at them.
     part, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
     names = _with_nan(part)
@@ -44,6 +43,10 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
         )
     if bool(terms.surprise.isposinf().any()):
         raise impossible_data(enumeration)
+
+
+def _are_finite(terms: Terms) -> bool:
+    return all(bool(getattr(terms, name).isfinite().all()) for name in NAMES)
 
 
 def _with_nan(enumeration: Enumeration) -> list[str]:
