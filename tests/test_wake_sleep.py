@@ -881,3 +881,45 @@ def test_a_history_of_wake_and_sleep_is_printed_drawn_and_kept_by_step() -> None
     np.testing.assert_array_equal(marks["after a wake phase"], [0.5, 1.5, 2.5, 3.5])
     np.testing.assert_array_equal(marks["after a sleep phase"], [1, 2, 3, 4])
     pyplot.close(ax.figure)
+
+
+PRESENT = torch.tensor([True, True, False, True, False])
+
+
+def masked_model(u: Tensor) -> None:
+    with pyro.plate("data", len(u)), poutine.mask(mask=PRESENT):
+        v = bernoulli("v", 0.3)
+        pyro.sample("u", dist.Normal(2 * v, 1.0), obs=u)
+
+
+def unmasked_guide(u: Tensor) -> None:
+    with pyro.plate("data", len(u)):
+        pyro.sample("v", dist.Bernoulli(logits=real("slope") * u))
+
+
+def guide_masked_alike(u: Tensor) -> None:
+    with poutine.mask(mask=PRESENT):
+        unmasked_guide(u)
+
+
+@pytest.mark.parametrize("phase", ["wake", "sleep"])
+def test_a_guide_that_draws_needs_no_mask_of_its_own(phase: str) -> None:
+    """What the model masks does not exist: the guide's log-probability of it counts nowhere."""
+    u, found = tensor([0.5, -1.0, 2.0, 0.3, 1.1]), []
+    for guide in (unmasked_guide, guide_masked_alike):
+        pyro.set_rng_seed(0)
+        machine = vfe.WakeSleep(masked_model, draws(guide), sgd(), sgd(), reweighted=True, num_particles=4)
+        loss = getattr(machine, phase)(u)
+        found.append(
+            torch.stack([tensor(loss), *(value.detach().sum() for _, value in pyro.get_param_store().items())])
+        )
+        pyro.clear_param_store()
+    torch.testing.assert_close(*found)
+
+
+def test_draws_that_the_model_alone_masks_pass_the_spot_check() -> None:
+    u, found = tensor([0.5, -1.0, 2.0, 0.3, 1.1]), []
+    for guide in (unmasked_guide, guide_masked_alike):
+        pyro.set_rng_seed(0)
+        found.append(vfe.bounds(masked_model, draws(guide), u, num_particles=5).lower)
+    torch.testing.assert_close(*found)

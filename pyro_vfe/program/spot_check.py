@@ -120,6 +120,8 @@ def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
         expected = log_probs[key]
         if key in enumeration.sites and scale_reads_latents(enumeration.sites[key], nesting):
             expected = expected * site.scale
+        if site.kind == "sampled" and site.role == "guide" and counterpart in ordinary:
+            expected = masked(expected, unmasked(ordinary[counterpart])[1])  # The model's mask decides.
         if site.name in absent and enumerated is not None:
             present = ~torch.as_tensor(absent[site.name])
             enumerated, expected = masked(enumerated, present), masked(expected, present)
