@@ -79,7 +79,10 @@ def _anew(site: Site, plate: str, changed: Tensor) -> Tensor:
     with torch.no_grad():
         for _ in range(_MOST_TRIES):
             fresh = site.fn.sample().expand(value.shape)
-            value = torch.where(wanted & (value == site.value), fresh, value)
+            same = value == site.value
+            if event_dims:
+                same = same.flatten(-event_dims).all(-1)[(..., *[None] * event_dims)]
+            value = torch.where(wanted & same, fresh, value)
     return value
 
 
