@@ -762,3 +762,22 @@ def test_probabilities_that_torch_clamps_have_the_pairs_that_they_should() -> No
     prior, data = real("b_logits").sigmoid(), dist.Normal(tensor([0.0, 1.5]), 0.8).log_prob(POINTS[0])
     expected = (tensor(1e-18) / prior).log() - data[1] + (1 - prior).log() + data[0]
     torch.testing.assert_close(torch.stack(found), expected.detach().expand(2))
+
+
+@pytest.mark.parametrize("options", [ONE, SIDE_BY_SIDE], ids=["one", "side_by_side"])
+def test_a_chain_of_the_model_makes_its_elements_one_draw(options: dict[str, Any]) -> None:
+    """Each element of the guide is drawn by itself, and the model's next one hangs on it."""
+
+    def model() -> None:
+        start, step = tensor([0.3, 0.7]), tensor([[0.9, 0.1], [0.2, 0.8]])
+        with pyro.plate("time", 2):
+            observe(1.5 * pyro.sample("z", vfe.MarkovChain(start, step)))
+
+    def guide() -> None:
+        with pyro.plate("time", 2):
+            categorical("z", real("q", 2, 2))
+
+    _, loss, found, _ = averaged(estimates(model, guide, options))
+    exact = summed_by_pyro(model, guide)
+    torch.testing.assert_close(loss, exact.detach())
+    torch.testing.assert_close(found["q"], gradients(exact)["q"])

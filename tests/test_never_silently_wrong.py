@@ -14,7 +14,7 @@ from programs.case import bernoulli, categorical, empty, simplex, tensor, unit
 from torch import Tensor
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.errors import SpotCheckError, VFEError, VFEWarning
 from pyro_vfe.program.log_prob import log_prob
 
 RATES = tensor([1.0, 5.0, 9.0])
@@ -397,3 +397,52 @@ def test_what_was_given_is_read_whatever_else_was_looked_at(
     for value in range(wanted.shape[-1]):
         found = log_prob(fn, torch.tensor(value).to(fn.sample().dtype))
         torch.testing.assert_close(found.expand(fn.batch_shape), wanted[:, value].expand(fn.batch_shape))
+
+
+def of_the_neighbour(b: Tensor) -> Tensor:
+    return b.roll(1, -1)
+
+
+def of_all(b: Tensor) -> Tensor:
+    return b.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("role", ["model", "guide"])
+@pytest.mark.parametrize("read", [of_the_neighbour, of_all])
+def test_a_draw_that_is_read_at_another_element_of_its_plate_is_refused(
+    read: Callable[[Tensor], Tensor], role: str
+) -> None:
+    """The score of a draw in a plate has the cost of its own element alone."""
+    other, own = (read if role == name else Tensor.clone for name in ("model", "guide"))
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Bernoulli(0.5))
+            c = pyro.sample("c", dist.Bernoulli(0.5))
+            pyro.sample("u", dist.Normal(other(b) + c, 1.0), obs=RATES)
+
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Bernoulli(unit("q")), infer=SAMPLED)
+            pyro.sample("c", dist.Bernoulli(0.2 + 0.2 * own(b)), infer=SAMPLED)
+
+    for compute in (loss_of, lambda *programs: vfe.bounds(*programs, num_particles=3)):
+        with pytest.raises(
+            SpotCheckError, match=rf"of the {role} lies in plate 'data', and reads.*others \('b', 'c'\)"
+        ):
+            compute(model, guide)
+
+
+def test_draws_that_meet_outside_of_their_plate_are_welcome() -> None:
+    def model() -> None:
+        with pyro.plate("units", 3):
+            b = pyro.sample("b", dist.Bernoulli(0.5))
+        mean = b.sum(-1, keepdim=True)
+        with pyro.plate("data", 3):
+            pyro.sample("u", dist.Normal(mean, 1.0), obs=RATES)
+
+    def guide() -> None:
+        with pyro.plate("units", 3):
+            pyro.sample("b", dist.Bernoulli(unit("q")), infer=SAMPLED)
+
+    assert loss_of(model, guide) > 0

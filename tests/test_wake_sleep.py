@@ -910,3 +910,45 @@ def test_a_run_notes_a_guide_that_has_nothing_to_learn(learns: bool) -> None:
     machine = vfe.WakeSleep(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.optim.Adam({"lr": 0.01}))
     run = machine.run(FIRST, num_steps=1, progress_bar=False)
     assert any("no parameters of its own" in note for note in run.notes) == (not learns)
+
+
+PRESENT = torch.tensor([True, True, False, True, False])
+
+
+def masked_model(u: Tensor) -> None:
+    with pyro.plate("data", len(u)), poutine.mask(mask=PRESENT):
+        v = bernoulli("v", 0.3)
+        pyro.sample("u", dist.Normal(2 * v, 1.0), obs=u)
+
+
+def unmasked_guide(u: Tensor) -> None:
+    with pyro.plate("data", len(u)):
+        pyro.sample("v", dist.Bernoulli(logits=real("slope") * u))
+
+
+def guide_masked_alike(u: Tensor) -> None:
+    with poutine.mask(mask=PRESENT):
+        unmasked_guide(u)
+
+
+@pytest.mark.parametrize("phase", ["wake", "sleep"])
+def test_a_guide_that_draws_needs_no_mask_of_its_own(phase: str) -> None:
+    """What the model masks does not exist: the guide's log-probability of it counts nowhere."""
+    u, found = tensor([0.5, -1.0, 2.0, 0.3, 1.1]), []
+    for guide in (unmasked_guide, guide_masked_alike):
+        pyro.set_rng_seed(0)
+        machine = vfe.WakeSleep(masked_model, draws(guide), sgd(), sgd(), reweighted=True, num_particles=4)
+        loss = getattr(machine, phase)(u)
+        found.append(
+            torch.stack([tensor(loss), *(value.detach().sum() for _, value in pyro.get_param_store().items())])
+        )
+        pyro.clear_param_store()
+    torch.testing.assert_close(*found)
+
+
+def test_draws_that_the_model_alone_masks_pass_the_spot_check() -> None:
+    u, found = tensor([0.5, -1.0, 2.0, 0.3, 1.1]), []
+    for guide in (unmasked_guide, guide_masked_alike):
+        pyro.set_rng_seed(0)
+        found.append(vfe.bounds(masked_model, draws(guide), u, num_particles=5).lower)
+    torch.testing.assert_close(*found)

@@ -18,6 +18,7 @@ from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.errors import NotFiniteError
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
 from pyro_vfe.program.layout import Program, lay_out
+from pyro_vfe.program.masks import mask_draws
 from pyro_vfe.program.parameters import Strangers, stored_tensors, two_of_one_name
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
@@ -123,7 +124,12 @@ class Machine:
             kwargs: Keyword arguments of both.
         """
         first = run_guide(guide, args, kwargs)
-        return first, run_model(self.model, args, kwargs, first, self._unread)
+        second = run_model(self.model, args, kwargs, first, self._unread)
+        for name, site in first.sites.items():
+            if site.follows_model and name in second.sites:
+                site.scale = second.sites[name].scale
+        mask_draws({(site.role, site.name): site for run in (first, second) for site in run.sites.values()})
+        return first, second
 
 
 def gradients(loss: Tensor, names: Iterable[str], strangers: Strangers) -> None:

@@ -22,6 +22,7 @@ from pyro_vfe.learning.machine import Machine, check_finite, gradients
 from pyro_vfe.program.drawing_runs import IsEnumerable, run_guide_at, total_log_prob
 from pyro_vfe.program.dreams import Dream, DreamToArgs, dreamt
 from pyro_vfe.program.layout import Program, no_guide
+from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.programs import Programs
 
 
@@ -81,6 +82,8 @@ class Sleep:
         for site in run.sites.values():
             if site.kind == "sampled" and site.name not in made_up.latents:
                 raise _not_dreamt(site.name, type(site.fn).__name__)
+            if site.name in made_up.masks and unmasked(site)[1] is None:
+                site.mask = made_up.masks[site.name]  # Nothing is learned of what does not exist.
         loss = -total_log_prob(run.sites.values())
         check_finite(loss, run.sites.values())
         return loss

@@ -254,7 +254,7 @@ def _enumeration(
             if known.chain is None:
                 variables[site.name] = variable
         elif site.needs_score:
-            variables[site.name] = _draw(site, factors)
+            variables[site.name] = _draw(site, factors, sites.get(("model", site.name), site))
 
     return Enumeration(
         variables=variables,
@@ -271,13 +271,13 @@ def _enumeration(
     )
 
 
-def _draw(site: Site, factors: Mapping[SiteKey, Factor]) -> Variable:
+def _draw(site: Site, factors: Mapping[SiteKey, Factor], counterpart: Site) -> Variable:
     """A draw as a variable, in the plates of all that reads it: what is outside of a plate reads all its elements.
 
-    A chain's elements hang on those before them: it is one draw, outside of its plate.
+    A chain's elements hang on those before them, in the guide or in the model: it is one draw, outside of its plate.
     """
     readers = (factor.plates for factor in factors.values() if site.name in factor.axes)
-    plates = site.plate_names.intersection(*readers) - {drawn_along(site)}
+    plates = site.plate_names.intersection(*readers) - {drawn_along(site), drawn_along(counterpart)}
     scale = factors[site.role, site.name].scale
     return Variable(site.name, 1, plates, scale if not isinstance(scale, Table) or plates >= set(scale.axes) else 1.0)
 

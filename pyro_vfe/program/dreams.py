@@ -47,6 +47,9 @@ class Dream:
     subsamples: Mapping[str, Tensor] = field(default_factory=dict)
     """The elements of each plate that the dream is of; all of them, where it is not subsampled."""
 
+    masks: Mapping[str, Tensor | bool] = field(default_factory=dict)
+    """Where each latent exists that the model masks."""
+
     def __repr__(self) -> str:
         return f"Dream of {_shapes(self.observations)}, from {_shapes(self.latents)}"
 
@@ -113,7 +116,7 @@ def dreamt(
         own_args, own_kwargs = with_dreams(signed, seen, run.latents.keys(), run.subsamples, args, kwargs)
     else:
         own_args, own_kwargs = _checked(dream_to_args(dict(observations), *args, **kwargs))
-    return Dream(run.latents, observations, own_args, own_kwargs, run.subsamples)
+    return Dream(run.latents, observations, own_args, own_kwargs, run.subsamples, run.masks)
 
 
 def _shapes(values: Mapping[str, Tensor]) -> str:
@@ -129,6 +132,7 @@ class _Dreamer(Messenger):
         self.latents: dict[str, Tensor] = {}
         self.observed: dict[str, DreamtSite] = {}
         self.subsamples: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor | bool] = {}
         self._data: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -149,6 +153,10 @@ class _Dreamer(Messenger):
             self.observed[name] = _observation(msg, self._data[name])
         elif not is_computed(msg):
             self.latents[name] = value
+            site = Site(name, "model", "sampled", msg["fn"], value, 1.0, msg["mask"], plates_around(msg))
+            mask = unmasked(site)[1]
+            if mask is not None:
+                self.masks[name] = mask
 
 
 def _drawn(fn: Any, data: Tensor) -> Tensor:

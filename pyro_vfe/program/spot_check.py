@@ -24,13 +24,12 @@ from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
+from pyro_vfe.program.spot_check_plates import agree, check_elements
 from pyro_vfe.program.tables import batch_axes, over_dims, scale_reads_latents
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run. With fewer than so many values, a latent outside of plates takes all of them; of fewer
 than `num_values ** _MOST_ROUNDS` elements in plates any two differ in some round."""
-
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 def spot_check(
@@ -66,12 +65,13 @@ def spot_check(
     first = {name: torch.randint(len(support), ()) for name, support in enumeration.supports.items()}
     rounds = min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in enumeration.supports), default=1))
 
-    def run(number: int) -> _Round:
+    def run(number: int, given: Mapping[str, Tensor] = draws) -> _Round:
         assignment = _assignment(enumeration, first, number, rounds)
         set_random_state(state)
-        ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, subsamples)
+        ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, given, layout, subsamples)
         return _Round(assignment, *ordinary)
 
+    check_elements(enumeration, lambda changed: run(0, {**draws, **changed})[1:])
     if enumeration.portions is None:
         for number in range(rounds):
             _compare(enumeration, run(number), layout.nesting)
@@ -120,10 +120,12 @@ def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
         expected = log_probs[key]
         if key in enumeration.sites and scale_reads_latents(enumeration.sites[key], nesting):
             expected = expected * site.scale
+        if site.kind == "sampled" and site.role == "guide" and counterpart in ordinary:
+            expected = masked(expected, unmasked(ordinary[counterpart])[1])  # The model's mask decides.
         if site.name in absent and enumerated is not None:
             present = ~torch.as_tensor(absent[site.name])
             enumerated, expected = masked(enumerated, present), masked(expected, present)
-        if enumerated is None or not _agree(enumerated, expected):
+        if enumerated is None or not agree(enumerated, expected):
             raise _difference(site, enumerated, expected)
 
 
@@ -241,15 +243,6 @@ def _ordinary_log_prob(site: Site) -> Tensor:
     if site.kind != "enumerated":
         values = masked(values, mask)
     return values
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    try:
-        one, other = torch.broadcast_tensors(one, other)
-    except RuntimeError:
-        return False
-    tolerance = _TOLERANCE.get(one.dtype, 1e-2)
-    return bool(torch.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True).all())
 
 
 def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> SpotCheckError:
