@@ -113,7 +113,7 @@ def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
     assignment, ordinary, log_probs = run
     absent = absences(ordinary)
     for key, site in ordinary.items():
-        counterpart = ("model", site.name)
+        counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
             continue  # The model lacks the guide's latent in this branch: it is pinned there.
         enumerated = _entries(enumeration, key, site, assignment)
