@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import CostError, NameClashError, NotFiniteError, StructureError, VFEError, VFEWarning
+from pyro_vfe.errors import (
+    CostError,
+    NameClashError,
+    NotFiniteError,
+    SpotCheckError,
+    StructureError,
+    VFEError,
+    VFEWarning,
+)
 from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.sleep_phase import Sleep
 from pyro_vfe.program.dreams import Dream
@@ -952,3 +960,16 @@ def test_draws_that_the_model_alone_masks_pass_the_spot_check() -> None:
         pyro.set_rng_seed(0)
         found.append(vfe.bounds(masked_model, draws(guide), u, num_particles=5).lower)
     torch.testing.assert_close(*found)
+
+
+def test_elements_that_read_each_others_draws_are_refused_where_each_is_weighed() -> None:
+    def model(u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            v = bernoulli("v", 0.3)
+            pyro.sample("u", dist.Normal(v.roll(1, -1), 1.0), obs=u)
+
+    machine = vfe.WakeSleep(model, draws(unmasked_guide), sgd(), sgd(), reweighted=True, num_particles=4)
+    before = torch.get_rng_state()
+    with pytest.raises(SpotCheckError, match="'data'"):
+        machine.wake(tensor([0.5, -1.0, 2.0]))
+    assert torch.equal(before, torch.get_rng_state())

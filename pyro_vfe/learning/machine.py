@@ -60,6 +60,7 @@ class Machine:
         self._drawing = Drawing(on_cost)
         self._enumerates: bool | None = None
         self._unread: frozenset[str] = frozenset()
+        self._checked = False
 
     @property
     def phi(self) -> set[str]:
@@ -87,6 +88,21 @@ class Machine:
             layout = lay_out(self.model, self.held_guide, args, kwargs)
         self._unread = layout.unread
         self._enumerates = any(site.kind == "enumerated" for site in layout.sites.values())
+
+    def check_elements(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Checks that elements of plates do not read each other's draws, which are weighed element by element.
+
+        Args:
+            args: Arguments of both programs.
+            kwargs: Keyword arguments of both.
+
+        Raises:
+            SpotCheckError: They do.
+        """
+        if self.programs.check == "always" or (self.programs.check == "first" and not self._checked):
+            with undisturbed_randomness(), torch.no_grad():
+                self.programs.enumerate(self.model, self.held_guide, args, kwargs)
+            self._checked = True
 
     def either(
         self,

@@ -145,6 +145,7 @@ class ReweightedWake:
     def _drawn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Losses:
         machine = self._machine
         self._check_particles()
+        machine.check_elements(args, kwargs)
         runs = [machine.drawn(machine.learning_guide, args, kwargs) for _ in range(self._num_particles)]
         return drawn_losses([(guide.sites.values(), model.sites.values()) for guide, model in runs])
 
