@@ -27,7 +27,8 @@ def oracle_of(name: str) -> Oracle:
 def expected_of(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms and the gradients of F, computed once."""
     expected = PROGRAMS[name].expected
-    terms = oracle_of(name).terms if expected is None else expected()
+    # Made anew: the gradients are those of the parameters that stand in Pyro's store now.
+    terms = oracle_of.__wrapped__(name).terms if expected is None else expected()
     found = gradients(terms["free_energy"])
     return {term: value.detach() for term, value in terms.items()}, found
 

@@ -45,10 +45,11 @@ class Reader:
         """
         self._model = model
         self._guide = guide
-        self._elbo = copy(elbo)
-        # The loss of "vimco" is another bound; what is wanted is F, and no gradient.
+        self._elbo = elbo
         self._trains_on_F = elbo.gradient != "vimco"
-        self._elbo.gradient = "leave-one-out"
+        if not self._trains_on_F:  # Its loss is another bound; what is wanted is F, and no gradient.
+            self._elbo = copy(elbo)
+            self._elbo.gradient = "leave-one-out"
         self._to_skip = 0
         self._next_skip = 1
         self._knows_total = True
