@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.parts import Parts, conditionals_of, free_energy_parts
-from pyro_vfe.energy.weight_means import log_mean_exp
+from pyro_vfe.energy.weight_means import log_mean_exp, means_without_each
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.scales import of_other_scale
 from pyro_vfe.errors import CostError, PlateError, ScaleError
@@ -59,16 +59,14 @@ def vimco_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes: fl
 
 def _without_own(log_weights: Tensor) -> Tensor:
     """For each particle, the bound with its log weight replaced by the mean of the others': shape `(K, *plates)`."""
-    count = len(log_weights)
     finite = log_weights.isfinite()
-    others = log_weights.where(finite, 0.0)
-    mean = (others.sum(0) - others) / (count - 1)
+    mean = means_without_each(log_weights.where(finite, 0.0))
     impossible = (~finite).sum(0) - (~finite).long() > 0
     mean = mean.masked_fill(impossible, -math.inf)
     nothing = torch.full_like(log_weights[:1], -math.inf)
     before = torch.cat([nothing, log_weights[:-1].logcumsumexp(0)])
     after = torch.cat([log_weights[1:].flip(0).logcumsumexp(0).flip(0), nothing])
-    level = torch.stack([before, after, mean]).logsumexp(0) - math.log(count)
+    level = torch.stack([before, after, mean]).logsumexp(0) - math.log(len(log_weights))
     # Any number that does not depend on the particle serves, where the others have no weight at all.
     return level.masked_fill(level.isinf(), 0.0)
 

@@ -104,14 +104,7 @@ def without_draws(run: Enumeration) -> Enumeration:
     Args:
         run: Programs whose guide drew its latents.
     """
-
-    def bare(table: Table) -> Table:
-        dims = tuple(dim for dim, axis in enumerate(table.axes) if axis in run.draws)
-        if not dims:
-            return table
-        return Table(table.values.squeeze(dims), tuple(axis for axis in table.axes if axis not in run.draws))
-
-    factors = {key: factor.mapped(bare) for key, factor in run.factors.items()}
+    factors = {key: factor.mapped(lambda table: table.without(run.draws)) for key, factor in run.factors.items()}
     return run.with_factors(factors, {name: v for name, v in run.variables.items() if name not in run.draws})
 
 

@@ -169,10 +169,10 @@ def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: fr
             hint="Draw the site without looking at the latents, or write the chain as a Python loop.",
         )
     factors = (*conditionals_of(enumeration), *enumeration.guide_draws)
-    costs = [_without_axes(factor, enumeration.draws) for factor in part.costs]
+    costs = [_without_draws(factor, enumeration) for factor in part.costs]
     known = enumeration.graph(*factors, *costs)
     variables = {name: v for name, v in known.variables.items() if name not in enumeration.draws}
-    graph = FactorGraph(tuple(_without_axes(f, enumeration.draws) for f in factors), variables, known.plates)
+    graph = FactorGraph(tuple(_without_draws(f, enumeration) for f in factors), variables, known.plates)
     scopes = {tuple(graph.scope(cost)) for cost in costs} - {()}
     probabilities = marginals(graph, scopes)
     averaged = [_averaged(cost, graph, probabilities) for cost in costs]
@@ -190,13 +190,9 @@ def _averaged(cost: Factor, graph: FactorGraph, probabilities: dict[tuple[str, .
     return replace(cost, table=Table(total, plates))
 
 
-def _without_axes(factor: Factor, names: frozenset[str]) -> Factor:
-    """The factor without axes of size one that stand for draws."""
-    table = factor.table
-    if names.isdisjoint(table.axes):
-        return factor
-    dims = tuple(dim for dim, axis in enumerate(table.axes) if axis in names)
-    return replace(factor, table=Table(table.values.squeeze(dims), tuple(a for a in table.axes if a not in names)))
+def _without_draws(factor: Factor, enumeration: Enumeration) -> Factor:
+    """The factor without the axes of size one that stand for draws."""
+    return replace(factor, table=factor.table.without(enumeration.draws))
 
 
 def _log_q_of_draws(

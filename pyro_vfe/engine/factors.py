@@ -13,7 +13,7 @@ References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -74,6 +74,17 @@ class Table:
         if axis not in self.axes:
             return self
         return Table(self.values.narrow(self.axes.index(axis), start, length), self.axes)
+
+    def without(self, axes: Collection[str]) -> "Table":
+        """Returns the table without some axes, which have size 1.
+
+        Args:
+            axes: Names; those that the table lacks are of no matter.
+        """
+        dims = tuple(dim for dim, axis in enumerate(self.axes) if axis in axes)
+        if not dims:
+            return self
+        return Table(self.values.squeeze(dims), tuple(axis for axis in self.axes if axis not in axes))
 
     def to(self, dtype: torch.dtype) -> "Table":
         """Returns the table with values of another dtype."""
