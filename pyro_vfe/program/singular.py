@@ -123,7 +123,7 @@ def with_sound_gradients(run: Enumeration, singular: Collection[SiteKey], tables
         found = tables_at(only)
         for key in keys:
             own = {axis: only[axis] for axis in axes[key]}
-            values[key][tuple(own.values())] = _Value(key, own, found[key], tables_at, run)
+            values[key][tuple(own.values())] = _Value(key, own, found, tables_at, run)
     exact, limits = (
         {
             key: _joined(key, axes[key], {index: getattr(value, which) for index, value in own.items()}, run)
@@ -195,24 +195,28 @@ class _Value:
         self,
         key: SiteKey,
         only: Mapping[str, int],
-        factor: Factor,
+        found: Mapping[SiteKey, Factor],
         tables_at: TablesAt,
         run: Enumeration,
     ) -> None:
         self.key, self.only, self.tables_at, self.run = key, only, tables_at, run
-        self.exact = self.limit = factor
+        # What a branch lacks has no slope.
+        self.exact = self.limit = factor = self._own(found) if key in found else _constant(run.factors[key], only)
         own = _with_graph(factor)
         if not own:
             return
         if _is_sound(own):
             if any(bool(values.isneginf().any()) for values in own):
                 with filled_zeros():
-                    self.limit = tables_at(only)[key]
+                    self.limit = self._own(tables_at(only))
         else:
-            self.exact = self.limit = factor.mapped(lambda table: Table(table.values.detach(), table.axes))
+            self.exact = self.limit = _constant(factor)
             moving = [*leaves_of(own), *(value for value in run.drawn.values() if value.requires_grad)]
             if self._moves(moving):
                 self._differentiate(moving)
+
+    def _own(self, found: Mapping[SiteKey, Factor]) -> Factor:
+        return found[self.key].mapped(lambda table: table.without(self.only))
 
     def _moves(self, moving: Sequence[Tensor]) -> bool:
         """Whether any entry is another when all parameters are others."""
@@ -272,7 +276,7 @@ class _Value:
         """The table with parameters moved; None where the program refuses them."""
         try:
             with _moved(moving, steps), torch.no_grad():
-                found = self.tables_at(self.only)[self.key]
+                found = self._own(self.tables_at(self.only))
         except ValueError:
             return None
         return None if any(bool(table.values.isnan().any()) for table in found.tables) else found
@@ -293,6 +297,17 @@ def _tends_to(coarse: Tensor, fine: Tensor, finest: Tensor) -> Tensor | None:
     if not bool(((fine - finest).abs() <= tolerance).all() & ((coarse - fine).abs() <= 2 * tolerance).all()):
         return None
     return 2 * finest - fine
+
+
+def _constant(factor: Factor, at: Mapping[str, int] | None = None) -> Factor:
+    """The factor without a graph, at single values of latents."""
+
+    def constant(table: Table) -> Table:
+        for axis, index in (at or {}).items():
+            table = table.selected(axis, index)
+        return Table(table.values.detach(), table.axes)
+
+    return factor.mapped(constant)
 
 
 def _of(factor: Factor, tables: Sequence[Table]) -> Factor:
