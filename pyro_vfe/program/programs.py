@@ -130,8 +130,9 @@ class Programs:
         call = _Call(
             model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable, self.pin_masked
         )
+        known = self._pairs.get(call.key)
+        state = [] if known is not None and known.singular == frozenset() else random_state()
         with one_call():
-            state = random_state()
             return self._with_sound_gradients(call, self._enumerate(call), state)
 
     def look_again(self, model: Program, guide: Program) -> None:
@@ -150,7 +151,7 @@ class Programs:
         if not call.differentiable or not torch.is_grad_enabled() or run.portions is not None:
             return run
         pair = self._pairs[call.key]
-        if pair.singular is None:
+        if pair.singular is None:  # at the first run that is differentiated
             pair = self._pairs[call.key] = replace(pair, singular=singular_tables(run))
         if not pair.singular or run.draws_tell_of_latents:
             return run

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 
 import pyro
@@ -120,10 +120,10 @@ def with_sound_gradients(run: Enumeration, singular: Collection[SiteKey], tables
     axes = {key: _read(key, run) for key in singular if key in run.factors}
     values: dict[SiteKey, dict[tuple[int, ...], _Value]] = {key: {} for key in axes}
     for only, keys in _assignments(axes, run):
-        found = tables_at(only)
+        look = _Look(only, keys, tables_at, run)
         for key in keys:
             own = {axis: only[axis] for axis in axes[key]}
-            values[key][tuple(own.values())] = _Value(key, own, found, tables_at, run)
+            values[key][tuple(own.values())] = _Value(key, own, look)
     exact, limits = (
         {
             key: _joined(key, axes[key], {index: getattr(value, which) for index, value in own.items()}, run)
@@ -188,46 +188,75 @@ def _laid_as(table: Table, like: Table) -> Table:
     return Table(table.aligned(like.axes).expand(like.values.shape), like.axes)
 
 
+class _Look:
+    """The programs at single values of latents: as they are, with zeros filled, and with parameters moved."""
+
+    def __init__(
+        self, only: Mapping[str, int], keys: Collection[SiteKey], tables_at: TablesAt, run: Enumeration
+    ) -> None:
+        self.run, self.only, self.tables_at = run, only, tables_at
+        self.found = tables_at(only)
+        graphs = [(key, _with_graph(self.found[key])) for key in keys if key in self.found]
+        self.unsound = frozenset(_not_finite([(key, own) for key, own in graphs if own]))
+        """The sites whose tables cannot be differentiated here either."""
+
+    @cached_property
+    def filled(self) -> Mapping[SiteKey, Factor]:
+        """The factors with probabilities of zero filled."""
+        with filled_zeros():
+            return self.tables_at(self.only)
+
+    @cached_property
+    def elsewhere(self) -> Mapping[SiteKey, Factor] | None:
+        """The factors where all parameters are others; None where the programs refuse them."""
+        moving = self.moving(self.unsound)
+        generator = torch.Generator().manual_seed(0)
+        for sign in (1.0, -1.0):
+            steps = [sign * _steps(one) * (0.5 + torch.rand(one.shape, generator=generator)).to(one) for one in moving]
+            found = self.moved(moving, steps)
+            if found is not None:
+                return found
+        return None
+
+    def moving(self, keys: Iterable[SiteKey]) -> list[Tensor]:
+        """What may move the tables of some sites: leaves, and draws that carry a gradient."""
+        draws = [value for value in self.run.drawn.values() if value.requires_grad]
+        return [*leaves_of(values for key in keys for values in _with_graph(self.found[key])), *draws]
+
+    def moved(self, moving: Sequence[Tensor], steps: Sequence[Tensor]) -> Mapping[SiteKey, Factor] | None:
+        """The factors where parameters are moved by so much; None where the programs refuse that."""
+        try:
+            with _moved(moving, steps), torch.no_grad():
+                return self.tables_at(self.only)
+        except ValueError:
+            return None
+
+
 class _Value:
     """A table at one joint value of the latents that it reads."""
 
-    def __init__(
-        self,
-        key: SiteKey,
-        only: Mapping[str, int],
-        found: Mapping[SiteKey, Factor],
-        tables_at: TablesAt,
-        run: Enumeration,
-    ) -> None:
-        self.key, self.only, self.tables_at, self.run = key, only, tables_at, run
-        # What a branch lacks has no slope.
-        self.exact = self.limit = factor = self._own(found) if key in found else _constant(run.factors[key], only)
-        own = _with_graph(factor)
-        if not own:
+    def __init__(self, key: SiteKey, only: Mapping[str, int], look: _Look) -> None:
+        self.key, self.only, self.look = key, only, look
+        if key not in look.found:  # What a branch lacks has no slope.
+            self.exact = self.limit = _constant(look.run.factors[key], only)
             return
-        if _is_sound(own):
-            if any(bool(values.isneginf().any()) for values in own):
-                with filled_zeros():
-                    self.limit = self._own(tables_at(only))
-        else:
+        self.exact = self.limit = factor = self._own(look.found)
+        if key in look.unsound:
             self.exact = self.limit = _constant(factor)
-            moving = [*leaves_of(own), *(value for value in run.drawn.values() if value.requires_grad)]
-            if self._moves(moving):
-                self._differentiate(moving)
+            if self._moves():
+                self._differentiate(look.moving([key]))
+        elif any(bool(values.isneginf().any()) for values in _with_graph(factor)):
+            self.limit = self._own(look.filled)
 
     def _own(self, found: Mapping[SiteKey, Factor]) -> Factor:
         return found[self.key].mapped(lambda table: table.without(self.only))
 
-    def _moves(self, moving: Sequence[Tensor]) -> bool:
+    def _moves(self) -> bool:
         """Whether any entry is another when all parameters are others."""
-        generator = torch.Generator().manual_seed(0)
-        for sign in (1.0, -1.0):
-            steps = [sign * _steps(one) * (0.5 + torch.rand(one.shape, generator=generator)).to(one) for one in moving]
-            found = self._at(moving, steps)
-            if found is not None:
-                pairs = zip(found.tables, self.exact.tables, strict=True)
-                return any(not torch.equal(new.values, old.values) for new, old in pairs)
-        return True
+        if self.look.elsewhere is None:
+            return True
+        pairs = zip(self._own(self.look.elsewhere).tables, self.exact.tables, strict=True)
+        return any(not torch.equal(new.values, old.values) for new, old in pairs)
 
     def _differentiate(self, moving: Sequence[Tensor]) -> None:
         """Gives the entries their one-sided derivatives: in the linear domain, where they are impossible."""
@@ -264,26 +293,20 @@ class _Value:
         """Differences over a step: of probabilities where they are zero, of log-probabilities elsewhere."""
         steps = torch.zeros_like(one.detach()).flatten()
         steps[entry] = h = part * float(_steps(one).flatten()[entry])
-        found = self._at([one], [steps.reshape(one.shape)])
-        if found is None:
+        moved = self.look.moved([one], [steps.reshape(one.shape)])
+        tables = () if moved is None else self._own(moved).tables
+        if not tables or any(bool(table.values.isnan().any()) for table in tables):
             return None
         return [
             torch.where(old.values.isneginf(), new.values.exp(), new.values - old.values) / h
-            for new, old in zip(found.tables, self.exact.tables, strict=True)
+            for new, old in zip(tables, self.exact.tables, strict=True)
         ]
-
-    def _at(self, moving: Sequence[Tensor], steps: Sequence[Tensor]) -> Factor | None:
-        """The table with parameters moved; None where the program refuses them."""
-        try:
-            with _moved(moving, steps), torch.no_grad():
-                found = self._own(self.tables_at(self.only))
-        except ValueError:
-            return None
-        return None if any(bool(table.values.isnan().any()) for table in found.tables) else found
 
     def _no_derivative(self, moving: Sequence[Tensor], fact: str) -> NotFiniteError:
         role, name = self.key
-        values = ", ".join(f"{latent} = {self.run.supports[latent][k].tolist()}" for latent, k in self.only.items())
+        values = ", ".join(
+            f"{latent} = {self.look.run.supports[latent][k].tolist()}" for latent, k in self.only.items()
+        )
         return NotFiniteError(
             f"The log-probability of site '{name}' of the {role}{f' at {values}' if values else ''} moves with "
             f"{named(moving)}, autograd's derivative is not finite there, {fact}.",

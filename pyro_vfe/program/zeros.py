@@ -57,6 +57,12 @@ def filled_zeros() -> Iterator[Zeros]:
     yield from _with(Zeros(filled=True))
 
 
+def are_filled() -> bool:
+    """Returns whether tables that are made now have their zeros filled: those made before have not."""
+    present = _present.get()
+    return present is not None and present.filled
+
+
 def _with(present: Zeros) -> Iterator[Zeros]:
     token = _present.set(present)
     try:
