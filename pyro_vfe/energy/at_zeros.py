@@ -92,7 +92,7 @@ def _has_zeros(table: Table) -> bool:
 def _moves(filled: Factor, exact: Factor) -> bool:
     """Whether the parameters move entries that are impossible; what is not finite is not for them to say."""
     pairs = [
-        (own.values, table.values.isneginf().reshape(own.values.shape))
+        (own.values, table.values.isneginf().reshape(own.values.shape) & own.values.detach().isfinite())
         for own, table in zip(filled.tables, exact.tables, strict=True)
         if own.values.requires_grad
     ]
