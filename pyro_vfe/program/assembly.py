@@ -41,6 +41,8 @@ class Run:
     """Makes factors of some of its sites again, of other numbers than log-probabilities."""
     zeros: bool = False
     """Whether some probability of exactly zero carries a gradient."""
+    parameters: tuple[Tensor, ...] = ()
+    """What the programs read of parameters."""
     scores: dict[SiteKey, Factor] = field(default_factory=dict)
     """The log-probabilities of those draws whose factors are something else, by masks or weights."""
     portioned: PortionedRun | None = None
@@ -84,7 +86,10 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
 
     whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
     whole = replace(
-        whole, own_scores=_scores(runs, layout, supports, sites), zeros=any(run.zeros for run in runs.values())
+        whole,
+        own_scores=_scores(runs, layout, supports, sites),
+        zeros=any(run.zeros for run in runs.values()),
+        read=tuple(value for run in runs.values() for value in run.parameters),
     )
     if last.portioned is None:
         check_absences(whole.guided, sites, whole.factors.values(), layout)

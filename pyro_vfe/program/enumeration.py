@@ -118,6 +118,8 @@ class Enumeration:
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
     own_scores: Mapping[str, Factor] = field(default_factory=dict)
     """The log-probabilities of draws whose factors are something else: under a mask, or weighted by a latent."""
+    read: tuple[Tensor, ...] = ()
+    """What the programs read of parameters, and other leaves of the tables' graph: what gradients are written to."""
     zeros: bool = False
     """Whether some probability of exactly zero carries a gradient."""
     limits: Mapping[SiteKey, Factor] = field(default_factory=dict)
@@ -136,6 +138,7 @@ class Enumeration:
             "own_scores": {},
             "scores": {},
             "limits": {},
+            "read": (),
             "portions": None,
         }
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import ref
 
 import pyro
 import torch
@@ -25,7 +26,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state, undistur
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at
 from pyro_vfe.program.sharing import Unshareable
-from pyro_vfe.program.singular import singular_tables, with_sound_gradients
+from pyro_vfe.program.singular import other_leaves, singular_tables, with_sound_gradients
 from pyro_vfe.program.spot_check import spot_check
 from pyro_vfe.program.variation import with_variations
 
@@ -49,6 +50,8 @@ class _Pair:
     """Whether equal computations of a run may be done once: the programs write into none of the results."""
     singular: frozenset[SiteKey] | None = None
     """The sites of whose tables the backward pass was not finite; None where that has not been asked."""
+    leaves: tuple[ref[Tensor], ...] = ()
+    """What the tables were computed from besides parameters that Pyro knows."""
 
 
 class Programs:
@@ -152,7 +155,10 @@ class Programs:
             return run
         pair = self._pairs[call.key]
         if pair.singular is None:  # at the first run that is differentiated
-            pair = self._pairs[call.key] = replace(pair, singular=singular_tables(run))
+            others = tuple(map(ref, other_leaves(run)))
+            pair = self._pairs[call.key] = replace(pair, singular=singular_tables(run), leaves=others)
+        if pair.leaves:
+            run = replace(run, read=(*run.read, *(leaf for leaf in (one() for one in pair.leaves) if leaf is not None)))
         if not pair.singular or run.draws_tell_of_latents:
             return run
         return with_sound_gradients(run, pair.singular, lambda only: call.tables_at(pair.layout, run, only, state))

@@ -25,7 +25,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.supports import common_support, finite_support
 from pyro_vfe.program.tables import DrawScorer, Labeller, Scorer, counts_otherwise
-from pyro_vfe.program.zeros import Zeros, watched_zeros
+from pyro_vfe.program.zeros import watched_zeros
 
 
 def enumerate_programs(
@@ -181,9 +181,11 @@ class _Runner:
         self._check_room(sites)
         labeller = self._labeller(sites)
         plate = self._portioned_plate(sites)
+        parameters = (*first.parameters, *second.parameters)
         with watched_zeros() as found:
             if plate is not None:
-                return self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples, found)
+                run = self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
+                return replace(run, zeros=found.any, parameters=parameters)
             factors, absent = self._factors(labeller, sites.keys(), sites)
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
@@ -191,7 +193,8 @@ class _Runner:
 
         own = self._scores(labeller, sites)
         self.provenance.finish()
-        return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label, found.any, own)
+        lost = frozenset(labeller.lost)
+        return Run(sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own)
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
@@ -213,12 +216,7 @@ class _Runner:
             return replace(labeller, scorer=DrawScorer()).factors(found, {}) if found else {}
 
     def _portioned(
-        self,
-        sites: Mapping[SiteKey, Site],
-        plate: str,
-        labeller: Labeller,
-        subsamples: dict[str, Tensor],
-        found: Zeros,
+        self, sites: Mapping[SiteKey, Site], plate: str, labeller: Labeller, subsamples: dict[str, Tensor]
     ) -> Run:
         """The run with its tables withheld, which are made a portion of a plate at a time."""
         portioned = PortionedRun(
@@ -228,7 +226,7 @@ class _Runner:
         self.provenance.finish()
         factors = portioned.withheld()
         lost = frozenset(labeller.lost)
-        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, found.any, portioned=portioned)
+        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, portioned=portioned)
 
     def _portioned_plate(self, sites: Mapping[SiteKey, Site]) -> str | None:
         """The plate that is summed in portions, where it has more elements than one."""

@@ -75,6 +75,28 @@ def leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(found.values())
 
 
+def parameter_leaves(runs: Iterable[Enumeration]) -> list[Tensor]:
+    """Returns what the gradients of runs are written to, each tensor once.
+
+    Args:
+        runs: With the graph to the parameters.
+    """
+    read = (value for run in runs for value in run.read)
+    leaves = (value.unconstrained() if hasattr(value, "unconstrained") else value for value in read)
+    return list({id(leaf): leaf for leaf in leaves if leaf is not None and leaf.requires_grad}.values())
+
+
+def other_leaves(run: Enumeration) -> list[Tensor]:
+    """Returns the leaves of a run's tables that are no parameters that Pyro handed out.
+
+    Args:
+        run: With the graph to the parameters.
+    """
+    known = set(map(id, parameter_leaves([run])))
+    found = leaves_of(values for factor in run.factors.values() for values in _with_graph(factor))
+    return [leaf for leaf in found if id(leaf) not in known]
+
+
 def singular_tables(enumeration: Enumeration) -> frozenset[SiteKey]:
     """Returns the sites of whose tables the backward pass is not finite at the present parameters.
 
