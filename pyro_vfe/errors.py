@@ -76,6 +76,10 @@ class NotFiniteError(VFEError):
     """A free energy that is infinite or not a number."""
 
 
+class NotFiniteGradientError(NotFiniteError):
+    """A gradient that is infinite or not a number; it has not been written."""
+
+
 class PlateKeptError(PlateError):
     """A plate for which results per element do not exist."""
 

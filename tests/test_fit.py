@@ -452,7 +452,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter_and_changes_nothing(e
     guide = config_enumerate(lambda counts: None)
     enumerated = {"enumerate": "parallel"}
     model = pyro.poutine.infer_config(root_of_rate, lambda site: enumerated if site["name"] == "z" else {})
-    with pytest.raises(NotFiniteError, match=r"^In step 1: The gradient of parameter 'offset' is not finite"):
+    with pytest.raises(NotFiniteError, match=r"^In step 1: .*parameter 'offset'.* not finite"):
         fitted(model, guide, COUNTS, optim=adam(), num_steps=3, elbo=elbo)
     torch.testing.assert_close(parameters()["offset"], tensor([0.0, 1.0]), rtol=0, atol=0)
     for _, leaf in pyro.get_param_store().named_parameters():

@@ -13,7 +13,7 @@ References:
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -21,18 +21,21 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_vfe.energy.at_zeros import with_gradient_at_zeros
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
 from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.energy.estimators import surrogate_loss
 from pyro_vfe.energy.estimators_disarm import disarm_loss, mirrored_runs
 from pyro_vfe.energy.estimators_vimco import vimco_loss
+from pyro_vfe.energy.finite_gradients import backward_or_nothing, watched
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import NotFiniteGradientError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.singular import parameter_leaves
 
 Gradient = Literal["leave-one-out", "disarm", "vimco"]
 """How the gradients of discrete draws are estimated."""
@@ -138,7 +141,7 @@ class FreeEnergy(ELBO):
             out.
         """
         with torch.no_grad():
-            return float(self._finite_loss(model, guide, args, kwargs))
+            return float(self._finite_loss(model, guide, args, kwargs)[0])
 
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """Returns F in nats as a scalar tensor whose gradient is exact for what is enumerated, unbiased for the rest.
@@ -150,9 +153,10 @@ class FreeEnergy(ELBO):
             **kwargs: Keyword arguments of both programs.
 
         Raises:
-            VFEError: As `loss`.
+            VFEError: As `loss`. In the backward pass, a gradient is not finite: it has not been written.
         """
-        return self._finite_loss(model, guide, args, kwargs)
+        loss, leaves = self._finite_loss(model, guide, args, kwargs)
+        return watched(loss, leaves, self._looking_again(model, guide)) if loss.requires_grad else loss
 
     def loss_and_grads(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> float:
         """Returns F in nats and adds its gradient to the parameters' `.grad`.
@@ -164,12 +168,12 @@ class FreeEnergy(ELBO):
             **kwargs: Keyword arguments of both programs.
 
         Raises:
-            VFEError: As `loss`; no gradient has been written then.
+            VFEError: As `loss`, or a gradient is not finite; no gradient has been written then.
         """
-        loss = self._finite_loss(model, guide, args, kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.item()
+        try:
+            return self._backward(model, guide, args, kwargs)
+        except NotFiniteGradientError:  # A parameter has come to where it is not: the programs are looked at again.
+            return self._backward(model, guide, args, kwargs)
 
     def decompose(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Decomposition:
         """Returns F taken apart into the model's share and the guide's, in float64 and without gradients.
@@ -233,14 +237,28 @@ class FreeEnergy(ELBO):
         with torch.no_grad():
             return self._programs.enumerate_given_draws(model, given_guide(model, guide), args, kwargs)
 
+    def _backward(
+        self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> float:
+        loss, leaves = self._finite_loss(model, guide, args, kwargs)
+        if loss.requires_grad:
+            backward_or_nothing(loss, leaves, self._looking_again(model, guide), self.retain_graph)
+        return loss.item()
+
+    def _looking_again(self, model: Program, guide: Program | None) -> Callable[[], None]:
+        return lambda: self._programs.look_again(model, given_guide(model, guide))
+
     def _finite_loss(
         self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and what its gradient is written to."""
         return self._drawing(
             lambda own: self._loss_of(model, own, args, kwargs), model, given_guide(model, guide), args, kwargs
         )
 
-    def _loss_of(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _loss_of(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
         vectorized = self.vectorize_particles and self.num_particles > 1
         side_by_side = self.num_particles if vectorized else 1
         runs = [
@@ -255,10 +273,11 @@ class FreeEnergy(ELBO):
             )
         again = partial(self._again, model, guide, args, kwargs, side_by_side)
         particles = [mirrored_runs(run, again) if self.gradient == "disarm" else [run] for run in runs]
-        loss = self._estimate(particles, side_by_side)
+        estimate = partial(self._estimate, side_by_side=side_by_side)
+        loss = estimate(particles)
         if not math.isfinite(loss.item()):
             raise not_finite([run for own in particles for run in own], loss.item(), (model, guide))
-        return loss
+        return with_gradient_at_zeros(loss, particles, estimate), parameter_leaves(runs)
 
     def _estimate(self, particles: Sequence[Sequence[Enumeration]], side_by_side: int) -> Tensor:
         """The loss from the runs of each particle."""

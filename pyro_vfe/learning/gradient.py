@@ -18,6 +18,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_vfe.energy.at_zeros import with_gradient_at_zeros
 from pyro_vfe.energy.estimators import surrogate_loss
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.errors import NotFiniteError, StructureError, VFEError
@@ -95,10 +96,14 @@ class Gradient(EPhase, MPhase):
                     "Gradient is the E-phase of a guide that has no parameters to change.",
                     hint="Give the guide parameters, do not fix them, or leave the guide out: Q is then the posterior.",
                 )
-            loss = surrogate_loss([enumeration], 1, pair.max_bytes)
+
+            def estimate(runs: Sequence[Sequence[Enumeration]]) -> Tensor:
+                return surrogate_loss(runs[0], 1, pair.max_bytes)
+
+            loss = estimate([[enumeration]])
             if not math.isfinite(loss.item()):
                 raise not_finite([enumeration], loss.item(), (pair.model, pair.guide))
-            return loss
+            return with_gradient_at_zeros(loss, [[enumeration]], estimate)
 
         self._descend(free_energy, lambda: pair.recognition)
 

@@ -17,12 +17,13 @@ References:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vfe.energy.at_zeros import with_filled_zeros, with_gradient_at_zeros
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import log_joint
 from pyro_vfe.energy.portioned import HasExpectation, PortionedParts
@@ -73,10 +74,14 @@ class Wake:
     def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         machine = self._machine
         run = machine.programs.enumerate(machine.model, guide, args, kwargs)
-        loss = -_log_joint(run, machine.max_bytes).expectation().total
+
+        def energy(runs: Sequence[Sequence[Enumeration]]) -> Tensor:
+            return -_log_joint(runs[0][0], machine.max_bytes).expectation().total
+
+        loss = energy([[run]])
         if not math.isfinite(loss.item()):
             raise not_finite([run], loss.item(), (machine.given_model, machine.given_guide))
-        return loss
+        return with_gradient_at_zeros(loss, [[run]], energy)
 
     def _drawn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         machine = self._machine
@@ -134,7 +139,8 @@ class ReweightedWake:
         machine = self._machine
 
         def enumerate_once() -> Enumeration:
-            return machine.programs.enumerate_given_draws(machine.model, guide, args, kwargs)
+            run = machine.programs.enumerate_given_draws(machine.model, guide, args, kwargs)
+            return with_filled_zeros(run)
 
         runs = [enumerate_once()]
         if runs[0].is_sampled:

@@ -39,6 +39,10 @@ class Run:
     lost: frozenset[tuple[str, str, str]]
     label: Callable[[Mapping[SiteKey, Site], Scorer], dict[SiteKey, Factor]]
     """Makes factors of some of its sites again, of other numbers than log-probabilities."""
+    zeros: bool = False
+    """Whether some probability of exactly zero carries a gradient."""
+    parameters: tuple[Tensor, ...] = ()
+    """What the programs read of parameters."""
     scores: dict[SiteKey, Factor] = field(default_factory=dict)
     """The log-probabilities of those draws whose factors are something else, by masks or weights."""
     portioned: PortionedRun | None = None
@@ -81,11 +85,28 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         return _factors(again, layout, supports, {key: sites[key] for key in keys})
 
     whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
-    whole = replace(whole, own_scores=_scores(runs, layout, supports, sites))
+    whole = replace(
+        whole,
+        own_scores=_scores(runs, layout, supports, sites),
+        zeros=any(run.zeros for run in runs.values()),
+        read=tuple(value for run in runs.values() for value in run.parameters),
+    )
     if last.portioned is None:
         check_absences(whole.guided, sites, whole.factors.values(), layout)
         return replace(whole, paths=tuple(run.sites for run in runs.values()))
     return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
+
+
+def joined_runs(runs: Mapping[Assignment, Run], layout: Layout) -> dict[SiteKey, Factor]:
+    """Returns the factors of all runs together, where no sums are to be taken over them.
+
+    Args:
+        runs: Each path of choices with what ran on it.
+        layout: Where each latent went.
+    """
+    supports = {name: support for run in runs.values() for name, support in run.supports.items()}
+    sites = {key: site for run in runs.values() for key, site in run.sites.items()}
+    return _factors(runs, layout, supports, sites)
 
 
 def _portions(whole: Enumeration, run: Run, portioned: PortionedRun, layout: Layout) -> Portions:

@@ -8,6 +8,7 @@ Every latent stands along its own axis with its whole support, so one run of eac
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -75,6 +76,15 @@ class Portions:
         """The portions with something done to each when it is made."""
         return replace(self, make=lambda start, length: function(self.make(start, length)))
 
+    def within(self, context: "Callable[[], AbstractContextManager[Any]]") -> "Portions":
+        """The portions, each made within a context."""
+
+        def make(start: int, length: int) -> "Enumeration":
+            with context():
+                return self.make(start, length)
+
+        return replace(self, make=make)
+
 
 @dataclass(frozen=True, eq=False)
 class Enumeration:
@@ -108,6 +118,13 @@ class Enumeration:
     """The constrained parameters that the run read, in the graph of its distributions; only where they are watched."""
     own_scores: Mapping[str, Factor] = field(default_factory=dict)
     """The log-probabilities of draws whose factors are something else: under a mask, or weighted by a latent."""
+    read: tuple[Tensor, ...] = ()
+    """What the programs read of parameters, and other leaves of the tables' graph: what gradients are written to."""
+    zeros: bool = False
+    """Whether some probability of exactly zero carries a gradient."""
+    limits: Mapping[SiteKey, Factor] = field(default_factory=dict)
+    """Factors with impossible entries that parameters can make possible, filled with what no sum tells from zero: F's
+    gradient in these is theirs."""
     scores: Mapping[str, Factor | None] = field(default_factory=dict)
     """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
 
@@ -120,6 +137,8 @@ class Enumeration:
             "parameters": parameters,
             "own_scores": {},
             "scores": {},
+            "limits": {},
+            "read": (),
             "portions": None,
         }
 
@@ -151,7 +170,9 @@ class Enumeration:
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
-        return replace(self, paths=(), rescored=_not_here, parameters={}, own_scores={}, scores={}, portions=portions)
+        return replace(
+            self, paths=(), rescored=_not_here, parameters={}, own_scores={}, scores={}, limits={}, portions=portions
+        )
 
     @property
     def parts(self) -> "Iterable[Enumeration]":
@@ -213,6 +234,13 @@ class Enumeration:
         """
         sets = (own for size in range(1, len(plates) + 1) for own in combinations(sorted(plates), size))
         return sorted(sets, key=lambda own: -math.prod(self.plates[plate] for plate in own))
+
+    @cached_property
+    def drawn(self) -> dict[str, Tensor]:
+        """What the guide drew, or gave as a point estimate, by site name."""
+        return {
+            name: site.value for (role, name), site in self.sites.items() if role == "guide" and site.kind == "sampled"
+        }
 
     @cached_property
     def draws_tell_of_latents(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.shapes import broadcast_shapes
+from pyro_vfe.program.zeros import log_at_zero
 
 Parameters = Mapping[str, Tensor]
 """A distribution's parameters by name, shape `(*batch, *event)`; of `probs` and `logits` the one that was given."""
@@ -67,25 +68,20 @@ def _itself(x: Tensor, _: Parameters) -> Tensor:
     return x.unsqueeze(-1)
 
 
-def _log(probs: Tensor) -> Tensor:
-    """The log with the gradient zero where a probability is zero."""
-    return torch.where(probs == 0, -torch.inf, torch.where(probs == 0, 1.0, probs).log())
-
-
 def _log_success(p: Parameters) -> Tensor:
-    return _log(p["probs"]) if "probs" in p else torch.nn.functional.logsigmoid(p["logits"])
+    return log_at_zero(p["probs"]) if "probs" in p else torch.nn.functional.logsigmoid(p["logits"])
 
 
 def _log_failure(p: Parameters) -> Tensor:
-    return _log(1 - p["probs"]) if "probs" in p else torch.nn.functional.logsigmoid(-p["logits"])
+    return log_at_zero(1 - p["probs"]) if "probs" in p else torch.nn.functional.logsigmoid(-p["logits"])
 
 
 def _log_odds(p: Parameters) -> Tensor:
-    return _log(p["probs"]) - _log(1 - p["probs"]) if "probs" in p else p["logits"]
+    return log_at_zero(p["probs"]) - log_at_zero(1 - p["probs"]) if "probs" in p else p["logits"]
 
 
 def _log_categories(p: Parameters) -> Tensor:
-    return _log(p["probs"]) if "probs" in p else p["logits"].log_softmax(-1)
+    return log_at_zero(p["probs"]) if "probs" in p else p["logits"].log_softmax(-1)
 
 
 def _normal_statistic(x: Tensor, _: Parameters) -> Tensor:
@@ -249,7 +245,7 @@ GEOMETRIC = Family(
 POISSON = Family(
     {"rate": 0},
     _itself,
-    lambda p: _log(p["rate"]).unsqueeze(-1),
+    lambda p: log_at_zero(p["rate"]).unsqueeze(-1),
     lambda p: p["rate"],
     lambda x, _: -torch.lgamma(x + 1),
     lambda mean, _: {"rate": mean[..., 0]},

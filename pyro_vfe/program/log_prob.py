@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
 from pyro_vfe.program.finite import Finite
+from pyro_vfe.program.zeros import log_at_zero
 
 
 def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
@@ -76,11 +77,10 @@ def _unexpanded(fn: Any) -> Any:
 
 
 def exact_log(probs: Tensor) -> Tensor:
-    """The log of probabilities; zero gives -inf, with gradient zero."""
-    alive = probs != 0  # a negative number is no probability: its log is NaN, and is reported
-    if probs.device.type == "cpu" and bool(alive.all()):
+    """The log of probabilities; zero gives -inf, with gradient zero (see `zeros` for the other one)."""
+    if probs.device.type == "cpu" and bool((probs != 0).all()):
         return probs.log()  # the usual case; elsewhere the question would wait for the device
-    return probs.where(alive, 1.0).log().where(alive, -torch.inf)
+    return log_at_zero(probs)
 
 
 def slim(tensor: Tensor, protected: int) -> Tensor:

@@ -25,6 +25,7 @@ from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import ProbabilityError, ShapeError
 from pyro_vfe.program.log_prob import exact_log, slim
 from pyro_vfe.program.walks import drawn, walk
+from pyro_vfe.program.zeros import log_at_zero
 
 _unwatched = torch._C.DisableTorchFunction
 """A context in which no torch function mode looks on."""
@@ -158,7 +159,7 @@ class MarkovChain(TorchDistribution):
         first = _entries(self.initial, value[..., 0])
         moves = value[..., :-1] * self.num_states + value[..., 1:]
         later = _entries(self._steps().flatten(-2), moves)
-        return _log(_along_time(first, later), at_zero=-torch.inf).expand(shape)
+        return log_at_zero(_along_time(first, later)).expand(shape)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -329,16 +330,7 @@ def _along_time(first: Tensor, later: Tensor) -> Tensor:
 
 
 def _row_entropy(probs: Tensor) -> Tensor:
-    return -(probs * _log(probs, at_zero=0.0)).sum(-1)
-
-
-def _log(probs: Tensor, *, at_zero: float) -> Tensor:
-    """Returns the log of probabilities, of gradient zero where they are zero.
-
-    Unlike `exact_log` it does not ask whether some are: the program may call this with tables that depend on a latent.
-    """
-    alive = probs != 0
-    return probs.where(alive, 1.0).log().where(alive, at_zero)
+    return -(probs * log_at_zero(probs, 0.0)).sum(-1)
 
 
 @register_kl(MarkovChain, MarkovChain)
@@ -376,4 +368,4 @@ def _reachable(chain: MarkovChain) -> Tensor:
 
 def _row_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Returns each row's KL divergence over what q can do, and whether p does what q cannot, both `(*batch,)`."""
-    return (p * (_log(p, at_zero=0.0) - _log(q, at_zero=0.0))).sum(-1), ((p > 0) & (q == 0)).any(-1)
+    return (p * (log_at_zero(p, 0.0) - log_at_zero(q, 0.0))).sum(-1), ((p > 0) & (q == 0)).any(-1)

@@ -19,6 +19,7 @@ from pyro_vfe.errors import NameClashError, StructureError
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Role
+from pyro_vfe.program.singular import is_moving
 
 
 class Parameters:
@@ -70,6 +71,8 @@ class _Reader(Messenger):
             return
         self.parameters.readers.setdefault(name, set()).add(self.role)
         known = self.parameters.values.get(name)
+        if is_moving():
+            return  # what was computed before is not what it is now
         if known is None or (torch.is_grad_enabled() and not known.requires_grad and value.requires_grad):
             self.parameters.values[name] = value
         else:

@@ -21,6 +21,7 @@ from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.narrowing import narrowed_site
 from pyro_vfe.program.recorder import Site
+from pyro_vfe.program.zeros import are_filled
 
 Sites = Mapping[SiteKey, Site]
 Labelled = Callable[[Collection[SiteKey], Sites], dict[SiteKey, Factor]]
@@ -138,7 +139,7 @@ class PortionedRun:
         Args:
             portion: What `restricted` gives.
         """
-        varying = [key for key in portion if self._varies(key)]
+        varying = [key for key in portion if self._varies(key) or are_filled()]
         made = self._labelled(varying, portion)
         return {key: made[key] if key in made else self._weighed(self._few[key], portion[key]) for key in portion}
 

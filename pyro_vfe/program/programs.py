@@ -8,27 +8,34 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import ref
 
 import pyro
+import torch
 from torch import Tensor
 
+from pyro_vfe.engine.factors import Factor
 from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
 from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import fits_at_once, within_limit
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.parameters import nan_parameters, stale_parameter
-from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
-from pyro_vfe.program.runs import enumerate_programs
+from pyro_vfe.program.runs import enumerate_programs, tables_at
 from pyro_vfe.program.sharing import Unshareable
+from pyro_vfe.program.singular import other_leaves, singular_tables, with_sound_gradients
 from pyro_vfe.program.spot_check import spot_check
 from pyro_vfe.program.variation import with_variations
 
 Check = Literal["first", "always", False]
 
 _MAX_PAIRS = 64
+
+_PairKey = tuple[object, object, bool]
+"""The identities of a model and a guide, and whether particles stand side by side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +48,10 @@ class _Pair:
     programs: tuple[Program, Program]
     shares: bool
     """Whether equal computations of a run may be done once: the programs write into none of the results."""
+    singular: frozenset[SiteKey] | None = None
+    """The sites of whose tables the backward pass was not finite; None where that has not been asked."""
+    leaves: tuple[ref[Tensor], ...] = ()
+    """What the tables were computed from besides parameters that Pyro knows."""
 
 
 class Programs:
@@ -65,7 +76,7 @@ class Programs:
         self.max_bytes = max_bytes
         self.min_nesting = min_nesting
         self.pin_masked = pin_masked
-        self._pairs: OrderedDict[object, _Pair] = OrderedDict()
+        self._pairs: OrderedDict[_PairKey, _Pair] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """What is known of programs is found again after copying or loading."""
@@ -122,8 +133,35 @@ class Programs:
         call = _Call(
             model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable, self.pin_masked
         )
+        known = self._pairs.get(call.key)
+        state = [] if known is not None and known.singular == frozenset() else random_state()
         with one_call():
-            return self._enumerate(call)
+            return self._with_sound_gradients(call, self._enumerate(call), state)
+
+    def look_again(self, model: Program, guide: Program) -> None:
+        """Asks anew, at the next run, which tables cannot be differentiated as they are.
+
+        Args:
+            model: The generative model.
+            guide: The guide.
+        """
+        for key, pair in self._pairs.items():
+            if key[:2] == (identity(model), identity(guide)):
+                self._pairs[key] = replace(pair, singular=None)
+
+    def _with_sound_gradients(self, call: "_Call", run: Enumeration, state: list[Tensor]) -> Enumeration:
+        """The run with tables that can be differentiated where autograd's derivative is not finite."""
+        if not call.differentiable or not torch.is_grad_enabled() or run.portions is not None:
+            return run
+        pair = self._pairs[call.key]
+        if pair.singular is None:  # at the first run that is differentiated
+            others = tuple(map(ref, other_leaves(run)))
+            pair = self._pairs[call.key] = replace(pair, singular=singular_tables(run), leaves=others)
+        if pair.leaves:
+            run = replace(run, read=(*run.read, *(leaf for leaf in (one() for one in pair.leaves) if leaf is not None)))
+        if not pair.singular or run.draws_tell_of_latents:
+            return run
+        return with_sound_gradients(run, pair.singular, lambda only: call.tables_at(pair.layout, run, only, state))
 
     def _enumerate(self, call: "_Call") -> Enumeration:
         known = self._pairs.get(call.key)
@@ -196,7 +234,7 @@ class _Call:
     pin_masked: bool
 
     @property
-    def key(self) -> object:
+    def key(self) -> _PairKey:
         """What the pair is remembered by."""
         return identity(self.model), identity(self.guide), self.particles > 1
 
@@ -219,6 +257,25 @@ class _Call:
         except Unshareable:
             return self.enumeration(layout, False)
         return enumeration, share
+
+    def tables_at(
+        self, layout: Layout, run: Enumeration, only: Mapping[str, int], state: list[Tensor]
+    ) -> dict[SiteKey, Factor]:
+        """The factors of a run once more, with one value of some latents."""
+        model, guide = self._in_particles(layout)
+        with one_call(), undisturbed_randomness():
+            set_random_state(state)
+            return tables_at(
+                model,
+                guide,
+                self.args,
+                self.kwargs,
+                layout,
+                only,
+                given=run.drawn,
+                subsamples=run.subsamples,
+                pin_masked=self.pin_masked,
+            )
 
     def spot_check(self, layout: Layout, enumeration: Enumeration, share: bool) -> None:
         """Ordinary runs beside the enumerated one."""

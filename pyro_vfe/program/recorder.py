@@ -126,6 +126,8 @@ class Recorder(Messenger):
         self.provenance = provenance
         self.look = look
         self.sites: dict[str, Site] = {}
+        self.parameters: list[Tensor] = []
+        """What the program has read of parameters, as it reads them."""
         self.returned: Any = None
         self._names: dict[str, str] = {}
         self._surroundings: dict[object, tuple[tuple[Plate, ...], dict[str, int]]] = {}
@@ -179,6 +181,9 @@ class Recorder(Messenger):
                 self.provenance.originate(value, name)
         elif msg["value"] is None and self.role == "model" and self.unread is not None and name not in self.unread:
             raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn))
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.parameters.append(msg["value"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]

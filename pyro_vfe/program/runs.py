@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor
-from pyro_vfe.program.assembly import Run, assembled
+from pyro_vfe.program.assembly import Run, assembled, joined_runs
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
@@ -25,6 +25,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.supports import common_support, finite_support
 from pyro_vfe.program.tables import DrawScorer, Labeller, Scorer, counts_otherwise
+from pyro_vfe.program.zeros import watched_zeros
 
 
 def enumerate_programs(
@@ -59,20 +60,37 @@ def enumerate_programs(
         StructureChanged: The programs no longer fit the layout.
         Unshareable: The programs write into what was shared.
     """
-    runs: dict[Assignment, Run] = {}
-    paths = Paths()
-    state = random_state() if layout.sequential else None
-    for _ in paths:
-        if state is not None:
-            # Runs must agree in what they draw before they branch.
-            set_random_state(state)
-        try:
-            runner = _Runner(layout, paths, given or {}, subsamples or {}, share, differentiable, pin_masked)
-            run = runner.run(model, guide, args, kwargs)
-        except Escaped as escape:
-            raise StructureChanged(str(escape)) from escape
-        runs[paths.assignment()] = run
-    return assembled(runs, layout)
+    runner = _Runner(layout, given or {}, subsamples or {}, share, differentiable, pin_masked)
+    return assembled(runner.all_paths(model, guide, args, kwargs), layout)
+
+
+def tables_at(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    only: Mapping[str, int],
+    *,
+    given: Mapping[str, Tensor],
+    subsamples: Mapping[str, Tensor],
+    pin_masked: bool = False,
+) -> dict[SiteKey, Factor]:
+    """Returns the factors of guide and model where some latents have one value each: no other value is computed.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        layout: Where each latent goes.
+        only: The index of the one value of each of these latents.
+        given: Values of all draws.
+        subsamples: Subsample indices.
+        pin_masked: As in `enumerate_programs`.
+    """
+    runner = _Runner(layout, given, subsamples, False, True, pin_masked, only)
+    return joined_runs(runner.all_paths(model, guide, args, kwargs), layout)
 
 
 def _withheld(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
@@ -90,22 +108,50 @@ class _Runner:
     def __init__(
         self,
         layout: Layout,
-        paths: Paths,
         given: Mapping[str, Tensor],
         subsamples: Mapping[str, Tensor],
         share: bool,
         differentiable: bool,
         pin_masked: bool,
+        only: Mapping[str, int] | None = None,
     ) -> None:
         self.pin_masked = pin_masked
         self.differentiable = differentiable
         self.layout = layout
-        self.paths = paths
         self.given = given
         self.subsamples = subsamples
-        self.provenance = Provenance(share=share)
+        self.share = share
+        self.only = only or {}
+        self.paths = Paths()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forgets the run before."""
+        self.provenance = Provenance(share=self.share)
         self.supports: dict[str, Tensor] = {}
         self.values: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def all_paths(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[Assignment, Run]:
+        """Runs guide and model once for each path of choices.
+
+        Raises:
+            StructureChanged: The programs no longer fit the layout.
+        """
+        runs: dict[Assignment, Run] = {}
+        state = random_state() if self.layout.sequential else None
+        for _ in self.paths:
+            if state is not None:
+                # Runs must agree in what they draw before they branch.
+                set_random_state(state)
+            self._begin()
+            try:
+                run = self.run(model, guide, args, kwargs)
+            except Escaped as escape:
+                raise StructureChanged(str(escape)) from escape
+            runs[self.paths.assignment()] = run
+        return runs
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""
@@ -135,16 +181,20 @@ class _Runner:
         self._check_room(sites)
         labeller = self._labeller(sites)
         plate = self._portioned_plate(sites)
-        if plate is not None:
-            return self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
-        factors, absent = self._factors(labeller, sites.keys(), sites)
+        parameters = (*first.parameters, *second.parameters)
+        with watched_zeros() as found:
+            if plate is not None:
+                run = self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
+                return replace(run, zeros=found.any, parameters=parameters)
+            factors, absent = self._factors(labeller, sites.keys(), sites)
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
             return replace(labeller, scorer=scorer).factors(some, absent)
 
         own = self._scores(labeller, sites)
         self.provenance.finish()
-        return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label, own)
+        lost = frozenset(labeller.lost)
+        return Run(sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own)
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
@@ -199,7 +249,7 @@ class _Runner:
     def _latent_value(self, name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         with untracked():
             if name in self.layout.sequential:
-                support = self.supports[name] = finite_support(fn, name)
+                support = self.supports[name] = self._own_values(name, fn)
                 return support[self.paths.choose(name, len(support))]
             dim = self.layout.dims.get(name)
             if dim is None:
@@ -214,12 +264,17 @@ class _Runner:
         kind = common_support(fn) if self.provenance.shared is not None else None
         known = self.values.get((kind, dim))
         if known is None:
-            support = finite_support(fn, name)
+            support = self._own_values(name, fn)
             known = support, support.reshape(support.shape[:1] + (1,) * (-dim - 1) + support.shape[1:])
             if kind is not None:
                 self.values[kind, dim] = known
         self.supports[name] = known[0]
         return known[1] if kind is None else self.provenance.lent(known[1])
+
+    def _own_values(self, name: str, fn: Any) -> Tensor:
+        """The values that a latent takes: its support, or one of it."""
+        support = finite_support(fn, name)
+        return support if name not in self.only else support[self.only[name]].unsqueeze(0)
 
     def _check_unread(self, sites: Mapping[SiteKey, Site]) -> None:
         for site in sites.values() if self.layout.unread else ():
