@@ -239,10 +239,12 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
             inside = not graph.variables[other].plates <= graph.variables[name].plates
             one, two = graph.variables[name].scale, graph.variables[other].scale
             if inside and root(name) == root(other) and not same_scale(one, two):
+                is_above = graph.variables[name].plates < graph.variables[other].plates
+                or_without = f", or leave '{other}' out of it" if is_above else ""
                 raise ScaleError(
                     f"Latent '{name}' is summed out inside the model above plate latents '{other}' of the guide, which "
                     "carry weights (poutine.scale): the weighted sum is no bound on anything.",
-                    hint=f"Give the guide '{name}' too, or leave '{other}' out of it.",
+                    hint=f"Give the guide '{name}' too{or_without}.",
                 )
 
 

@@ -79,10 +79,11 @@ def with_axes_of_scales(graph: FactorGraph) -> FactorGraph:
 def _over_its_scales(factor: Factor, graph: FactorGraph) -> Factor:
     scales = (factor.scale, *(graph.variables[name].scale for name in graph.scope(factor)))
     along = dict.fromkeys(axis for scale in scales if isinstance(scale, Table) for axis in scale.axes)
-    # Weights that all share stay outside of the sum, and meet the table where the plates are multiplied out.
-    if factor.plates.issubset(along) and all(same_scale(scale, factor.scale) for scale in scales):
-        return factor
     missing = tuple(axis for axis in along if axis not in factor.axes)
+    # Weights that all share stay outside of the sum, and meet the table where the plates are multiplied out.
+    shared = factor.plates.issubset(along) and all(same_scale(scale, factor.scale) for scale in scales)
+    if shared or not missing:
+        return factor
     sizes = [graph.plates[axis] for axis in missing]
     return factor.mapped(lambda table: Table(table.values.expand(*sizes, *table.values.shape), (*missing, *table.axes)))
 
