@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[type[VFEError], str]] = {
     "crossing": (PlateError, "ties latent 'b' to latent 'a' at all elements of plate 'i'"),
     "missing_labels": (ScaleError, "'x_unobserved' is masked out where site 'y' still reads it"),
     "subsampled": (StructureError, "'data' has one subsample.*create_plates"),
-    "subsampled_under_global": (StructureError, "'data' has one subsample.*create_plates"),
+    "subsampled_under_guided_global": (StructureError, "'data' has one subsample.*create_plates"),
     "subsampled_markov_chains": (StructureError, "'sequences' has one subsample.*create_plates"),
     "point_estimate_of_w": (MissingGuideSiteError, "'w' is Normal.*AutoGuideList"),
 }

@@ -37,7 +37,7 @@ GUIDED = """
     chain_mean_field chain_guide_of_the_middle chain_markov_in_both tree_guide_from_the_leaves
     collider_guide_of_the_child markov_chains_with_chain_guides markov_chain_with_changing_chain_guide mixture_guided
     mixture_called_by_name nested_outer_guided global_and_local_guided global_guided local_guided
-    crossing_one_edge_guided sequential_guided subsampled_guided subsampled_under_guided_global scaled_per_datum_guided
+    crossing_one_edge_guided sequential_guided subsampled_guided scaled_per_datum_guided
     masked_data_guided masked_latents_guided missing_labels_partly_guided factors_guided deterministic_guided
     bits_guided left_right_chain_guided zeros_in_logits_guided branch_in_both branch_over_a_plate_guided
     counted_loop_guided auxiliary_site auxiliary_site_in_a_plate pyro_module_amortised network_amortised

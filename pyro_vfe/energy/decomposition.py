@@ -27,7 +27,7 @@ from pyro_vfe.energy.pointwise import terms_by
 from pyro_vfe.energy.render import as_html, as_text
 from pyro_vfe.energy.shares import gap_shares
 from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
-from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError
+from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError, ScaleError
 from pyro_vfe.program.enumeration import Enumeration
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class Decomposition:
 
     clashes: tuple[Clash, ...]
     """Where the guide puts mass that the model forbids; then free energy and gap are infinite."""
+
+    unsplit: str | None = None
+    """Why F does not split into surprise and gap, which are NaN then, in words; None where it does. Weights (a
+    subsample, or poutine.scale) may leave the sum over the model's latents without a value, where Q's F has one."""
 
     plate: str | None = None
     """The plate that entries are elements of; None for scalars."""
@@ -127,7 +131,8 @@ class Decomposition:
                 hint=_what_to_ask_for(self.runs[0], plate),
             ) from error
         stderr = None if self.exact else _stderr(inside)
-        return replace(self, stderr=stderr, num_data=1, plate=plate, **_fields(mean_terms(inside)))
+        terms = mean_terms(inside)
+        return replace(self, stderr=stderr, num_data=1, plate=plate, unsplit=terms.unsplit, **_fields(terms))
 
     def gap_by_site(self) -> dict[str, Tensor]:
         """Returns each latent site's share of the gap, over its plates (sorted by name); the shares sum to the gap.
@@ -140,9 +145,12 @@ class Decomposition:
                 or has latents of its own, or draws something that depends on a latent.
             CostError: The elimination that this order forces would not fit.
             NotFiniteError: The gap is infinite.
+            ScaleError: F does not split into surprise and gap.
             PlateKeptError: No guide gave Q.
         """
         self._check_guided("site")
+        if self.unsplit is not None:
+            raise ScaleError(f"The gap is not known, and has no shares. {self.unsplit}", hint="Ask for F alone.")
         if bool(self.gap.isinf().any()):
             raise NotFiniteError(
                 f"The gap is infinite and has no shares: {'; '.join(self.impossible)}.",
@@ -168,6 +176,7 @@ class Decomposition:
 
         Raises:
             PlateKeptError: No guide gave Q.
+            ScaleError: Weights leave the sum over the model's latents without a value.
         """
         self._check_guided("latent")
         return {name: table.values for name, table in posterior_marginals(self.runs, self.max_bytes).items()}
@@ -187,6 +196,8 @@ class Decomposition:
         dims = () if self.plate is None else (self.plate,)
         values = {name: (dims, getattr(self, name).cpu().numpy()) for name in ("free_energy", *NAMES)}
         dataset = xarray.Dataset(values, attrs={"units": "nats", "exact": int(self.exact), "num_data": self.num_data})
+        if self.unsplit is not None:
+            dataset.attrs["unsplit"] = self.unsplit
         if self.stderr is not None:
             dataset["free_energy_stderr"] = (dims, self.stderr.cpu().numpy())
         return dataset
@@ -213,8 +224,7 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
     for term, run in zip(terms, precise, strict=True):
         check_possible(term, run)
     first = precise[0]
-    subsampled = any(first.full_plates[name] != size for name, size in first.plates.items())
-    exact = not first.is_sampled and not subsampled
+    exact = not (first.is_sampled or first.subsampled)
     mean = mean_terms(terms)
     return Decomposition(
         energy=mean.energy,
@@ -229,6 +239,7 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         clashes=tuple(
             clash for run, term in zip(precise, terms, strict=True) if term.gap.isinf() for clash in culprits(run)
         ),
+        unsplit=mean.unsplit,
         runs=precise,
         max_bytes=max_bytes,
     )

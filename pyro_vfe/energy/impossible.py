@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.parts import free_energy_parts, joint_graph
+from pyro_vfe.energy.parts import free_energy_parts, guide_graph, joint_graph, unweighted
 from pyro_vfe.energy.portioned import normalizer_of
 from pyro_vfe.energy.terms import NAMES, Terms, measured
-from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import marginals
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
@@ -41,7 +40,8 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
             f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
             hint="Look for a parameter that is NaN or outside of its range.",
         )
-    if bool(terms.surprise.isposinf().any()):
+    unknown = terms.unsplit is not None and bool(terms.free_energy.isposinf().any())
+    if bool(terms.surprise.isposinf().any()) or (unknown and _is_impossible(enumeration)):
         raise impossible_data(enumeration)
 
 
@@ -72,7 +72,7 @@ def _portion_where(
 
 
 def _is_impossible(enumeration: Enumeration) -> bool:
-    return bool(log_normalizer(joint_graph(enumeration)).total.isneginf())
+    return bool(normalizer_of(enumeration, lambda part: unweighted(joint_graph(part))).total.isneginf())
 
 
 def _is_forbidden(enumeration: Enumeration) -> bool:
@@ -134,7 +134,7 @@ def culprits(enumeration: Enumeration) -> tuple[Clash, ...]:
     """Where the guide puts mass that the model forbids."""
     enumeration, begin = _portion_where(enumeration, _is_forbidden)
     result = []
-    guide = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
+    guide = unweighted(guide_graph(enumeration))
     known = frozenset(f.name for f in enumeration.guide_latents)
     for (role, _), factor in enumeration.factors.items():
         scope = tuple(axis for axis in factor.table.axes if axis in enumeration.supports)
@@ -184,7 +184,7 @@ def not_finite(
     with torch.no_grad():
         if not math.isnan(value) and value > 0:
             run = next((run for run in runs if _is_infinite(run)), runs[0]) if len(runs) > 1 else runs[0]
-            if bool(normalizer_of(run, joint_graph).total.isneginf()):
+            if _is_impossible(run):
                 return impossible_data(run)
             return NotFiniteError(
                 f"F is +inf: {'; '.join(map(str, culprits(run)))}.",

@@ -19,8 +19,9 @@ from pyro_vfe.engine.execution import without_plates
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
-from pyro_vfe.engine.scales import same_scale
+from pyro_vfe.engine.scales import applied, same_scale
 from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
+from pyro_vfe.engine.sum_order import check_sums
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 from pyro_vfe.errors import ScaleError
 from pyro_vfe.program.enumeration import Enumeration
@@ -119,7 +120,19 @@ def prior_graph(enumeration: Enumeration) -> FactorGraph:
 
 def guide_graph(enumeration: Enumeration) -> FactorGraph:
     """log Q(v, w) over all latents of the guide: its normaliser is log q(w)."""
-    return enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
+    graph = enumeration.graph(*enumeration.guide_latents, *enumeration.guide_draws)
+    # Draws that depend on the latents weigh them: only without these is each sum over a latent one.
+    return replace(graph, normalized=not enumeration.draws_tell_of_latents)
+
+
+def unweighted(graph: FactorGraph) -> FactorGraph:
+    """The graph as one sum, in which weights are powers: impossible where the weighted one is, whose sum may be none.
+
+    Args:
+        graph: The factors.
+    """
+    variables = {name: replace(variable, scale=1.0) for name, variable in graph.variables.items()}
+    return replace(graph, factors=tuple(map(applied, graph.factors)), variables=variables, subsampled={})
 
 
 def free_energy_parts(
@@ -189,6 +202,7 @@ def _parts(
     graph = enumeration.graph(*conditionals, *factors)
     if not summed:
         return Parts(graph, conditionals, factors)
+    check_sums(replace(graph, factors=factors), frozenset(graph.variables) - summed)
     _check_weights(graph, factors, summed)
     while True:
         part = replace(graph, factors=factors, variables=_mentioned(graph, factors))
@@ -225,10 +239,12 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
             inside = not graph.variables[other].plates <= graph.variables[name].plates
             one, two = graph.variables[name].scale, graph.variables[other].scale
             if inside and root(name) == root(other) and not same_scale(one, two):
+                is_above = graph.variables[name].plates < graph.variables[other].plates
+                or_without = f", or leave '{other}' out of it" if is_above else ""
                 raise ScaleError(
                     f"Latent '{name}' is summed out inside the model above plate latents '{other}' of the guide, which "
-                    "carry weights (a subsample or poutine.scale): the weighted sum is no bound on anything.",
-                    hint=f"Give the guide '{name}' too, or leave '{other}' out of it.",
+                    "carry weights (poutine.scale): the weighted sum is no bound on anything.",
+                    hint=f"Give the guide '{name}' too{or_without}.",
                 )
 
 

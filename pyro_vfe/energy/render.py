@@ -1,5 +1,6 @@
 """A decomposition on paper: four readings of one number, in text and in a notebook."""
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -108,8 +109,10 @@ def number(value: float) -> str:
     """Returns a number with four decimals; a small one keeps its magnitude, and rounding below zero shows no sign.
 
     Args:
-        value: In nats, say.
+        value: In nats, say; NaN for what is not known, which is a dash.
     """
+    if math.isnan(value):
+        return "-"
     if -1e-9 < value <= 0:  # the zero too, which may be a negative one
         value = 0.0
     if value != 0 and abs(value) < 1e-4:
@@ -128,5 +131,7 @@ def _notes(terms: "Decomposition") -> list[str]:
         notes.append(
             "all discrete latents are summed out inside the model: there is nothing for the guide to lose on them"
         )
+    if terms.unsplit is not None:
+        notes.append(f"surprise and gap, for which the model sums its latents, are not known: {terms.unsplit}")
     notes += list(terms.impossible)
     return notes

@@ -41,7 +41,8 @@ def responsibility_graph(enumeration: Enumeration) -> FactorGraph:
     guide = (*conditionals_of(enumeration), *enumeration.guide_draws)
     # Where the model gives the guide's values no probability, its own tables say so already.
     divided = (replace(f, table=_finite(f.table)) for f in negative(provided.costs))
-    return enumeration.graph(*joint.factors, *guide, *divided)
+    graph = enumeration.graph(*joint.factors, *guide, *divided)
+    return replace(graph, normalized=not enumeration.draws_tell_of_latents)
 
 
 def _finite(table: Table) -> Table:

@@ -35,7 +35,7 @@ from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.inference import marginals
-from pyro_vfe.errors import StructureError
+from pyro_vfe.errors import ScaleError, StructureError
 from pyro_vfe.program.enumeration import Enumeration
 
 
@@ -49,6 +49,8 @@ class Terms:
     gap: Tensor
     complexity: Tensor
     accuracy: Tensor
+    unsplit: str | None = None
+    """Why surprise and gap are NaN, in words; None where they are known."""
 
     @property
     def free_energy(self) -> Tensor:
@@ -61,17 +63,28 @@ NAMES = ("energy", "entropy", "surprise", "gap", "complexity", "accuracy")
 
 def mean_terms(terms: Sequence[Terms]) -> Terms:
     """The mean over particles, term by term."""
-    return Terms(**{name: torch.stack([getattr(term, name) for term in terms]).mean(0) for name in NAMES})
+    return Terms(
+        **{name: torch.stack([getattr(term, name) for term in terms]).mean(0) for name in NAMES},
+        unsplit=_unsplit(terms),
+    )
 
 
 def stacked_terms(terms: Sequence[Terms]) -> Terms:
     """Terms of several elements as one, with one entry per element."""
-    return Terms(**{name: torch.stack([getattr(term, name) for term in terms]) for name in NAMES})
+    return Terms(
+        **{name: torch.stack([getattr(term, name) for term in terms]) for name in NAMES}, unsplit=_unsplit(terms)
+    )
+
+
+def _unsplit(terms: Sequence[Terms]) -> str | None:
+    return next((term.unsplit for term in terms if term.unsplit is not None), None)
 
 
 def together(inside: Terms, outside: Terms) -> Terms:
     """What is inside all elements, and what is outside of them, as one: term by term."""
-    return Terms(**{name: getattr(inside, name).sum() + getattr(outside, name) for name in NAMES})
+    return Terms(
+        **{name: getattr(inside, name).sum() + getattr(outside, name) for name in NAMES}, unsplit=inside.unsplit
+    )
 
 
 def measured(
@@ -96,7 +109,8 @@ def measured(
         for name in NAMES
     }
     outside = stacked_terms([own for _, own in found])
-    return Terms(**inside), Terms(**{name: getattr(outside, name).sum() for name in NAMES})
+    why = outside.unsplit
+    return Terms(**inside, unsplit=why), Terms(**{n: getattr(outside, n).sum() for n in NAMES}, unsplit=why)
 
 
 def _measured(enumeration: Enumeration, keep_plates: frozenset[str], max_bytes: float | None) -> tuple[Terms, Terms]:
@@ -110,11 +124,12 @@ def _measured(enumeration: Enumeration, keep_plates: frozenset[str], max_bytes: 
     # Where the model sums out all its latents, their prior sums to one and the joint is log p(w, u) already.
     trivial = not shifted.guided and not shifted.model_draws
     prior = measure(Parts(shifted.graph(), (), ()) if trivial else log_prior(shifted, max_bytes, keep_plates))
-    evidence = _normalizer(joint_graph(shifted), keep_plates, max_bytes) if shifted.guided else joint
-    return tuple(  # type: ignore[return-value]
+    evidence, unsplit = _log_evidence(shifted, keep_plates, max_bytes) if shifted.guided else (joint, None)
+    found = (
         _assembled(q[i], joint[i], prior[i], None if data is None else data[i], common[i], evidence[i], drawn[i])
         for i in range(2)
     )
+    return tuple(replace(terms, unsplit=unsplit) for terms in found)  # type: ignore[return-value]
 
 
 Pair = tuple[Tensor, Tensor]
@@ -172,7 +187,7 @@ def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: fr
     costs = [_without_draws(factor, enumeration) for factor in part.costs]
     known = enumeration.graph(*factors, *costs)
     variables = {name: v for name, v in known.variables.items() if name not in enumeration.draws}
-    graph = FactorGraph(tuple(_without_draws(f, enumeration) for f in factors), variables, known.plates)
+    graph = replace(known, factors=tuple(_without_draws(f, enumeration) for f in factors), variables=variables)
     scopes = {tuple(graph.scope(cost)) for cost in costs} - {()}
     probabilities = marginals(graph, scopes)
     averaged = [_averaged(cost, graph, probabilities) for cost in costs]
@@ -202,6 +217,17 @@ def _log_q_of_draws(
     if measure.tied:
         return _normalizer(guide_graph(enumeration), keep_plates, max_bytes)
     return _pair(Parts(enumeration.graph(), (), enumeration.guide_draws).expectation(keep_plates))
+
+
+def _log_evidence(
+    enumeration: Enumeration, keep_plates: frozenset[str], max_bytes: float | None
+) -> tuple[Pair, str | None]:
+    """log p(w, u); NaN, and why, where weights leave the sum over all latents no value."""
+    try:
+        return _normalizer(joint_graph(enumeration), keep_plates, max_bytes), None
+    except ScaleError as error:
+        inside = [enumeration.plates[plate] for plate in sorted(keep_plates)]
+        return (torch.full(inside, torch.nan), torch.tensor(torch.nan)), error.problem
 
 
 def _normalizer(graph: FactorGraph, keep_plates: frozenset[str], max_bytes: float | None) -> Pair:

@@ -8,7 +8,7 @@ mode, samples            =  the steps that summed it, undone
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.elimination import Elimination, LogNormalizer, eliminate, log_normalizer, plan_of
-from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Subsample, Table, Variable
 from pyro_vfe.engine.inference import expected_tables, marginals
 from pyro_vfe.engine.ordering import Plan, plan
 from pyro_vfe.engine.structure import FactorShape, Structure, Unrolling, VariableShape
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "Scale",
     "Structure",
+    "Subsample",
     "Table",
     "Unrolling",
     "Variable",

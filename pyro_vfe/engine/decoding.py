@@ -36,6 +36,7 @@ from pyro_vfe.engine.inference import check_possible
 from pyro_vfe.engine.logspace import broadcast_contract, picked_at
 from pyro_vfe.engine.ordering import Component, Plan
 from pyro_vfe.engine.paths import Step
+from pyro_vfe.engine.sum_order import check_sums
 from pyro_vfe.engine.unrolling import stitch
 
 CHUNK = 2**24
@@ -63,12 +64,14 @@ def mode(graph: FactorGraph, *, max_bytes: float | None = None) -> dict[str, Tab
 
     Raises:
         ImpossibleDataError: Every assignment has probability zero.
+        ScaleError: The sum's weights leave it no one value, or a biased one.
     """
 
     def best(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
         return execute(part, MaxProduct(), kept, plates, max_bytes, entries_of=_broadcast_entries)
 
     graph.check()
+    check_sums(graph, NO_NAMES)
     sweeps = sweeps_of(graph, NO_NAMES, NO_NAMES, best, max_bytes)
     scores = [path_score(sweep.unary, sweep.pairs, chain_mode(sweep.unary, sweep.pairs)) for sweep in sweeps]
     execution = best(without_sweeps(graph, sweeps, scores), NO_NAMES, NO_NAMES)
@@ -87,12 +90,14 @@ def sample(graph: FactorGraph, num_samples: int, *, max_bytes: float | None = No
 
     Raises:
         ImpossibleDataError: Every assignment has probability zero.
+        ScaleError: The sum's weights leave it no one value, or a biased one.
     """
 
     def summed(part: FactorGraph, kept: frozenset[str], plates: frozenset[str]) -> Execution:
         return execute_sum(part, kept, plates, max_bytes)
 
     graph.check()
+    check_sums(graph, NO_NAMES)
     sweeps = sweeps_of(graph, NO_NAMES, NO_NAMES, summed, max_bytes)
     sums = [chain_log_normalizer(sweep.unary, sweep.pairs) for sweep in sweeps]
     execution = summed(without_sweeps(graph, sweeps, sums), NO_NAMES, NO_NAMES)

@@ -27,7 +27,9 @@ from pyro_vfe.engine.execution import (
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.ordering import Plan, plan
 from pyro_vfe.engine.rolling import rolled
+from pyro_vfe.engine.scales import with_axes_of_scales
 from pyro_vfe.engine.structure import Unrolling
+from pyro_vfe.engine.sum_order import check_sums
 from pyro_vfe.engine.unrolling import structure_of
 
 
@@ -79,12 +81,14 @@ def eliminate(
     Raises:
         CostError: The plan would not fit.
         PlateError: A summed variable outside a kept plate is tied to factors inside it.
-        VFEError: Variables that are summed together have different scales, or the graph is inconsistent.
+        ScaleError: The sum's weights leave it no one value, or a biased one.
+        VFEError: The graph is inconsistent.
 
     References:
         Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs.
     """
     graph.check()
+    check_sums(graph, keep)
     graph = without_chains(rolled(graph, keep), keep, keep_plates, max_bytes)
     execution = execute_sum(graph, keep, keep_plates, max_bytes, cut=True)
     return Elimination(execution.factors, execution.graph, execution.plan.unrollings)
@@ -121,8 +125,10 @@ def plan_of(graph: FactorGraph, keep: frozenset[str] = NO_NAMES, keep_plates: fr
 
     Raises:
         PlateError: A summed variable outside a kept plate is tied to factors inside it.
+        ScaleError: The sum's weights leave it no one value, or a biased one.
     """
-    return plan(structure_of(with_uniform_factors(graph, keep)), keep, keep_plates)
+    check_sums(graph, keep)
+    return plan(structure_of(with_axes_of_scales(with_uniform_factors(graph, keep))), keep, keep_plates)
 
 
 def without_chains(

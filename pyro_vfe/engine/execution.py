@@ -21,7 +21,7 @@ from pyro_vfe.engine.cost import check_cost, plan_within
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.logspace import SumProduct
 from pyro_vfe.engine.ordering import Component, Plan, plan
-from pyro_vfe.engine.scales import applied, common_scale, rescaled
+from pyro_vfe.engine.scales import applied, common_scale, rescaled, with_axes_of_scales
 from pyro_vfe.engine.slicing import sum_over_slices
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 
@@ -91,7 +91,7 @@ def execute(
             their steps in the slots then, only of the result.
     """
     graph.check()
-    graph = with_uniform_factors(graph, keep)
+    graph = with_axes_of_scales(with_uniform_factors(graph, keep))
     like = reference_tensor(graph)
     structure = structure_of(graph)
     if cut:

@@ -14,8 +14,9 @@ References:
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +118,19 @@ Scale = Table | float
 """The weight of a term: one number, or one per plate element."""
 
 
+class Subsample(NamedTuple):
+    """A plate of which some elements are present, each of them for several."""
+
+    plate: str
+    """Its name."""
+
+    size: int
+    """The number of elements that are present."""
+
+    full_size: int
+    """The number of all."""
+
+
 @dataclass(frozen=True, eq=False)
 class Variable:
     """A discrete variable, one copy per element of its plates."""
@@ -185,6 +199,12 @@ class FactorGraph:
 
     plates: Mapping[str, int]
     """The size of each plate."""
+
+    subsampled: Mapping[str, frozenset[Subsample]] = field(default_factory=dict)
+    """What is subsampled around a variable or factor, by name; one that lies in no such plate may be left out."""
+
+    normalized: bool = False
+    """Whether each sum is one, given what stands outside of it: its weight then changes nothing."""
 
     def scope(self, factor: Factor) -> tuple[str, ...]:
         """Returns the variables that the factor's axes are of, previous values included, in the table's order."""

@@ -10,23 +10,30 @@ from dataclasses import replace
 
 import torch
 
-from pyro_vfe.engine.factors import Factor, Scale, Table, Variable
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
 from pyro_vfe.engine.logspace import weighted
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import ScaleError, VFEError
 
 
 def same_scale(first: Scale, second: Scale) -> bool:
     """Returns whether two scales are equal; compares values only where the objects differ."""
     if first is second:
         return True
-    if not isinstance(first, Table) and not isinstance(second, Table):
-        return first == second
-    sizes = [scale.sizes if isinstance(scale, Table) else {} for scale in (first, second)]
-    if sizes[0] != sizes[1]:
-        return False
-    axes = tuple(sizes[0])
-    one, other = (scale.aligned(axes) if isinstance(scale, Table) else scale for scale in (first, second))
-    return bool(torch.as_tensor(one == other).all())
+    one, other = _slim(first), _slim(second)
+    if not isinstance(one, Table) or not isinstance(other, Table):
+        return one is other or one == other
+    return one.sizes == other.sizes and bool((one.aligned(other.axes) == other.values).all())
+
+
+def _slim(scale: Scale) -> Scale:
+    """The scale without axes along which it does not vary; one number where none is left."""
+    if not isinstance(scale, Table):
+        return scale
+    for axis in scale.axes:
+        first = scale.selected(axis, 0)
+        if bool((scale.values == first.aligned(scale.axes)).all()):
+            scale = first
+    return scale if scale.axes else float(scale.values)
 
 
 def of_other_scale(factors: Sequence[Factor]) -> Factor | None:
@@ -38,26 +45,47 @@ def common_scale(variables: Sequence[Variable]) -> Scale:
     """Returns the scale of variables that are summed together.
 
     Raises:
-        VFEError: They differ.
+        ScaleError: They differ.
     """
     scale = variables[0].scale
     for variable in variables[1:]:
         if not same_scale(variable.scale, scale):
-            raise VFEError(
+            raise ScaleError(
                 f"Sites '{variables[0].name}' and '{variable.name}' depend on each other and are summed together, but"
-                f" have the scales {_shown(scale)} and {_shown(variable.scale)}.",
+                f" have the scales {shown(scale)} and {shown(variable.scale)}.",
                 hint="Put both sites under one poutine.scale.",
             )
     return scale
 
 
-def _shown(scale: Scale) -> str:
+def shown(scale: Scale) -> str:
+    """Returns a scale in words."""
     return f"of a table over {scale.axes}" if isinstance(scale, Table) else f"{scale:g}"
 
 
 def applied(factor: Factor) -> Factor:
     """Returns the factor with its tables multiplied by its scale, which becomes 1."""
     return replace(factor.mapped(lambda table: weighted(table, factor.scale)), scale=1.0)
+
+
+def with_axes_of_scales(graph: FactorGraph) -> FactorGraph:
+    """Returns the graph with every table over the plates along which weights will multiply it: a plan has to know."""
+    scales = (*(variable.scale for variable in graph.variables.values()), *(factor.scale for factor in graph.factors))
+    if not any(isinstance(scale, Table) for scale in scales):
+        return graph
+    return replace(graph, factors=tuple(_over_its_scales(factor, graph) for factor in graph.factors))
+
+
+def _over_its_scales(factor: Factor, graph: FactorGraph) -> Factor:
+    scales = (factor.scale, *(graph.variables[name].scale for name in graph.scope(factor)))
+    along = dict.fromkeys(axis for scale in scales if isinstance(scale, Table) for axis in scale.axes)
+    missing = tuple(axis for axis in along if axis not in factor.axes)
+    # Weights that all share stay outside of the sum, and meet the table where the plates are multiplied out.
+    shared = factor.plates.issubset(along) and all(same_scale(scale, factor.scale) for scale in scales)
+    if shared or not missing:
+        return factor
+    sizes = [graph.plates[axis] for axis in missing]
+    return factor.mapped(lambda table: Table(table.values.expand(*sizes, *table.values.shape), (*missing, *table.axes)))
 
 
 def rescaled(factor: Factor, scale: Scale) -> Factor:

@@ -60,9 +60,9 @@ def share_of(enumeration: Enumeration) -> Share:
     for site in sites:
         if site.kind == "sampled" and site.plate_names & shared:
             raise _local_point(site, shared)
-    for name, size in enumeration.plates.items():
-        if name not in shared and enumeration.full_plates[name] != size:
-            raise _subsampled(name, next(site for site in sites if name in site.plate_names))
+    for name, *_ in enumeration.subsampled:
+        if name not in shared:
+            raise _subsampled(name, next(site for site in sites if name in site.plate_names or name in site.steps))
     size, full_size = (prod(sizes[name] for name in shared) for sizes in (enumeration.plates, enumeration.full_plates))
     num_data = enumeration.num_data * size / full_size
     return Share(shared, size, None if size == full_size else full_size, num_data)

@@ -215,13 +215,11 @@ def _check_draws(enumeration: Enumeration) -> None:
 
 
 def _check_subsamples(enumeration: Enumeration) -> None:
-    for name, size in enumeration.plates.items():
-        if enumeration.full_plates[name] != size:
-            raise StructureError(
-                f"Plate '{name}' shows {size} of its {enumeration.full_plates[name]} elements, and EM needs all data "
-                "in every iteration.",
-                hint="Let the plate have all elements, or learn from mini-batches by run_batches.",
-            )
+    for name, size, full_size in enumeration.subsampled:
+        raise StructureError(
+            f"Plate '{name}' shows {size} of its {full_size} elements, and EM needs all data in every iteration.",
+            hint="Let the plate have all elements, or learn from mini-batches by run_batches.",
+        )
 
 
 def _check_names(pair: Pair) -> None:

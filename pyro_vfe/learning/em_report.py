@@ -1,6 +1,7 @@
 """What a person sees of EM while it runs: a progress bar, and calls of a function of their own."""
 
 from collections.abc import Callable
+from math import isnan
 from types import TracebackType
 from typing import Any
 
@@ -81,7 +82,10 @@ def row_in_words(row: Row) -> str:
     Args:
         row: Of a history.
     """
-    return f"F={row.free_energy:,.4f}, surprise={row.surprise:,.4f}, gap={row.gap:.3g}"
+    surprise, gap = (
+        "-" if isnan(value) else f"{value:{style}}" for value, style in ((row.surprise, ",.4f"), (row.gap, ".3g"))
+    )
+    return f"F={row.free_energy:,.4f}, surprise={surprise}, gap={gap}"
 
 
 def row_by_tag(row: Row) -> dict[str, float]:

@@ -116,6 +116,7 @@ def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decompo
     accuracy = expected_log_probs(belief, enumeration, "observed")
     prior = expected_log_probs(belief, enumeration, "enumerated", "sampled")
     gap = belief.free_energy - belief.surprise
+    unsplit = "The sum over the model's latents would not fit, or its weights leave it without a value."
     return Decomposition(
         energy=-(prior + accuracy),
         entropy=-belief.expected_log_q,
@@ -127,6 +128,7 @@ def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decompo
         stderr=None,
         num_data=enumeration.num_data,
         clashes=(),
+        unsplit=unsplit if bool(belief.surprise.isnan()) else None,
     )
 
 

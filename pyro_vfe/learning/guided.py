@@ -12,14 +12,14 @@ from torch import Tensor
 from pyro_vfe.energy.impossible import culprits, impossible_data
 from pyro_vfe.energy.parts import joint_graph, log_joint, log_q
 from pyro_vfe.engine.inference import evidence
-from pyro_vfe.errors import CostError, NotFiniteError
+from pyro_vfe.errors import CostError, NotFiniteError, ScaleError
 from pyro_vfe.learning.belief import Belief, Weights, expected_log_joint
 from pyro_vfe.learning.e_phases import leaf, log_q_of_draws, model_keys
 from pyro_vfe.program.enumeration import Enumeration
 
 
 def guided_belief(enumeration: Enumeration, max_bytes: float | None = None) -> Belief:
-    """Returns Q as the guide has it; the surprise is nan where the model is too large to be summed exactly.
+    """Returns Q as the guide has it; the surprise is nan where it cannot be summed exactly.
 
     Args:
         enumeration: The factors of both programs, in float64.
@@ -52,7 +52,7 @@ def guided_belief(enumeration: Enumeration, max_bytes: float | None = None) -> B
 
 
 def surprise_of(enumeration: Enumeration, max_bytes: float | None = None) -> Tensor:
-    """-log p(u | G), a scalar in nats; nan where the model is too large to be summed exactly.
+    """-log p(u | G), a scalar in nats; nan where the model is too large to be summed exactly, or weights forbid it.
 
     Args:
         enumeration: The factors of both programs.
@@ -64,7 +64,7 @@ def surprise_of(enumeration: Enumeration, max_bytes: float | None = None) -> Ten
     drawn = log_q_of_draws(enumeration, max_bytes)
     try:
         log_evidence = evidence(joint_graph(enumeration), max_bytes=max_bytes)
-    except CostError:
+    except (CostError, ScaleError):
         return torch.full_like(drawn, torch.nan)
     if bool(log_evidence.isneginf()):
         raise impossible_data(enumeration)

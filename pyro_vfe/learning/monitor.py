@@ -8,6 +8,7 @@ A falling loss does not say whether the model or the guide improved; these readi
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from math import isnan
 from types import TracebackType
 from typing import Any, SupportsIndex
 
@@ -16,8 +17,8 @@ from pyro_vfe.errors import VFEError, VFEWarning
 from pyro_vfe.learning.batches import Arguments, arguments_of
 from pyro_vfe.learning.em_report import says_stop
 from pyro_vfe.learning.history import History, Row
-from pyro_vfe.learning.stop_rules import StopRule
-from pyro_vfe.learning.svi_reading import Reader
+from pyro_vfe.learning.stop_rules import StopRule, without_a_gap
+from pyro_vfe.learning.svi_reading import Reader, Reading
 from pyro_vfe.learning.svi_report import Bar, Loss, as_float, by_tag, check_loss, in_words
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -205,7 +206,7 @@ class Monitor:
         row = reading.row
         self._rows.append(row)
         self._num_data = row.num_data or self._num_data
-        self._warn_of(reading.problem)
+        self._warn_of(reading)
         wants_stop = self._callback is not None and says_stop(
             self._callback(self._num_steps, by_tag(row, self._num_data or 1, value))
         )
@@ -219,10 +220,11 @@ class Monitor:
         history = History(tuple(self._rows[self._first_row :]), self._num_data or 1)
         return next((words for words in (rule(history) for rule in self._rules) if words), None)
 
-    def _warn_of(self, problem: str | None) -> None:
+    def _warn_of(self, reading: Reading) -> None:
         """Says once why something is not known; the same again, in other numbers, would be noise."""
-        if problem is None or self._notes:
+        if reading.problem is None or self._notes:
             return
+        problem = reading.problem + (without_a_gap(self._rules) if isnan(reading.row.gap) else "")
         data = "the arguments of the step" if self._held_out is None else "the held-out arguments"
         self._notes = (f"After step {self._num_steps}, at {data}: {problem}",)
         warnings.warn(

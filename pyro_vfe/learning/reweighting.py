@@ -22,14 +22,14 @@ from torch import Tensor
 from pyro_vfe.energy.parts import guide_graph, joint_graph, log_q
 from pyro_vfe.energy.weight_means import log_mean_exp
 from pyro_vfe.engine.elimination import log_normalizer
-from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Subsample, Table
 from pyro_vfe.engine.inference import log_normalizer_and_expected_tables
 from pyro_vfe.engine.scales import of_other_scale
 from pyro_vfe.errors import ScaleError, StructureError
 from pyro_vfe.learning.e_phases import model_keys
 from pyro_vfe.learning.machine import check_finite
 from pyro_vfe.program.drawing_runs import log_prob_of
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.enumeration import Enumeration, is_random
 from pyro_vfe.program.recorder import Site
 
 
@@ -52,11 +52,12 @@ def drawn_losses(runs: Sequence[tuple[Collection[Site], Collection[Site]]]) -> L
         runs: The sites of the guide and those of the model, for each draw.
 
     Raises:
-        ScaleError: The latents of one datum differ in their weights.
+        ScaleError: The latents of one datum differ in their weights, or lie above a subsample.
         NotFiniteError: A datum has probability zero in every draw.
     """
     guides = [[site for site in guide if site.kind != "unread"] for guide, _ in runs]
     models = [[site for site in model if site.kind != "unread"] for _, model in runs]
+    _check_subsamples(guides[0], [*guides[0], *models[0]])
     plates = _plates_around_all([*guides[0], *models[0]])
     log_q, log_p = (torch.stack([_by_datum(sites, plates) for sites in own]) for own in (guides, models))
     scale = _common_scale_of_sites([site for site in guides[0] if site.kind != "observed"], plates)
@@ -73,6 +74,19 @@ def _plates_around_all(sites: Iterable[Site]) -> tuple[str, ...]:
     """The plates that are around every site, by name: nothing outside of them ties their elements together."""
     around = [site.plate_names for site in sites]
     return tuple(sorted(frozenset.intersection(*around))) if around else ()
+
+
+def _check_subsamples(guide: Iterable[Site], sites: Collection[Site]) -> None:
+    """Draws that weigh a subsample as a whole would have the weights of its elements as powers inside of their mean."""
+    around = frozenset[Subsample]().union(*(site.subsampled for site in sites))
+    for latent in filter(is_random, guide) if around else ():
+        own = frozenset[Subsample]().union(*(site.subsampled for site in sites if site.name == latent.name))
+        for plate, size, full_size in around - own:
+            raise ScaleError(
+                f"Latent '{latent.name}' is drawn above plate '{plate}', which shows {size} of its {full_size} "
+                "elements: the log of the mean of such importance weights is biased.",
+                hint=f"Use reweighted=False, or take all of '{plate}'.",
+            )
 
 
 def _by_datum(sites: Iterable[Site], plates: Sequence[str]) -> Tensor:
@@ -125,7 +139,7 @@ def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = Non
 
     Raises:
         ImpossibleDataError: The data have probability zero.
-        ScaleError: The latents of one datum differ in their weights.
+        ScaleError: The latents of one datum differ in their weights, or lie above a subsample.
         StructureError: The guide has latents of its own in plates that would have to be written out.
     """
     if len(runs) == 1:
@@ -140,7 +154,9 @@ def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = Non
 
 def _weights(runs: Sequence[Enumeration], max_bytes: float | None) -> tuple[list[Table], float]:
     """The normalised weight of each run for each datum, and the estimate of -log p(u)."""
-    plates = _plates_around_all(runs[0].sites.values())
+    sites = runs[0].sites.values()
+    _check_subsamples([site for site in sites if site.role == "guide"], sites)
+    plates = _plates_around_all(sites)
 
     def by_datum(graph: FactorGraph) -> Tensor:
         found = log_normalizer(graph, keep_plates=frozenset(plates), max_bytes=max_bytes)

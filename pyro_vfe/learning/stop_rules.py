@@ -11,7 +11,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +122,15 @@ class GapBelow:
             return None
         times = "" if self.window == 1 else f", the last {self.window} readings"
         return f"the gap per datum is {gaps[-1]:.2g} nats, below {self.bound:g}{times}"
+
+
+def without_a_gap(rules: Iterable[StopRule]) -> str:
+    """What is to be said of rules where the gap is not known: that they will stop nothing. "" where none reads it.
+
+    Args:
+        rules: Of a run.
+    """
+    return "".join(f" {rule} has no gap to read, and stops nothing." for rule in rules if isinstance(rule, GapBelow))
 
 
 def _last(history: History, number: int) -> History:

@@ -78,8 +78,10 @@ class Reader:
                 self._knows_total = True
                 row = self._total_alone(args, kwargs, step, loss)
                 return Reading(row, f"F cannot be taken apart. {error}")
-        infinite = f"F is infinite: {'; '.join(terms.impossible)}." if terms.impossible else None
-        return Reading(_row_of(terms, step), infinite)
+        problem = f"F is infinite: {'; '.join(terms.impossible)}." if terms.impossible else None
+        if terms.unsplit is not None:
+            problem = f"{problem or 'F does not split into surprise and gap.'} {terms.unsplit}"
+        return Reading(_row_of(terms, step), problem)
 
     def _total_alone(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Row:
         """F where its parts cannot be told: as one number, or else what training has of it."""

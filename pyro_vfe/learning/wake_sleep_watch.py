@@ -6,6 +6,7 @@ F after a wake phase, F after the sleep phase of the same step        their diff
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import isnan
 from typing import Any, SupportsIndex
 
 import pyro
@@ -17,8 +18,8 @@ from pyro_vfe.learning.em_report import says_stop
 from pyro_vfe.learning.history import SLEEP, START, WAKE, History, Row
 from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.monitor import callers_level, stop_rules
-from pyro_vfe.learning.stop_rules import StopRule
-from pyro_vfe.learning.svi_reading import Reader
+from pyro_vfe.learning.stop_rules import StopRule, without_a_gap
+from pyro_vfe.learning.svi_reading import Reader, Reading
 from pyro_vfe.learning.svi_report import Bar, by_tag, in_words
 from pyro_vfe.program.layout import Program
 
@@ -149,7 +150,7 @@ class Watch:
         row = replace(reading.row, phase=phase)
         self._rows.append(row)
         self._num_data = row.num_data or self._num_data
-        self._warn_of(reading.problem, phase, number)
+        self._warn_of(reading, phase, number)
         self._words = in_words(row, loss)
         if self._callback is not None:
             values = {**by_tag(row, self._num_data or 1, loss), "phase": phase}
@@ -159,10 +160,11 @@ class Watch:
             history = self.history.of(phase)
             self.stopped = next((words for words in (rule(history) for rule in self._rules) if words), None)
 
-    def _warn_of(self, problem: str | None, phase: str, number: int) -> None:
+    def _warn_of(self, reading: Reading, phase: str, number: int) -> None:
         """Says once why something is not known."""
-        if problem is None or self.notes:
+        if reading.problem is None or self.notes:
             return
+        problem = reading.problem + (without_a_gap(self._rules) if isnan(reading.row.gap) else "")
         data = "the arguments of the step" if self._held_out is None else "the held-out arguments"
         moment = "Before the first step" if phase == START else f"After the {phase} phase of step {number}"
         self.notes = (f"{moment}, at {data}: {problem}",)

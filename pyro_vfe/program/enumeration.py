@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.engine.factors import Factor, FactorGraph, Variable
+from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Variable
 from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import unwrapped
@@ -218,13 +218,28 @@ class Enumeration:
     def num_data(self) -> int:
         """The number of data: elements of the plates that all observed sites share, before subsampling, and steps."""
         shared, in_steps = self.plates_of_data
-        steps = (1 + max(site.steps[name] for site in self.data_sites) for name in in_steps)
+        whole = {plate: full_size for plate, _, full_size in self.subsampled}
+        steps = (whole.get(name, 1 + max(site.steps[name] for site in self.data_sites)) for name in in_steps)
         return math.prod((*(self.full_plates[name] for name in shared), *steps))
 
     @property
     def is_sampled(self) -> bool:
         """Whether the guide draws anything at random; a point estimate, a Delta, is not."""
         return any(site.role == "guide" and is_random(site) for site in self.sites.values())
+
+    @cached_property
+    def subsampled(self) -> tuple[Subsample, ...]:
+        """The plates of which some elements are present, vectorised and sequential, by name."""
+        return tuple(sorted(frozenset[Subsample]().union(*self._subsampled_around.values())))
+
+    @cached_property
+    def _subsampled_around(self) -> dict[str, frozenset[Subsample]]:
+        """The subsampled plates around each site; a guide need not say it where the model does."""
+        found: dict[str, frozenset[Subsample]] = {}
+        for site in self.sites.values():
+            if site.subsampled:
+                found[site.name] = found.get(site.name, frozenset()) | site.subsampled
+        return found
 
     def plate_sets(self, plates: Collection[str]) -> list[tuple[str, ...]]:
         """Returns the sets of some vectorised plates, each sorted by name, those with the most elements first.
@@ -286,4 +301,4 @@ class Enumeration:
         present = {axis for factor in factors for axis in factor.axes}
         present |= {factor.name for factor in factors}
         variables = {name: variable for name, variable in self.variables.items() if name in present}
-        return FactorGraph(factors, variables, self.plates)
+        return FactorGraph(factors, variables, self.plates, self._subsampled_around)

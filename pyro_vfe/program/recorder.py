@@ -15,11 +15,13 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from pyro_vfe.engine.factors import Subsample
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable, unwrapped
+from pyro_vfe.program.surroundings import steps_around, subsampled_around
 
 Role = Literal["guide", "model"]
 Kind = Literal["enumerated", "sampled", "observed", "unread"]
@@ -56,6 +58,8 @@ class Site:
     """Whether the program says that the other program lacks the site."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """For each sequential plate around the site, which step of it this is."""
+    subsampled: frozenset[Subsample] = frozenset()
+    """The plates around the site, vectorised and sequential, of which some elements are present."""
     controls: Sites = NO_SITES
     """Draws that had left torch before the site ran: it may depend on them."""
     follows_model: bool = False
@@ -130,7 +134,7 @@ class Recorder(Messenger):
         """What the program has read of parameters, as it reads them."""
         self.returned: Any = None
         self._names: dict[str, str] = {}
-        self._surroundings: dict[object, tuple[tuple[Plate, ...], dict[str, int]]] = {}
+        self._surroundings: dict[object, tuple[tuple[Plate, ...], dict[str, int], frozenset[Subsample]]] = {}
 
     def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
         """Runs `program` once and returns its sites by name, in order."""
@@ -198,7 +202,7 @@ class Recorder(Messenger):
             self.provenance.mark(msg["value"], frozenset((name,)))
             (self.provenance.watched if kind == "unread" else self.provenance.draws).add(name)
         infer, value = msg["infer"], msg["value"]
-        plates, steps = self._around(msg)
+        plates, steps, subsampled = self._around(msg)
         if isinstance(value, (bool, int, float)):
             value = torch.as_tensor(value)
         if not isinstance(value, Tensor):
@@ -217,18 +221,19 @@ class Recorder(Messenger):
             plates,
             auxiliary=bool(infer.get("is_auxiliary")),
             steps=steps,
+            subsampled=subsampled,
             controls=NO_SITES if self.provenance is None else self.provenance.controls,
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
         )
         if self.look is not None:
             self.look(self.sites[name])
 
-    def _around(self, msg: Any) -> tuple[tuple[Plate, ...], dict[str, int]]:
-        """The vectorised plates around a site, and which step it is of the sequential ones; made once for each."""
+    def _around(self, msg: Any) -> tuple[tuple[Plate, ...], dict[str, int], frozenset[Subsample]]:
+        """The vectorised plates around a site, its steps of sequential ones, and what is subsampled; made once."""
         key = tuple([(f.name, f.dim, f.size, f.full_size, f.counter) for f in msg["cond_indep_stack"]])
         known = self._surroundings.get(key)
         if known is None:
-            known = self._surroundings[key] = plates_around(msg), _steps(msg)
+            known = self._surroundings[key] = plates_around(msg), steps_around(msg), subsampled_around(msg)
         return known
 
     def _kind(self, msg: Any) -> Kind:
@@ -346,11 +351,6 @@ def plates_around(msg: Any) -> tuple[Plate, ...]:
         for frame in msg["cond_indep_stack"]
         if frame.dim is not None and frame.dim < 0
     )
-
-
-def _steps(msg: Any) -> dict[str, int]:
-    # Pyro counts the steps of a sequential plate from 1.
-    return {frame.name: frame.counter - 1 for frame in msg["cond_indep_stack"] if frame.dim is None}
 
 
 def _check_size(name: str, fn: Any, subsample: Tensor) -> None:

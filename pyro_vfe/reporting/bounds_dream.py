@@ -50,10 +50,9 @@ def log_weights_of(dream: Dream, sampler: Sampler, drawn: Particles) -> Tensor:
         StructureError: The dream is not of this model, or the guide has draws that it has no values for.
     """
     run = drawn.first
-    small = [plate for plate, size in run.plates.items() if run.full_plates[plate] != size]
-    if small:
+    for plate, _, _ in run.subsampled:
         raise StructureError(
-            f"Plate '{small[0]}' is subsampled: the dream's latents are those of other elements.",
+            f"Plate '{plate}' is subsampled: the dream's latents are those of other elements.",
             hint="Dream of the whole plate, and call bounds without subsampling.",
         )
     for name, site in drawn_sites(run).items():

@@ -33,7 +33,7 @@ def remarks_on(drawn: Particles) -> tuple[str, ...]:
     alone = [f.name for f in run.guide_latents if f.name not in run.guided]
     if alone:
         remarks.append(f"the guide's '{alone[0]}', which the model lacks, is summed out of the guide")
-    if any(run.full_plates[plate] != size for plate, size in run.plates.items()):
+    if run.subsampled:
         remarks.append("a plate is subsampled: the numbers are estimates for the whole data from these elements")
     if drawn.ruled_out:
         some = "all draws" if bool(drawn.weights.by_datum.isneginf().all(0).any()) else "some draws"

@@ -184,9 +184,12 @@ def _look(known: _Subjects, notebook: Notebook) -> None:
 def _look_at_terms(terms: Decomposition, run: EMRun | None, notebook: Notebook) -> None:
     by_site = None
     if not look_at_support(terms, notebook):
-        by_site = gap_by_site(terms, notebook)
-        look_at_gap(terms, by_site, notebook)
-        look_at_elements(terms, notebook)
+        if terms.unsplit is None:
+            by_site = gap_by_site(terms, notebook)
+            look_at_gap(terms, by_site, notebook)
+            look_at_elements(terms, notebook)
+        else:
+            notebook.skip("the gap", terms.unsplit)
         look_at_spread(terms, notebook)
     runs = terms.runs
     is_exact = False

@@ -104,7 +104,7 @@ def _view(
     assert own is not None
     scale = run.variables[name].scale
     # A subsample counts as what it is: so many elements that were looked at.
-    share = prod(run.plates[plate] / run.full_plates[plate] for plate in plates)
+    share = prod(size / full_size for _, size, full_size in run.sites["model", name].subsampled)
     weights = scale.aligned(plates) if isinstance(scale, Table) else torch.tensor(float(scale))
     fn = run.sites["model", name].fn
     return View(

@@ -250,10 +250,9 @@ def _of_the_model(indices: Mapping[str, Table], run: Enumeration) -> dict[str, T
 
 
 def _check_unweighted(run: Enumeration) -> None:
-    small = [name for name, size in run.plates.items() if run.full_plates[name] != size]
-    if small:
+    for plate, _, _ in run.subsampled:
         raise StructureError(
-            f"Plate '{small[0]}' is subsampled: its elements stand for others, and are no data of their own.",
+            f"Plate '{plate}' is subsampled: its elements stand for others, and are no data of their own.",
             hint="Give the tree the whole data set, without subsampling.",
         )
     heavy = [name for name, own in run.variables.items() if own.scale != 1.0]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from pyro_vfe.energy.impossible import impossible_data
 from pyro_vfe.energy.marginals import Marginals, posterior_marginals, q_marginals
 from pyro_vfe.energy.parts import guide_graph
 from pyro_vfe.energy.pointwise import Plates, log_joint_and_likelihood, terms_in_all_and_by
-from pyro_vfe.energy.terms import Terms
+from pyro_vfe.energy.terms import NAMES, Terms
 from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
@@ -154,4 +154,4 @@ class Averages:
 def _named(terms: Terms | None) -> dict[str, Tensor] | None:
     if terms is None:
         return None
-    return {"free_energy": terms.free_energy} | {field.name: getattr(terms, field.name) for field in fields(terms)}
+    return {"free_energy": terms.free_energy} | {name: getattr(terms, name) for name in NAMES}

@@ -160,6 +160,8 @@ def _what_is_sorted(terms: Decomposition, gap: Numbers, order: NDArray[np.int64]
 
 
 def _title(gap: Numbers, carriers: int) -> str:
+    if np.isnan(gap).all():
+        return "The gap is not known"
     total = float(np.nansum(gap))
     of_all = f"{carriers:,} of {len(gap):,}"
     if np.isinf(total):

@@ -8,7 +8,7 @@ from programs.large import LARGE
 from programs.markov_chains import MARKOV_CHAINS
 from programs.networks import NETWORKS
 from programs.observations import OBSERVATIONS
-from programs.plates import PLATES
+from programs.plates import PLATES, UNSPLIT
 from programs.sampled import POINT_ESTIMATES, SAMPLED_PROGRAMS, SampledProgram
 from programs.supports import INFINITE, SUPPORTS
 
@@ -24,4 +24,13 @@ PROGRAMS: dict[str, Program] = {
     **POINT_ESTIMATES,
 }
 
-__all__ = ["BAD_PROGRAMS", "INFINITE", "PROGRAMS", "SAMPLED_PROGRAMS", "BadProgram", "Program", "SampledProgram"]
+__all__ = [
+    "BAD_PROGRAMS",
+    "INFINITE",
+    "PROGRAMS",
+    "SAMPLED_PROGRAMS",
+    "UNSPLIT",
+    "BadProgram",
+    "Program",
+    "SampledProgram",
+]

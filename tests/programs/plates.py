@@ -240,6 +240,16 @@ def halved_terms() -> dict[str, Tensor]:
     return {name: 0.5 * terms[name] for name in TERMS if name != "surprise" and name != "gap"}
 
 
+def terms_of_a_subsample(guide: Callable[..., Any]) -> Callable[[], dict[str, Tensor]]:
+    """What is known of a latent above a subsample that the guide has: all but surprise and gap."""
+
+    def terms() -> dict[str, Tensor]:
+        found = oracle(subsampled_under_global, guide, SERIES, scaled_plate="data").terms
+        return {name: found[name] for name in TERMS if name != "surprise" and name != "gap"}
+
+    return terms
+
+
 DATA, EDGES = ("data",), ("i", "j")
 
 PLATES = {
@@ -281,12 +291,21 @@ PLATES = {
     "subsampled_guided": Program(
         subsampled, subsampled_guide, (SERIES,), scaled_plate="data", plates=DATA, pyro_nesting=1
     ),
-    "subsampled_under_global": Program(subsampled_under_global, args=(SERIES,), scaled_plate="data"),
     "subsampled_under_guided_global": Program(
-        subsampled_under_global, guide_of_the_global, (SERIES,), scaled_plate="data", pyro_nesting=1
+        subsampled_under_global,
+        guide_of_the_global,
+        (SERIES,),
+        scaled_plate="data",
+        pyro_nesting=1,
+        expected=terms_of_a_subsample(guide_of_the_global),
     ),
     "subsampled_global_and_local_guided": Program(
-        subsampled_under_global, subsampled_guide_of_both, (SERIES,), scaled_plate="data", pyro_nesting=1
+        subsampled_under_global,
+        subsampled_guide_of_both,
+        (SERIES,),
+        scaled_plate="data",
+        pyro_nesting=1,
+        expected=terms_of_a_subsample(subsampled_guide_of_both),
     ),
     "scaled_per_datum": Program(scaled, args=(COUNTS,), scaled_plate="data", plates=DATA),
     "scaled_per_datum_guided": Program(
@@ -301,3 +320,6 @@ PLATES = {
         halved(global_over_local), halved(guide_of_both), (COUNTS,), pyro_nesting=1, expected=halved_terms
     ),
 }
+
+UNSPLIT = ("subsampled_under_guided_global", "subsampled_global_and_local_guided")
+"""The programs whose F is an estimate that has no surprise and no gap."""
