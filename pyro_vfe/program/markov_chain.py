@@ -152,13 +152,24 @@ class MarkovChain(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
+        return _log(self.read(value, self.initial, self._steps()), at_zero=-torch.inf)
+
+    def read(self, value: Tensor, first: Tensor, later: Tensor) -> Tensor:
+        """Returns the entries of tables along paths, of the shape to which `value` and the chain broadcast.
+
+        Args:
+            value: States, `(*sample, *batch, T)`.
+            first: A number for each first state, `(*b, K)`.
+            later: A number for each transition, `(*b, S, K, K)`.
+
+        Raises:
+            ShapeError: If the value has one step and the chain several.
+        """
         value = value.long()
         shape = _broadcast("the value and the chain", value.shape, self.batch_shape)
         self._check_steps(value, shape)
-        first = _entries(self.initial, value[..., 0])
         moves = value[..., :-1] * self.num_states + value[..., 1:]
-        later = _entries(self._steps().flatten(-2), moves)
-        return _log(_along_time(first, later), at_zero=-torch.inf).expand(shape)
+        return _along_time(_entries(first, value[..., 0]), _entries(later.flatten(-2), moves)).expand(shape)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
