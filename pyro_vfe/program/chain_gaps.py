@@ -117,11 +117,12 @@ def closing(program: Callable[..., Any], is_closed: Callable[[str], bool]) -> Ca
 
     Args:
         program: A model.
-        is_closed: Says it by the name of the latent that stands for such a chain otherwise.
+        is_closed: Says it by the name of the latent that stands for such a chain otherwise. With `obs_mask=` the latent
+            has been asked for, and stays.
     """
 
     def infer(site: Any) -> Any:
-        return {_CLOSED: is_closed(site["name"] + UNOBSERVED)}
+        return {_CLOSED: not site["name"].endswith(OBSERVED) and is_closed(site["name"] + UNOBSERVED)}
 
     return pyro.poutine.infer_config(program, infer)
 

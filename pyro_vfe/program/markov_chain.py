@@ -37,6 +37,9 @@ class MarkovChain(TorchDistribution):
     `(..., T)`. The elements along time are not independent, although they lie in a plate: the plate's job here is to
     give the chain its length and to let emissions be written for all steps at once.
 
+    With `obs=` it is observed. Under `poutine.mask`, or with `obs_mask=`, it is observed where the mask is True; the
+    other states are summed out, whatever stands there, and have a posterior, as a latent site "z_unobserved".
+
     >>> initial, transition = torch.tensor([0.5, 0.5]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     >>> chain = MarkovChain(initial, transition, num_steps=3)
     >>> chain.log_prob(torch.tensor([0, 0, 1])).exp()
