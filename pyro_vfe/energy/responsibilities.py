@@ -20,6 +20,7 @@ from pyro_vfe.engine.decoding import sample
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import marginals
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import Program
@@ -71,7 +72,7 @@ def posterior_run(enumeration: Enumeration, model: Program, args: tuple[Any, ...
         return enumeration.supports[name][over_dims(first, plates)]
 
     recorder = Recorder("model", drawn, given=given, subsamples=enumeration.subsamples)
-    recorder.run(model, args, kwargs)
+    recorder.run(closing(model, enumeration.closed.__contains__), args, kwargs)
     return recorder.returned
 
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.chain_gaps import OBSERVED, UNOBSERVED
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Plate
 from pyro_vfe.program.signatures import signature_of
-
-_OBSERVED, _UNOBSERVED = "_observed", "_unobserved"
-"""What Pyro appends to the name of a site with `obs_mask=`, for its two parts."""
 
 _HINT = (
     "Pass dream_to_args=, a function of the dreamt observations by site name and of the arguments that returns "
@@ -82,8 +80,8 @@ def _argument_of(name: str, latents: Collection[str], arguments: Mapping[str, ob
     """Which argument an observed site is; what `obs_mask=` split is the one of the name before."""
     if name in arguments:
         return name
-    whole = name.removesuffix(_OBSERVED)
-    return whole if whole != name and whole in arguments and whole + _UNOBSERVED in latents else None
+    whole = name.removesuffix(OBSERVED)
+    return whole if whole != name and whole in arguments and whole + UNOBSERVED in latents else None
 
 
 def _in_place(name: str, argument: str, site: DreamtSite, given: Any, subsamples: Mapping[str, Tensor]) -> Any:

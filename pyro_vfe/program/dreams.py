@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.chain_gaps import Gaps
 from pyro_vfe.program.dream_arguments import DreamtSite, with_dreams
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -108,7 +109,7 @@ def dreamt(
         dream_to_args: Makes the programs' arguments of a dream where names do not tell.
     """
     run = _Dreamer()
-    with torch.no_grad(), run:
+    with torch.no_grad(), run, Gaps(is_whole=lambda name: True):
         model(*args, **kwargs)
     observations = {name: site.value for name, site in run.observed.items()}
     if dream_to_args is None:

@@ -191,6 +191,12 @@ class Enumeration:
         return self.variables[name].chain if name in self.variables else None
 
     @cached_property
+    def closed(self) -> frozenset[str]:
+        """What would be latent chains, had those that are observed in their place more than an end missing."""
+        revealed = (site.reveals for site in self.sites.values() if site.reveals is not None)
+        return frozenset(name for name in revealed if ("model", name) not in self.sites)
+
+    @cached_property
     def draws(self) -> frozenset[str]:
         """The draws that count as variables with one value."""
         return frozenset(name for name in self.variables if name not in self.supports)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vfe.errors import EscapeError, PlateError, StructureError, VFEWarning
 from pyro_vfe.program.branches import Paths
-from pyro_vfe.program.chain_sites import time_plate
+from pyro_vfe.program.chain_sites import check_observed, time_plate
 from pyro_vfe.program.colouring import enumeration_dims
 from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
@@ -227,6 +227,7 @@ def _ordinary_run(
         findings.sites.setdefault((site.role, site.name), _structure(site, provenance))
         if site.kind != "unread" and model is not no_guide:  # A look at the latents alone calls the model a guide.
             check_batch_dims(site)
+            check_observed(site)
 
 
 def _structure(site: Site, provenance: Provenance) -> SiteStructure:

@@ -38,6 +38,9 @@ class MarkovChain(TorchDistribution):
     `(..., T)`. The elements along time are not independent, although they lie in a plate: the plate's job here is to
     give the chain its length and to let emissions be written for all steps at once.
 
+    With `obs=` it is observed. Under `poutine.mask`, or with `obs_mask=`, it is observed where the mask is True; the
+    other states are summed out, whatever stands there, and have a posterior, as a latent site "z_unobserved".
+
     >>> initial, transition = torch.tensor([0.5, 0.5]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     >>> chain = MarkovChain(initial, transition, num_steps=3)
     >>> chain.log_prob(torch.tensor([0, 0, 1])).exp()
@@ -153,13 +156,24 @@ class MarkovChain(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
+        return log_at_zero(self.read(value, self.initial, self._steps()))
+
+    def read(self, value: Tensor, first: Tensor, later: Tensor) -> Tensor:
+        """Returns the entries of tables along paths, of the shape to which `value` and the chain broadcast.
+
+        Args:
+            value: States, `(*sample, *batch, T)`.
+            first: A number for each first state, `(*b, K)`.
+            later: A number for each transition, `(*b, S, K, K)`.
+
+        Raises:
+            ShapeError: If the value has one step and the chain several.
+        """
         value = value.long()
         shape = _broadcast("the value and the chain", value.shape, self.batch_shape)
         self._check_steps(value, shape)
-        first = _entries(self.initial, value[..., 0])
         moves = value[..., :-1] * self.num_states + value[..., 1:]
-        later = _entries(self._steps().flatten(-2), moves)
-        return log_at_zero(_along_time(first, later)).expand(shape)
+        return _along_time(_entries(first, value[..., 0]), _entries(later.flatten(-2), moves)).expand(shape)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -3,6 +3,7 @@
 masked(log p, m)  =  log p where m holds, 0 elsewhere
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,22 @@ if TYPE_CHECKING:
     from pyro_vfe.program.recorder import Site
 
 
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """Where a latent has one value, at no cost: where it does not exist, or where the data say what it is."""
+
+    where: Tensor | bool
+    index: Tensor
+    """The value's position in the support, of a shape that broadcasts to the batch."""
+
+
 def unmasked(site: "Site") -> tuple[Any, Tensor | bool | None]:
     """The site's distribution and its mask, from `poutine.mask` and from `fn.mask(...)` together."""
-    fn, mask = site.fn, site.mask
+    return without_mask(site.fn, site.mask)
+
+
+def without_mask(fn: Any, mask: Tensor | bool | None) -> tuple[Any, Tensor | bool | None]:
+    """A distribution without the masks of its own, and what they leave of a mask around it."""
     while type(fn).__name__ == "MaskedDistribution":
         own = fn._mask
         mask = own if mask is None or mask is True else mask & own if not isinstance(mask, bool) else False
@@ -35,20 +49,33 @@ def masked(values: Tensor, mask: Tensor | bool | None) -> Tensor:
 
 
 def without_gaps(site: "Site") -> Tensor:
-    """The site's observed value; where its mask hides a NaN, with a value that the distribution can take.
+    """The site's observed value; where its mask hides a NaN, a -1 or the like, with a value of the distribution's.
 
-    A gradient through a hidden NaN would be NaN, and so would the mean of the data.
+    A distribution refuses to score what it cannot take, a gradient through a hidden NaN would be NaN, and so would the
+    mean of the data.
     """
     if site.mask is None and type(site.fn).__name__ != "MaskedDistribution":
         return site.value
     (fn, mask), value = unmasked(site), site.value
-    if mask is None or not value.is_floating_point() or not bool(value.isnan().any()):
+    if mask is None:
         return value
-    event = tuple(range(-len(fn.event_shape), 0))
-    missing = value.isnan().any(event) if event else value.isnan()
-    hidden = missing & ~_anywhere(torch.as_tensor(mask, device=value.device), missing.shape)
-    filler = value[~missing][0] if bool((~missing).any()) else _possible(fn, value)
-    return torch.where(hidden.reshape(hidden.shape + (1,) * len(event)), filler, value)
+    impossible = _impossible(fn, value)
+    if not bool(impossible.any()):
+        return value
+    hidden = impossible & ~_anywhere(torch.as_tensor(mask, device=value.device), impossible.shape)
+    filler = value[~impossible][0] if bool((~impossible).any()) else _possible(fn, value)
+    return torch.where(hidden.reshape(hidden.shape + (1,) * len(fn.event_shape)), filler, value)
+
+
+def _impossible(fn: Any, value: Tensor) -> Tensor:
+    """Which events are no values of a distribution, whatever its other elements are."""
+    try:
+        outside, reduced = ~fn.support.check(value), fn.support.event_dim
+    except RuntimeError:  # A support that nobody wrote down, or a value that does not fit, which scoring says.
+        outside, reduced = value.isnan(), 0
+    for _ in range(len(fn.event_shape) - reduced):
+        outside = outside.any(-1)
+    return outside.long().sum_to_size(value.shape[: value.dim() - len(fn.event_shape)]) > 0
 
 
 def _anywhere(mask: Tensor, shape: torch.Size) -> Tensor:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.engine.structure import previous
-from pyro_vfe.errors import ScaleError
-from pyro_vfe.program.chain_sites import time_plate
+from pyro_vfe.errors import ScaleError, StructureError
+from pyro_vfe.program.chain_sites import drawn_along, time_plate
+from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.escapes import Sites
 from pyro_vfe.program.layout import Layout
-from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.masking import Pin, unmasked
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.tables import Labeller
 
 
-def absences(sites: Mapping[tuple[Role, str], Site], *, alone: bool = False) -> dict[str, Tensor | bool]:
+def absences(sites: Mapping[SiteKey, Site], *, alone: bool = False) -> dict[str, Tensor | bool]:
     """Returns where each latent of both programs is masked out.
 
     Args:
@@ -45,11 +46,34 @@ def absences(sites: Mapping[tuple[Role, str], Site], *, alone: bool = False) -> 
     return result
 
 
-def mask_draws(sites: Mapping[tuple[Role, str], Site]) -> None:
+def pins(absent: Mapping[str, Tensor | bool], sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Pin]:
+    """Returns where each latent has a given value: its first where it is absent; in the guide, what the data reveal.
+
+    Args:
+        absent: Where latents are masked out.
+        sites: The sites of both programs.
+    """
+    first = torch.zeros((), dtype=torch.long)
+    roles: tuple[Role, ...] = ("guide", "model")
+    result = {(role, name): Pin(where, first) for name, where in absent.items() for role in roles}
+    for site in _revealing(sites):
+        result["guide", str(site.reveals)] = Pin(torch.as_tensor(unmasked(site)[1]), site.value.long())
+    return result
+
+
+def _revealing(sites: Mapping[SiteKey, Site]) -> list[Site]:
+    """The model's sites whose data are states of a latent that the guide has."""
+    return [site for (role, _), site in sites.items() if role == "model" and ("guide", site.reveals) in sites]
+
+
+def mask_draws(sites: Mapping[SiteKey, Site]) -> None:
     """Takes over the model's mask for each draw of the guide: where the model masks it, it does not exist.
+
+    What the data reveal of a draw is drawn no more.
 
     Raises:
         ScaleError: The guide masks the draw and the model does not, or the draw is made from an auxiliary site.
+        StructureError: It draws a chain of which the data reveal states.
     """
     for (role, name), site in sites.items():
         guide_site = sites.get(("guide", name))
@@ -67,6 +91,18 @@ def mask_draws(sites: Mapping[tuple[Role, str], Site]) -> None:
                 hint=f"Give the guide a site '{name}' with a distribution of its own.",
             )
         guide_site.mask = mask
+    for site in _revealing(sites):
+        drawn = sites["guide", str(site.reveals)]
+        if drawn.kind != "sampled":
+            continue
+        if drawn_along(drawn) is not None:
+            raise StructureError(
+                f"Site '{drawn.name}' of the guide is a chain that is drawn, and site '{site.name}' observes some of "
+                "its states: the draw goes on from other states than these.",
+                hint="Leave it out of the guide, and it is summed out inside the model; or draw its steps one by one, "
+                "from a Categorical in the time plate.",
+            )
+        drawn.mask = ~torch.as_tensor(unmasked(site)[1])
 
 
 def _masked_differently(name: str) -> ScaleError:
@@ -78,7 +114,7 @@ def _masked_differently(name: str) -> ScaleError:
 
 
 def check_absences(
-    guided: frozenset[str], sites: Mapping[tuple[Role, str], Site], factors: Iterable[Factor], layout: Layout
+    guided: frozenset[str], sites: Mapping[SiteKey, Site], factors: Iterable[Factor], layout: Layout
 ) -> None:
     """Checks that nothing reads a latent where it does not exist.
 
@@ -102,8 +138,8 @@ def check_absences(
 
 def read_where_masked(
     absent: Mapping[str, Tensor | bool],
-    sites: Mapping[tuple[Role, str], Site],
-    factors: Mapping[tuple[Role, str], Factor],
+    sites: Mapping[SiteKey, Site],
+    factors: Mapping[SiteKey, Factor],
     layout: Layout,
 ) -> set[str]:
     """Returns the latents of the model alone that something present reads where they are masked out.
@@ -120,7 +156,7 @@ def read_where_masked(
 
 def _read_where_absent(
     absent: Mapping[str, Tensor | bool],
-    sites: Mapping[tuple[Role, str], Site],
+    sites: Mapping[SiteKey, Site],
     factors: Iterable[Factor],
     layout: Layout,
 ) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.equal_sites import stacked_log_prob
-from pyro_vfe.program.families import Form, form_of
+from pyro_vfe.program.families import Form, form_of, unwrapped
 from pyro_vfe.program.families_forms import CATEGORICAL
 from pyro_vfe.program.families_table import ChunkedStatistics
 from pyro_vfe.program.log_prob import listed, looked_up, slim
@@ -73,6 +73,10 @@ class Prober(Scorer):
             site: The site.
             fn: Its distribution.
         """
+        base, own_dims = unwrapped(fn)
+        if isinstance(base, MarkovChain):
+            steps = base.read(site.value, *self.chain(site, base))
+            return steps.sum(tuple(range(-own_dims, 0))) if own_dims else steps
         return self._summing((site.name,), fn, site.value)
 
     def stacked(self, sites: Sequence[Site]) -> Tensor | None:

@@ -303,7 +303,8 @@ def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
         read.setdefault((role, name), set()).add(latent)
     for key, factor in enumeration.factors.items():
         known = layout.sites.get(key)
-        if known is None or enumeration.sites[key].controls:
+        site = enumeration.sites[key]
+        if known is None or site.controls or site.reveals in enumeration.closed:
             continue
         varies, before = latents & set(factor.axes) - {key[1]}, latents & known.scope - {key[1]}
         if not varies <= before <= varies | read.get(key, set()):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Subsample
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
+from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.provenance import Provenance
@@ -64,6 +65,8 @@ class Site:
     """Draws that had left torch before the site ran: it may depend on them."""
     follows_model: bool = False
     """Whether a site of the guide takes its weight from the model's site of that name."""
+    reveals: str | None = None
+    """The latent chain of which it observes states, where its mask holds."""
 
     def reads(self, provenance: Provenance) -> Sites:
         """The sites that the log-probability depends on, itself included where it is enumerated."""
@@ -139,7 +142,8 @@ class Recorder(Messenger):
     def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
         """Runs `program` once and returns its sites by name, in order."""
         try:
-            with self, self.provenance or nullcontext():
+            gaps = Gaps(is_whole=self.given.__contains__, is_drawn=lambda name: name not in self.enumerated)
+            with self, gaps, self.provenance or nullcontext():
                 self.returned = program(*args, **kwargs)
         except Escaped as escape:
             for name in escape.sites & self.sites.keys():
@@ -224,6 +228,7 @@ class Recorder(Messenger):
             subsampled=subsampled,
             controls=NO_SITES if self.provenance is None else self.provenance.controls,
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
+            reveals=infer.get(REVEALS),
         )
         if self.look is not None:
             self.look(self.sites[name])

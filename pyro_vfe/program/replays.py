@@ -12,6 +12,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vfe.program.chain_gaps import Gaps, closing
 from pyro_vfe.program.enumeration import PARTICLES
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
@@ -105,8 +106,8 @@ def replayed(
         draws_dim: The batch dim along which draws stand side by side.
     """
     run = _Replayer(given, simulate, draws_dim)
-    with torch.no_grad(), run:
-        model(*args, **kwargs)
+    with torch.no_grad(), run, Gaps(is_whole=given.__contains__):
+        closing(model, lambda name: name not in given)(*args, **kwargs)
     return Replay(run.sites, run.log_joint)
 
 

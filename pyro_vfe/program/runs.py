@@ -15,10 +15,12 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor
 from pyro_vfe.program.assembly import Run, assembled, joined_runs
 from pyro_vfe.program.branches import Assignment, Paths
+from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
+from pyro_vfe.program.masking import Pin, unmasked
+from pyro_vfe.program.masks import absences, mask_draws, pins, read_where_masked
 from pyro_vfe.program.portions import PortionedRun, withheld
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -177,6 +179,7 @@ class _Runner:
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
         mask_draws(sites)
+        self._close_chains(sites)
         self._check_unread(sites)
         self._check_room(sites)
         labeller = self._labeller(sites)
@@ -186,28 +189,43 @@ class _Runner:
             if plate is not None:
                 run = self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
                 return replace(run, zeros=found.any, parameters=parameters)
-            factors, absent = self._factors(labeller, sites.keys(), sites)
+            factors, pinned = self._factors(labeller, sites.keys(), sites)
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
-            return replace(labeller, scorer=scorer).factors(some, absent)
+            return replace(labeller, scorer=scorer).factors(some, pinned)
 
         own = self._scores(labeller, sites)
         self.provenance.finish()
         lost = frozenset(labeller.lost)
         return Run(sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own)
 
+    def _close_chains(self, sites: dict[SiteKey, Site]) -> None:
+        """Scores an observed chain at its data, where nothing is missing but ends that no site reads."""
+        for key, site in list(sites.items()):
+            name = site.reveals
+            # With `obs_mask=` the latent has been asked for; and all paths of choices have the same latents.
+            if name is None or name != site.name + UNOBSERVED or ("guide", name) in sites or self.layout.sequential:
+                continue
+            latent, mask = (site.role, name), unmasked(site)[1]
+            others = (other for own, other in sites.items() if own not in (key, latent))
+            gaps = isinstance(mask, Tensor) and has_gaps(mask)
+            if not gaps and not any(name in other.reads(self.provenance) for other in others):
+                sites[key] = replace(site, fn=sites.pop(latent).fn)
+                del self.supports[name]
+
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
-    ) -> tuple[dict[SiteKey, Factor], dict[str, Tensor | bool]]:
-        """The factors of some of the sites, and where latents do not exist."""
+    ) -> tuple[dict[SiteKey, Factor], dict[SiteKey, Pin]]:
+        """The factors of some of the sites, and where latents have given values."""
         absent = absences(sites, alone=self.pin_masked)
         wanted = {key: site for key, site in sites.items() if key in keys}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            factors = labeller.factors(wanted, absent)
+            factors = labeller.factors(wanted, pins(absent, sites))
             while read := read_where_masked(absent, sites, factors, self.layout):
                 absent = {name: where for name, where in absent.items() if name not in read}
-                factors |= labeller.factors({key: site for key, site in wanted.items() if key[1] in read}, absent)
-        return factors, absent
+                again = {key: site for key, site in wanted.items() if key[1] in read}
+                factors |= labeller.factors(again, pins(absent, sites))
+        return factors, pins(absent, sites)
 
     def _scores(self, labeller: Labeller, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
         """The log-probabilities of those draws whose factors are something else."""

@@ -15,11 +15,12 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.engine.lookup import read_factor
 from pyro_vfe.errors import SpotCheckError
+from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
-from pyro_vfe.program.masks import absences
+from pyro_vfe.program.masks import absences, mask_draws, pins
 from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -111,7 +112,7 @@ class _Round(NamedTuple):
 
 def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
     assignment, ordinary, log_probs = run
-    absent = absences(ordinary)
+    pinned = pins(absences(ordinary), ordinary)
     for key, site in ordinary.items():
         counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
@@ -120,10 +121,10 @@ def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
         expected = log_probs[key]
         if key in enumeration.sites and scale_reads_latents(enumeration.sites[key], nesting):
             expected = expected * site.scale
-        if site.kind == "sampled" and site.role == "guide" and counterpart in ordinary:
-            expected = masked(expected, unmasked(ordinary[counterpart])[1])  # The model's mask decides.
-        if site.name in absent and enumerated is not None:
-            present = ~torch.as_tensor(absent[site.name])
+        if site.kind == "sampled":
+            expected = masked(expected, unmasked(site)[1])  # The model's mask decides.
+        if key in pinned and enumerated is not None:
+            present = ~torch.as_tensor(pinned[key].where)
             enumerated, expected = masked(enumerated, present), masked(expected, present)
         if enumerated is None or not agree(enumerated, expected):
             raise _difference(site, enumerated, expected)
@@ -197,9 +198,12 @@ def _ordinary_run(
         return enumeration.supports[name][index.to(enumeration.supports[name].device)]
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
+    model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
     first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples, look=look)
-    sites = (*first.sites.values(), *second.sites.values())
-    return {(site.role, site.name): site for site in sites if site.kind != "unread"}, log_probs
+    every = (*first.sites.values(), *second.sites.values())
+    sites: dict[SiteKey, Site] = {(site.role, site.name): site for site in every if site.kind != "unread"}
+    mask_draws(sites)
+    return sites, log_probs
 
 
 def _at(value: Tensor, name: str, enumeration: Enumeration, assignment: Mapping[str, Table], layout: Layout) -> Tensor:

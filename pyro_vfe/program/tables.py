@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Scale, Table
 from pyro_vfe.engine.stacks import Stack, StackedTable
 from pyro_vfe.errors import SupportError
-from pyro_vfe.program.chain_sites import chain_factor, is_chain
+from pyro_vfe.program.chain_sites import certain, chain_factor, is_chain
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
 from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged
@@ -22,7 +22,7 @@ from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
 from pyro_vfe.program.markov_chain import MarkovChain
-from pyro_vfe.program.masking import masked, unmasked
+from pyro_vfe.program.masking import Pin, masked, unmasked
 from pyro_vfe.program.missing_plates import cannot_score, no_plate
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
@@ -135,19 +135,19 @@ class Labeller:
     ran: Mapping[SiteKey, Site] = field(default_factory=dict)
     """The sites as they ran, where those that are labelled are parts of them: they know what they were made from."""
 
-    def factors(self, sites: Mapping[SiteKey, Site], absent: Mapping[str, Tensor | bool]) -> dict[SiteKey, Factor]:
+    def factors(self, sites: Mapping[SiteKey, Site], pins: Mapping[SiteKey, Pin]) -> dict[SiteKey, Factor]:
         """The factor of each site; those of equal sites share their numbers.
 
         Args:
             sites: The sites of an enumerated run.
-            absent: Where each latent of guide and model does not exist.
+            pins: Where latents have given values.
         """
         readings = {key: self._reading(site) for key, site in sites.items()}
         factors: dict[SiteKey, Factor] = {}
-        for group in self._groups(sites, readings, absent):
+        for group in self._groups(sites, readings, pins):
             if len(group) == 1 or not self._label_group(group, sites, readings, factors):
                 for key in group:
-                    factors[key] = self._factor(sites[key], readings[key], absent.get(key[1]))
+                    factors[key] = self._factor(sites[key], readings[key], pins.get(key))
         return {key: factors[key] for key in sites}
 
     def _reading(self, site: Site) -> "_Reading":
@@ -167,13 +167,13 @@ class Labeller:
         return site.kind == "enumerated" and site.name not in self.layout.sequential and is_listed(fn)
 
     def _groups(
-        self, sites: Mapping[SiteKey, Site], readings: Mapping[SiteKey, "_Reading"], absent: Mapping[str, object]
+        self, sites: Mapping[SiteKey, Site], readings: Mapping[SiteKey, "_Reading"], pins: Mapping[SiteKey, Pin]
     ) -> Iterable[list[SiteKey]]:
         """Sites that differ in nothing but which latents they read and which data they score."""
         shares = self.provenance is not None and self.provenance.shared is not None
         groups: dict[object, list[SiteKey]] = {}
         for key, site in sites.items():
-            likeness = self._likeness(site, readings[key]) if shares and key[1] not in absent else None
+            likeness = self._likeness(site, readings[key]) if shares and key not in pins else None
             groups.setdefault(key if likeness is None else likeness, []).append(key)
         return groups.values()
 
@@ -217,16 +217,16 @@ class Labeller:
             factors[key] = self._finished(sites[key], readings[key].scope, table, sites[key].scale)
         return True
 
-    def _factor(self, site: Site, reading: "_Reading", absent: Tensor | bool | None) -> Factor:
+    def _factor(self, site: Site, reading: "_Reading", pin: Pin | None) -> Factor:
         """The factor of `site`: its log-probability under its mask, and its scale."""
         scope, own = reading.scope, reading.own
         if is_chain(site):
-            return self._noted(site, scope, chain_factor(site, self, scope, absent, self.scorer.chain))
+            return self._noted(site, scope, chain_factor(site, self, scope, pin, self.scorer.chain))
         values = self.scorer.listed(site, reading.fn) if own else self.scorer.scored(site, reading.fn)
         if site.kind != "enumerated":
             values = values if self.scorer.of_draws else masked(values, reading.mask)
-        elif absent is not None and absent is not False:
-            values = self._pinned(values, site, absent, own)
+        elif pin is not None:
+            values = self._pinned(values, site, pin, own)
         scale = site.scale
         if scale_reads_latents(site, self.layout.nesting):
             weights = torch.as_tensor(1.0 if self.scorer.of_draws else scale, device=values.device)
@@ -255,16 +255,15 @@ class Labeller:
     def _weight(self, scale: Tensor | float, site: Site) -> Scale:
         return self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale)
 
-    def _pinned(self, values: Tensor, site: Site, absent: Tensor | bool, own: bool) -> Tensor:
-        """A latent that is masked in guide and model takes its first value there, at no cost."""
-        where = torch.as_tensor(absent, device=values.device)
+    def _pinned(self, values: Tensor, site: Site, pin: Pin, own: bool) -> Tensor:
+        """The log-probabilities of a latent with its given value where it has one, at no cost."""
+        where, index = torch.as_tensor(pin.where, device=values.device), pin.index.to(values.device)
         if site.name in self.layout.sequential:
-            first = values.new_tensor(0.0 if self.choices[site.name] == 0 else -torch.inf)
-            return torch.where(where, first, values)
+            return torch.where(where, certain(index, torch.tensor(self.choices[site.name]), values), values)
         dim = -1 if own else self.layout.dims[site.name]
-        first = values.new_full((values.shape[dim], *(1,) * (-dim - 1)), -torch.inf)
-        first[0] = 0.0
-        return torch.where(where[..., None] if own and where.dim() else where, first, values)
+        every = torch.arange(values.shape[dim], device=values.device).reshape(-1, *(1,) * (-dim - 1))
+        where, index = (part[..., None] if own and part.dim() else part for part in (where, index))
+        return torch.where(where, certain(index, every, values), values)
 
     def labelled(self, values: Tensor, site: Site, scope: Sites | None) -> Table:
         """The table of a tensor whose dims lie as the layout says.
