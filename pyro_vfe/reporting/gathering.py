@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vfe.energy.parts import normalized
-from pyro_vfe.energy.pointwise import Plates, data_plates
+from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
 from pyro_vfe.learning.history import History
+from pyro_vfe.program.data import likely_data, number_of_data
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.parameters import Parameters
@@ -115,7 +116,7 @@ class Gatherer:
         for run, count in self._runs():
             sampled = run.is_sampled
             if not self.draws:
-                self.plates = data_plates(run, self.max_bytes)
+                self.plates = likely_data(run).plates
             found = moment(run, count, self.plates, self.max_bytes)
             self.averages.add(found)
             kept = self.draws[0].run if self.draws else run  # the tables of one are enough
@@ -190,7 +191,7 @@ class Gatherer:
         return [known.get(name, Plate(name, -1, 0, 0)) for name in self.plates]
 
     def _num_data(self) -> int:
-        return max(1, self.draws[0].run.num_data)
+        return number_of_data(self.draws[0].run)
 
     def _variational(self) -> Variables:
         found: Variables = {}
