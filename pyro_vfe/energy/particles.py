@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vfe.energy.log_weights import LogWeights, check_constant, log_weights, weighed_data
 from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import CostError, VFEError
-from pyro_vfe.program.data import Data, check_same_plates
+from pyro_vfe.program.data import Data
 from pyro_vfe.program.drawn_guide import DrawnGuide, of_the_guide_alone, ordinary_sites
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, is_random
 from pyro_vfe.program.layout import Program
@@ -171,9 +171,7 @@ class _Found:
 
     def add(self, run: Enumeration) -> None:
         """Adds a run."""
-        data = weighed_data(run)
-        check_same_plates([self.data, data])
-        self.append(log_weights(run, data, self.max_bytes), run)
+        self.append(log_weights(run, weighed_data(run), self.max_bytes), run)
 
     def append(self, weights: LogWeights, run: Enumeration) -> None:
         """Adds a run's log weights."""

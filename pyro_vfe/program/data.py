@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pyro_vfe.errors import StructureError
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey, is_random
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.recorder import Site
@@ -75,29 +74,10 @@ def parts_of(data: Sequence[Data]) -> Iterator[tuple[tuple[str, ...], tuple[froz
 
     Args:
         data: What the data of each run are.
-
-    Raises:
-        StructureError: They are elements of other plates in one run than in another.
     """
-    check_same_plates(data)
     for kinds in zip(*(own.kinds for own in data), strict=True):
         for parts in zip(*(kind.parts for kind in kinds), strict=True):
             yield kinds[0].axes, parts
-
-
-def check_same_plates(data: Sequence[Data]) -> None:
-    """Checks that the data are elements of the same plates in all of some runs.
-
-    Raises:
-        StructureError: They are not.
-    """
-    first, *others = ([(kind.plates, len(kind.parts)) for kind in own.kinds] for own in data)
-    if any(plates != first for plates in others):
-        raise StructureError(
-            "What is drawn decides in which plates the programs have data: the importance weights of such draws are "
-            "of different data.",
-            hint="Let the programs have the same plates whatever is drawn.",
-        )
 
 
 def likely_data(run: Enumeration) -> Data:
