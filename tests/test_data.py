@@ -511,3 +511,25 @@ def test_a_program_without_latents_has_the_data_of_its_plates() -> None:
             pyro.sample("u", dist.Normal(real("mean", seed=1), 1.0), obs=U)
 
     assert vfe.FreeEnergy(strict_enumeration_warning=False).decompose(model, empty).num_data == 2
+
+
+def test_a_point_estimate_of_independent_numbers_is_not_drawn() -> None:
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 2):
+            z = categorical("z", tensor([0.5, 0.5]))
+            pyro.sample("u", dist.Normal(w[z], 1.0), obs=U)
+
+    def guide(of_one_site: bool) -> Callable[[], None]:
+        def points() -> None:
+            w = real("w", 2, seed=3)
+            pyro.sample("w", dist.Delta(w, event_dim=1) if of_one_site else dist.Delta(w).to_event(1))
+
+        return points
+
+    found = []
+    for of_one_site in (True, False):
+        pyro.clear_param_store()
+        assert vfe.FreeEnergy().decompose(model, guide(of_one_site)).exact
+        found.append(vfe.EM(model, guide(of_one_site)).run(progress_bar=False).free_energy)
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
