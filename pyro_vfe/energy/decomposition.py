@@ -28,6 +28,7 @@ from pyro_vfe.energy.render import as_html, as_text
 from pyro_vfe.energy.shares import gap_shares
 from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
 from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError, ScaleError
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import Enumeration
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Decomposition:
     is one particle."""
 
     num_data: int
-    """The number of data: elements of the plates that all observed sites share, as the whole data set has them."""
+    """The number of data: elements of the plates that the data share, as the whole data set has them."""
 
     clashes: tuple[Clash, ...]
     """Where the guide puts mass that the model forbids; then free energy and gap are infinite."""
@@ -235,7 +236,7 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         accuracy=mean.accuracy,
         exact=exact,
         stderr=None if exact else _stderr(terms),
-        num_data=first.num_data,
+        num_data=number_of_data(first),
         clashes=tuple(
             clash for run, term in zip(precise, terms, strict=True) if term.gap.isinf() for clash in culprits(run)
         ),

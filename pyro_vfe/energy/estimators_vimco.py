@@ -17,20 +17,20 @@ References:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pyro_vfe.energy.log_weights import check_constant, weighed_data, weight_of
 from pyro_vfe.energy.parts import Parts, conditionals_of, free_energy_parts
+from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.energy.weight_means import log_mean_exp, means_without_each
 from pyro_vfe.engine.factors import Factor, Scale, Table
-from pyro_vfe.engine.scales import of_other_scale
-from pyro_vfe.errors import CostError, PlateError, ScaleError
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration, is_random
-
-Plates = frozenset[str]
+from pyro_vfe.errors import CostError
+from pyro_vfe.program.data import parts_of
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 
 
 def vimco_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes: float | None = None) -> Tensor:
@@ -46,14 +46,19 @@ def vimco_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes: fl
     """
     # What is drawn gets its gradient below, all at once.
     plain = [replace(run, scores=dict.fromkeys(run.draws)) for run in runs]
-    plates, inside, outside = _by_datum(plain, side_by_side, max_bytes)
-    weight = _weight(runs[0], plates)
-    log_weights = -inside
-    bound = log_mean_exp(log_weights)
-    loss = outside - _weighted(bound, weight, plates).sum()
-    if torch.is_grad_enabled() and runs[0].draws and bool(loss.isfinite()):
-        signals = bound.detach() - _without_own(log_weights.detach())
-        loss = loss - (_weighted(signals, weight, plates) * _scores(runs, plates, side_by_side)).sum()
+    data = [weighed_data(run) for run in runs]
+    outside = _free_energies(plain, [own.outside for own in data], (), side_by_side, max_bytes)
+    check_constant(outside.detach())
+    loss = outside.mean()
+    for plates, parts in parts_of(data):
+        weight = weight_of(runs[0], parts[0], plates)
+        own = [_without_scale(run, part) for run, part in zip(plain, parts, strict=True)]
+        log_weights = -_free_energies(own, parts, plates, side_by_side, max_bytes)
+        bound = log_mean_exp(log_weights)
+        loss = loss - _weighted(bound, weight, plates).sum()
+        if torch.is_grad_enabled() and runs[0].draws and bool(loss.isfinite()):
+            signals = bound.detach() - _without_own(log_weights.detach())
+            loss = loss - (_weighted(signals, weight, plates) * _scores(runs, parts, plates, side_by_side)).sum()
     return loss
 
 
@@ -71,57 +76,23 @@ def _without_own(log_weights: Tensor) -> Tensor:
     return level.masked_fill(level.isinf(), 0.0)
 
 
-def _by_datum(runs: Sequence[Enumeration], side_by_side: int, max_bytes: float | None) -> tuple[Plates, Tensor, Tensor]:
-    """The plates of data, F of each particle and datum, shape `(K, *plates)`, and what belongs to no datum."""
-    for plates in _candidates(runs[0]):
-        if plates and _others_tell_particles_apart(runs, plates):
-            continue
-        own = [_without_scale(run, plates) for run in runs]
-        try:
-            return plates, *_measured(own, plates, side_by_side, max_bytes)
-        except PlateError:
-            if not plates:
-                raise
-    raise AssertionError("the whole is one datum")
+def _free_energies(
+    runs: Sequence[Enumeration],
+    keys: Sequence[frozenset[SiteKey]],
+    plates: Plates,
+    side_by_side: int,
+    max_bytes: float | None,
+) -> Tensor:
+    """What some sites cost each particle and element of the plates, shape `(K, *plates)`."""
+    if not keys[0]:
+        return torch.zeros(len(runs) * side_by_side)
+    keep = frozenset((*plates, PARTICLES) if side_by_side > 1 else plates)
+    costs = [_whole_parts(run.costs_of(own), max_bytes, keep) for run, own in zip(runs, keys, strict=True)]
+    found = [_measured(parts, keep, plates) for parts in costs]
+    return torch.cat(found) if side_by_side > 1 else torch.stack(found)
 
 
-def _candidates(run: Enumeration) -> Iterator[Plates]:
-    """Sets of plates whose elements may be data, those with most elements first: no draw lies outside of them."""
-    random = [site.plate_names for site in run.sites.values() if site.role == "guide" and is_random(site)]
-    random += [run.variables[name].plates for name in run.draws]
-    chains = {variable.chain for variable in run.variables.values()}
-    shared = run.plates_of_data[0].intersection(*random) - chains
-    yield from (frozenset(own) for own in (*run.plate_sets(shared), ()))
-
-
-def _others_tell_particles_apart(runs: Sequence[Enumeration], plates: Plates) -> bool:
-    """Whether what lies outside of the data depends on their draws: then they are not independent."""
-    for key, factor in runs[0].factors.items():
-        if not plates <= factor.plates:
-            for table, *more in zip(*(run.factors[key].tables for run in runs), strict=True):
-                if any(not torch.equal(table.values, other.values) for other in more) or _varies(table):
-                    return True
-    return False
-
-
-def _varies(table: Table) -> bool:
-    if PARTICLES not in table.axes:
-        return False
-    dim = table.axes.index(PARTICLES)
-    return bool((table.values != table.values.narrow(dim, 0, 1)).any())
-
-
-def _measured(
-    runs: Sequence[Enumeration], plates: Plates, side_by_side: int, max_bytes: float | None
-) -> tuple[Tensor, Tensor]:
-    keep = plates | {PARTICLES} if side_by_side > 1 else plates
-    found = [_measured_once(_whole_parts(run, max_bytes, keep), keep, plates) for run in runs]
-    inside = torch.cat([own for own, _ in found]) if side_by_side > 1 else torch.stack([own for own, _ in found])
-    outside = torch.stack([other for _, other in found]).sum() / len(inside)
-    return inside, outside
-
-
-def _whole_parts(run: Enumeration, max_bytes: float | None, keep: Plates) -> list[Parts]:
+def _whole_parts(run: Enumeration, max_bytes: float | None, keep: frozenset[str]) -> list[Parts]:
     """The parts of F, whose elements can be kept apart.
 
     Raises:
@@ -136,40 +107,39 @@ def _whole_parts(run: Enumeration, max_bytes: float | None, keep: Plates) -> lis
     return [part for part in free_energy_parts(run, max_bytes, keep) if isinstance(part, Parts)]
 
 
-def _measured_once(parts: Sequence[Parts], keep: Plates, plates: Plates) -> tuple[Tensor, Tensor]:
-    """F of each element of the plates, the particles' first, and what lies outside of them."""
-    axes = (*sorted(keep - plates), *sorted(plates))
-    inside, outside = _expected(parts, keep, axes)
-    infinite = inside.detach() == math.inf
+def _measured(parts: Sequence[Parts], keep: frozenset[str], plates: Plates) -> Tensor:
+    """F of each element of the plates, the particles' first."""
+    axes = (*sorted(keep.difference(plates)), *plates)
+    found = _expected(parts, keep, axes)
+    infinite = found.detach() == math.inf
     if keep and bool(infinite.any()):
         # A draw without weight has no gradient either; the infinities would make it NaN.
         cleared = [Parts(part.graph, part.conditionals, tuple(map(_cleared, part.costs))) for part in parts]
-        inside = _expected(cleared, keep, axes)[0].masked_fill(infinite, math.inf)
-    return (inside, outside) if keep else (inside + outside, torch.zeros_like(outside))
+        found = _expected(cleared, keep, axes).masked_fill(infinite, math.inf)
+    return found
 
 
-def _expected(parts: Sequence[Parts], keep: Plates, axes: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _expected(parts: Sequence[Parts], keep: frozenset[str], axes: Sequence[str]) -> Tensor:
     """The expectations of all parts together; one without costs is a zero of no device in particular."""
     device = next(cost.table.values.device for part in parts for cost in part.costs)
     found = [part.expectation(keep) for part in parts]
-    inside, outside = (
-        torch.stack([values.to(device) for values in own]).sum(0)
-        for own in zip(*((one.inside.aligned(axes), one.outside) for one in found), strict=True)
-    )
-    return inside, outside
+    return torch.stack([(one.inside.aligned(axes) if keep else one.outside).to(device) for one in found]).sum(0)
 
 
 def _cleared(cost: Factor) -> Factor:
     return cost.mapped(lambda table: Table(table.values.masked_fill(table.values.isinf(), 0.0), table.axes))
 
 
-def _scores(runs: Sequence[Enumeration], plates: Plates, side_by_side: int) -> Tensor:
+def _scores(
+    runs: Sequence[Enumeration], keys: Sequence[frozenset[SiteKey]], plates: Plates, side_by_side: int
+) -> Tensor:
     """log q of all draws of each particle and datum, zero in value: it is there for its gradient."""
-    axes = (PARTICLES, *sorted(plates))
+    axes = (PARTICLES, *plates)
     found = []
-    for run in runs:
-        own = [_summed(draw.table, axes) for draw in conditionals_of(run) if draw.name in run.draws]
-        nothing = own[0].new_zeros([side_by_side, *(run.plates[plate] for plate in axes[1:])])
+    for run, inside in zip(runs, keys, strict=True):
+        drawn = [draw for draw in conditionals_of(run) if draw.name in run.draws and ("guide", draw.name) in inside]
+        own = [_summed(draw.table, axes) for draw in drawn]
+        nothing = torch.zeros([side_by_side, *(run.plates[plate] for plate in plates)])
         found.append(sum(own, nothing))
     return torch.cat(found)
 
@@ -181,38 +151,11 @@ def _summed(table: Table, axes: Sequence[str]) -> Tensor:
     return Table(table.values.sum(gone) if gone else table.values, left).aligned(axes)
 
 
-def _members(run: Enumeration, plates: Plates) -> list[Factor]:
-    return [factor for factor in run.factors.values() if plates <= factor.plates]
-
-
-def _weight(run: Enumeration, plates: Plates) -> Scale:
-    """How many times each datum counts.
-
-    Raises:
-        ScaleError: Its sites differ in that.
-    """
-    members = _members(run, plates)
-    first = members[0]
-    known = frozenset(first.scale.axes) if isinstance(first.scale, Table) else frozenset[str]()
-    other = of_other_scale(members)
-    if other is not None or not known <= plates:
-        names = f"'{first.name}' and '{(other or first).name}'"
-        what = "plate " + " and ".join(f"'{plate}'" for plate in sorted(plates)) if plates else "the data as a whole"
-        raise ScaleError(
-            f"The importance-weighted bound is for {what}, because the draws leave nothing smaller independent, and "
-            f"its sites {names} carry different weights (a subsample or poutine.scale): inside the logarithm they "
-            "would bound nothing.",
-            hint='Use gradient="leave-one-out" or "disarm", give all sites one weight, or draw inside the plate that '
-            "is subsampled.",
-        )
-    return first.scale
-
-
-def _without_scale(run: Enumeration, plates: Plates) -> Enumeration:
-    """The run with the data's own weights taken off: they multiply the bound from outside."""
-    _weight(run, plates)
-    factors = {key: replace(f, scale=1.0) if plates <= f.plates else f for key, f in run.factors.items()}
-    variables = {name: replace(v, scale=1.0) if plates <= v.plates else v for name, v in run.variables.items()}
+def _without_scale(run: Enumeration, keys: frozenset[SiteKey]) -> Enumeration:
+    """The run with the weights of some sites taken off: they multiply the bound from outside."""
+    names = {name for _, name in keys}
+    factors = {key: replace(factor, scale=1.0) if key in keys else factor for key, factor in run.factors.items()}
+    variables = {name: replace(own, scale=1.0) if name in names else own for name, own in run.variables.items()}
     return run.with_factors(factors, variables)
 
 
@@ -220,5 +163,5 @@ def _weighted(values: Tensor, weight: Scale, plates: Plates) -> Tensor:
     """Each datum's values as many times as it counts: a datum of weight 0 counts nothing, whatever it is."""
     if not isinstance(weight, Table):
         return values * weight if weight else torch.zeros_like(values)
-    weights = weight.aligned(sorted(plates))
+    weights = weight.aligned(plates)
     return values.where(weights != 0, 0.0) * weights

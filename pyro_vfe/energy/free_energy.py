@@ -56,8 +56,8 @@ class FreeEnergy(ELBO):
       difference between the two. A particle is a pair, or T + 1 runs where draws depend on draws in T layers. Draws of
       other families keep the score function, with the baseline of "leave-one-out".
     - "vimco": the loss is no longer F but the importance-weighted bound F_K of all particles, for each datum by
-      itself: F >= F_K >= surprise. A datum is an element of the plates that all data share and that hold every draw;
-      where a draw lies outside of them, the data as a whole.
+      itself: F >= F_K >= surprise. A datum is an element of the plates around all that reads the same draws; where a
+      draw lies outside of all plates, the data as a whole. What reads no draw counts once, beside them.
 
     References:
         Kool, van Hoof and Welling (2019), Buy 4 REINFORCE samples, get a baseline for free (leave-one-out baseline).

@@ -8,7 +8,7 @@ References:
     Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +17,15 @@ from torch import Tensor
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.elimination import log_normalizer
-from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
-from pyro_vfe.engine.scales import applied, of_other_scale
-from pyro_vfe.errors import NotFiniteError, PlateError, ScaleError, StructureError
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey, is_random
-from pyro_vfe.program.markov_chain import MarkovChain
+from pyro_vfe.engine.factors import Factor, Scale, Table
+from pyro_vfe.engine.scales import applied, of_other_scale, rescaled
+from pyro_vfe.errors import NotFiniteError, ScaleError, SpotCheckError, StructureError
+from pyro_vfe.program.data import Data, data_of
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.recorder import Role
-from pyro_vfe.program.supports import unwrapped
+
+_TOLERANCE = 1e-6
+"""By how much, of itself, what stands outside of the data may differ by rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,71 +33,87 @@ class LogWeights:
     """The log weights of the particles of one run, in nats and float64."""
 
     by_datum: Tensor
-    """Those of each datum, without the weight of its plate; `(particles, *plates)`."""
+    """Those of each datum, without the weight of its plate; `(particles, *plates)`, or `(particles, data)` where data
+    are of several kinds, one kind after the other."""
 
     outside: Tensor
     """log P - log Q of what belongs to no datum; `(particles,)`."""
 
     scale: Tensor
-    """How often each datum counts: a subsample's elements stand for others; `(*plates)`."""
+    """How often each datum counts: a subsample's elements stand for others; `(*plates)` or `(data)`."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Data:
-    """A run's factors, those of the data and the others."""
-
-    run: Enumeration
-    groups: tuple[frozenset[SiteKey], ...]
-    """One group that the plates multiply, or one for each step of a sequential plate."""
-    others: frozenset[SiteKey]
-    plates: Plates
-    """The vectorised plates around the groups."""
-
-
-def log_weights(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> LogWeights:
+def log_weights(run: Enumeration, data: Data, max_bytes: float | None = None) -> LogWeights:
     """Returns the log weights of a run's particles.
 
     Args:
         run: Programs whose guide drew its latents.
-        plates: What the data are elements of, as `independent_plates` finds them; with none everything is one datum.
+        data: What `weighed_data` says of the run.
         max_bytes: The most memory that tables may take.
 
     Raises:
-        PlateError: Something outside of the plates ties their elements together.
         ScaleError: Sites of one datum have different weights.
         StructureError: The guide is not normalised.
         NotFiniteError: A log-probability is NaN.
     """
     _check_normalised(run)
-    data = _split(normalized(without_draws(run), torch.float64), plates)
-    _check_numbers(data.run)
-    scales = [_scale(data, group) for group in data.groups]
-    found = [_log_weight(data, group, data.plates, max_bytes) for group in data.groups]
-    sequential = len(plates) == 1 and not data.plates
+    run = normalized(without_draws(run), torch.float64)
+    _check_numbers(run)
+    found, scales = [], []
+    for kind in data.kinds:
+        weights = [weight_of(run, part, kind.axes) for part in kind.parts]
+        parts = zip(kind.parts, weights, strict=True)
+        own = [log_weight(run, part, kind.axes, weight, max_bytes) for part, weight in parts]
+        each = [over_plates(weight, kind.axes, run).to(own[0].device) for weight in weights]
+        found.append(own[0] if kind.axes == kind.plates else torch.stack(own, -1))
+        scales.append(each[0] if kind.axes == kind.plates else torch.stack(each))
+    if len(data.kinds) > 1:
+        found, scales = [own.reshape(len(own), -1) for own in found], [own.flatten() for own in scales]
     return LogWeights(
-        by_datum=torch.stack(found, -1) if sequential else found[0],
-        outside=_log_weight(_weighted(data), data.others, (), max_bytes),
-        scale=(torch.stack(scales) if sequential else scales[0]).to(found[0].device),
+        by_datum=torch.cat(found, -1) if len(found) > 1 else found[0],
+        outside=outside_of(run, data, max_bytes),
+        scale=torch.cat(scales) if len(scales) > 1 else scales[0],
     )
 
 
-def independent_plates(run: Enumeration, max_bytes: float | None = None) -> Plates:
-    """Returns the plates whose elements are independent given the parameters: of those around all observed sites.
+def weighed_data(run: Enumeration, summed: Collection[str] | None = None) -> Data:
+    """Returns what the data of a run are whose weights are independent of each other.
 
     Args:
-        run: Programs whose guide drew its latents.
+        run: Of programs whose guide draws.
+        summed: The latents that are summed inside of a weight; those that only one of the programs has by default, as
+            the others are averaged over.
+    """
+    return data_of(run.sites, run.reads, run.supports.keys() - run.guided if summed is None else summed)
+
+
+def outside_of(run: Enumeration, data: Data, max_bytes: float | None = None) -> Tensor:
+    """Returns log P - log Q of what belongs to no datum in nats, `(particles,)`, weights made use of.
+
+    Args:
+        run: Programs whose guide draws.
+        data: What its data are.
         max_bytes: The most memory that tables may take.
     """
-    shared, in_steps = run.plates_of_data
-    for plates in (*run.plate_sets(shared - _chain_plates(run)), *((plate,) for plate in sorted(in_steps))):
-        try:
-            data = _split(run, plates)
-            _check_nothing_random(data)
-            log_weights(run, plates, max_bytes)
-        except (PlateError, ScaleError):
-            continue
-        return plates
-    return ()
+    weighted = {key: applied(factor) if key in data.outside else factor for key, factor in run.factors.items()}
+    return log_weight(run.with_factors(weighted, run.variables), data.outside, (), 1.0, max_bytes)
+
+
+def check_constant(outside: Tensor) -> None:
+    """Checks that what stands outside of the data is the same for all particles.
+
+    Args:
+        outside: `(particles,)`, in nats.
+
+    Raises:
+        SpotCheckError: It is not: it reads a draw unseen.
+    """
+    if not bool(torch.isclose(outside, outside[:1], rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True).all()):
+        raise SpotCheckError(
+            "Something outside of the plates of the data differs from draw to draw and is not seen to read one: what "
+            "it computes with has left torch, through a compiled or vmapped function, say.",
+            hint="Compute it by plain operations of torch.",
+        )
 
 
 def without_draws(run: Enumeration) -> Enumeration:
@@ -104,102 +122,84 @@ def without_draws(run: Enumeration) -> Enumeration:
     Args:
         run: Programs whose guide drew its latents.
     """
+    if not run.draws:
+        return run
     factors = {key: factor.mapped(lambda table: table.without(run.draws)) for key, factor in run.factors.items()}
     return run.with_factors(factors, {name: v for name, v in run.variables.items() if name not in run.draws})
 
 
-def _split(run: Enumeration, plates: Plates) -> _Data:
-    if not plates:
-        return _Data(run, (frozenset(run.factors),), frozenset(), ())
-    if plates[0] in run.plates:
-        inside = frozenset(key for key, factor in run.factors.items() if factor.plates.issuperset(plates))
-        groups: tuple[frozenset[SiteKey], ...] = (inside,)
-        around = plates
-    else:
-        groups, around = tuple(frozenset(step.factors) for step in run.steps(plates[0])), ()
-    data = _Data(run, groups, frozenset(run.factors).difference(*groups), around)
-    _check_apart(data)
-    return data
+def weight_of(run: Enumeration, keys: Collection[SiteKey], plates: Plates) -> Scale:
+    """Returns the one weight of some sites of a datum.
 
+    Args:
+        run: Whose sites they are.
+        keys: The sites.
+        plates: What the data are elements of.
 
-def _check_apart(data: _Data) -> None:
-    """Raises where a discrete latent is read in two groups, or in one and outside of all."""
-    home: dict[str, int] = {}
-    for number, group in enumerate((*data.groups, data.others)):
-        for key in group:
-            for axis in _read(data.run, data.run.factors[key]):
-                if home.setdefault(axis, number) != number:
-                    raise PlateError(f"Latent '{axis}' ties elements of a plate together.", hint="")
-
-
-def _read(run: Enumeration, factor: Factor) -> Iterable[str]:
-    """The latents that a factor reads, those with a draw among them."""
-    scope = FactorGraph((), run.variables, run.plates).scope(factor)
-    return (name for name in (*scope, *factor.axes) if name in run.variables)
-
-
-def _check_nothing_random(data: _Data) -> None:
-    for key in data.others:
-        # Whether a latent of the model is random is for the guide to say.
-        site = data.run.sites.get(("guide", key[1]), data.run.sites[key])
-        read = [name for name in data.run.factors[key].axes if name in data.run.draws]
-        if is_random(site) or any(is_random(data.run.sites["guide", name]) for name in read):
-            raise PlateError(f"Site '{site.name}' is drawn outside of a plate of the data, or reads draws.", hint="")
-
-
-def _chain_plates(run: Enumeration) -> frozenset[str]:
-    """The plates along which a latent is a chain, drawn or not: their elements depend on each other."""
-    chains = (
-        site
-        for site in run.sites.values()
-        if site.kind in ("sampled", "enumerated") and isinstance(unwrapped(site.fn), MarkovChain)
-    )
-    return frozenset(plate.name for site in chains for plate in site.plates if plate.dim == -1)
-
-
-def _scale(data: _Data, keys: Collection[SiteKey]) -> Tensor:
-    """The one weight of all sites of a group, over the plates."""
-    factors = [data.run.factors[key] for key in keys]
+    Raises:
+        ScaleError: They have different ones.
+    """
+    factors = [factor for key, factor in run.factors.items() if key in keys]
     other = of_other_scale(factors)
     if other is not None:
-        raise ScaleError(
-            f"Sites '{factors[0].name}' and '{other.name}' carry different weights (a subsample, or poutine.scale) "
-            "and belong to one datum: the mean of their importance weights bounds nothing.",
-            hint="Put all sites of a datum under one weight, with all drawn latents inside the subsampled plate; "
-            "or call bounds without subsampling and scale.",
-        )
-    sizes = [data.run.plates[plate] for plate in data.plates]
-    return _over(factors[0].scale if factors else 1.0, data.plates).expand(sizes)
-
-
-def _over(scale: Scale, plates: Plates) -> Tensor:
-    if not isinstance(scale, Table):
-        return torch.tensor(scale, dtype=torch.float64)
-    if not set(scale.axes) <= set(plates):
+        raise unlike_weights(factors[0].name, other.name)
+    scale = factors[0].scale if factors else 1.0
+    if isinstance(scale, Table) and not set(scale.axes) <= set(plates):
         raise ScaleError(
             f"The weights along the plates {scale.axes} differ inside of one datum: the mean of the importance "
             "weights bounds nothing.",
-            hint="Call bounds without poutine.scale.",
+            hint=_ONE_WEIGHT,
         )
-    return scale.aligned(plates).double()
+    return scale
 
 
-def _weighted(data: _Data) -> _Data:
-    """What is outside of the data, its weights made use of."""
-    factors = {key: applied(factor) if key in data.others else factor for key, factor in data.run.factors.items()}
-    return replace(data, run=data.run.with_factors(factors, data.run.variables))
+_ONE_WEIGHT = (
+    "Put all sites of a datum under one weight, with all drawn latents inside the subsampled plate; or leave the "
+    "subsampling and poutine.scale out."
+)
 
 
-def _log_weight(data: _Data, keys: Collection[SiteKey], plates: Plates, max_bytes: float | None) -> Tensor:
-    """log P - log Q of some sites, shape `(particles, *plates)`; their weights are left out."""
-    log_p, log_q = (_log_prob(data.run, keys, role, plates, max_bytes) for role in ("model", "guide"))
+def unlike_weights(one: str, other: str) -> ScaleError:
+    """The error for two sites of one datum."""
+    return ScaleError(
+        f"Sites '{one}' and '{other}' carry different weights (a subsample, or poutine.scale) and belong to one datum: "
+        "the mean of their importance weights bounds nothing.",
+        hint=_ONE_WEIGHT,
+    )
+
+
+def over_plates(scale: Scale, plates: Plates, run: Enumeration) -> Tensor:
+    """Returns a weight for each element of some plates, shape `(*plates)`."""
+    values = scale.aligned(plates).double() if isinstance(scale, Table) else torch.tensor(scale, dtype=torch.float64)
+    return values.expand([run.plates[plate] for plate in plates])
+
+
+def log_weight(
+    run: Enumeration, keys: Collection[SiteKey], plates: Plates, weight: Scale, max_bytes: float | None
+) -> Tensor:
+    """Returns log P - log Q of some sites in nats, shape `(particles, *plates)`.
+
+    Args:
+        run: Whose sites they are.
+        keys: The sites.
+        plates: Vectorised plates whose elements are kept apart.
+        weight: What the sites count as, which is left out; a site with another weight has it relative to this one.
+        max_bytes: The most memory that tables may take.
+    """
+    log_p, log_q = (_log_prob(run, keys, role, plates, weight, max_bytes) for role in ("model", "guide"))
     return torch.where(log_p.isneginf(), log_p, log_p - log_q)
 
 
 def _log_prob(
-    run: Enumeration, keys: Collection[SiteKey], role: Role, plates: Plates, max_bytes: float | None
+    run: Enumeration,
+    keys: Collection[SiteKey],
+    role: Role,
+    plates: Plates,
+    weight: Scale,
+    max_bytes: float | None,
 ) -> Tensor:
-    factors = [replace(run.factors[key], scale=1.0) for key in run.factors if key in keys and key[0] == role]
+    own = [rescaled(run.factors[key], weight) for key in run.factors if key in keys and key[0] == role]
+    factors = [replace(factor, scale=1.0) for factor in own]
     axes = (*((PARTICLES,) if PARTICLES in run.plates else ()), *plates)
     sizes = [run.plates[axis] for axis in axes]
     if not factors:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.log_weights import LogWeights, independent_plates, log_weights
-from pyro_vfe.energy.pointwise import Plates
+from pyro_vfe.energy.log_weights import LogWeights, check_constant, log_weights, weighed_data
 from pyro_vfe.engine.cost import table_limit
-from pyro_vfe.errors import CostError, ScaleError, VFEError
+from pyro_vfe.errors import CostError, VFEError
+from pyro_vfe.program.data import Data
 from pyro_vfe.program.drawn_guide import DrawnGuide, of_the_guide_alone, ordinary_sites
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, is_random
 from pyro_vfe.program.layout import Program
@@ -33,8 +33,8 @@ class Particles:
 
     weights: LogWeights
     """Their log weights."""
-    plates: Plates
-    """What the data are elements of; with none, everything is one datum."""
+    data: Data
+    """What the data are."""
     first: Enumeration
     """The run of the first, by itself."""
     ruled_out: tuple[str, ...]
@@ -65,8 +65,7 @@ class Sampler:
             count: How many.
         """
         first = self._alone()
-        plates = independent_plates(first, self.max_bytes)
-        runs = _Found(first, plates, self.max_bytes)
+        runs = _Found(first, self.max_bytes)
         side_by_side = count > 2 and not any(site.controls for site in first.sites.values())
         side_by_side = side_by_side and not self._guide.summed
         if not any(is_random(site) for site in drawn_sites(first).values()):
@@ -78,7 +77,7 @@ class Sampler:
                 runs.add(self._alone())
                 continue
             try:
-                found = self._together(chunk, plates, checked=runs.count > 1)
+                found = self._together(chunk, checked=runs.count > 1)
             except CostError:
                 size = max(1, size // 2)
                 continue
@@ -91,14 +90,13 @@ class Sampler:
         return runs.particles()
 
     @torch.no_grad()
-    def given(self, values: Mapping[str, Tensor], plates: Plates) -> Particles:
+    def given(self, values: Mapping[str, Tensor]) -> Particles:
         """Returns one particle of given values.
 
         Args:
             values: The values of the latents that guide and model have.
-            plates: What the data are elements of.
         """
-        return _Found(self._alone(values), plates, self.max_bytes).particles()
+        return _Found(self._alone(values), self.max_bytes).particles()
 
     def _alone(self, values: Mapping[str, Tensor] | None = None) -> Enumeration:
         """A run of one particle: first an ordinary one, to draw it and to see which latents both programs have."""
@@ -112,13 +110,13 @@ class Sampler:
         finally:
             self._guide.values = {}
 
-    def _together(self, count: int, plates: Plates, checked: bool) -> tuple[LogWeights, Enumeration] | None:
+    def _together(self, count: int, checked: bool) -> tuple[LogWeights, Enumeration] | None:
         """The log weights of particles side by side; None where they are others than those of each alone."""
         run = self._enumerated(count)
-        found = log_weights(run, plates, self.max_bytes)
+        found = self._log_weights(run)
         compares = self.check == "always" or (self.check == "first" and not checked)
         ends = (0, count - 1) if compares else ()
-        alone = [log_weights(self._alone(_particle(run, i)), plates, self.max_bytes) for i in ends]
+        alone = [self._log_weights(self._alone(_particle(run, i))) for i in ends]
         close = _TOLERANCE if all(f.table.values.dtype == torch.float64 for f in run.factors.values()) else _ROUGH
         same = [
             _equal(getattr(found, part)[i], getattr(one, part)[0], close)
@@ -126,6 +124,9 @@ class Sampler:
             for part in ("by_datum", "outside")
         ]
         return (found, run) if all(same) else None
+
+    def _log_weights(self, run: Enumeration) -> LogWeights:
+        return log_weights(run, weighed_data(run), self.max_bytes)
 
     def _enumerated(self, count: int) -> Enumeration:
         run = self._programs.enumerate(
@@ -160,8 +161,9 @@ def drawn_sites(run: Enumeration) -> dict[str, Site]:
 class _Found:
     """Log weights as they come in."""
 
-    def __init__(self, first: Enumeration, plates: Plates, max_bytes: float | None) -> None:
-        self.first, self.plates, self.max_bytes = first, plates, max_bytes
+    def __init__(self, first: Enumeration, max_bytes: float | None) -> None:
+        self.first, self.max_bytes = first, max_bytes
+        self.data = weighed_data(first)
         self.found: list[LogWeights] = []
         self.count = 0
         self.ruled_out: dict[str, None] = {}
@@ -169,7 +171,7 @@ class _Found:
 
     def add(self, run: Enumeration) -> None:
         """Adds a run."""
-        self.append(log_weights(run, self.plates, self.max_bytes), run)
+        self.append(log_weights(run, weighed_data(run), self.max_bytes), run)
 
     def append(self, weights: LogWeights, run: Enumeration) -> None:
         """Adds a run's log weights."""
@@ -185,19 +187,8 @@ class _Found:
             torch.cat([found.outside for found in self.found] * repeats),
             self.found[0].scale,
         )
-        names, plates = tuple(self.ruled_out), self.plates
-        if plates and not _equal(weights.outside, weights.outside[:1], _ROUGH):
-            # What is outside of the plates depends on the draws after all.
-            if bool((weights.scale != 1).any()):
-                raise ScaleError(
-                    f"Draws inside of plate '{plates[0]}', whose elements carry weights, are read outside of it: the "
-                    "mean of their importance weights bounds nothing.",
-                    hint="Call bounds without subsampling and poutine.scale.",
-                )
-            total = weights.by_datum.flatten(1).sum(1) + weights.outside
-            weights = LogWeights(total, torch.zeros_like(total), torch.ones_like(total[0]))
-            plates = ()
-        return Particles(weights, plates, self.first, names)
+        check_constant(weights.outside)
+        return Particles(weights, self.data, self.first, tuple(self.ruled_out))
 
 
 def _ruling_out(run: Enumeration) -> list[str]:

@@ -27,25 +27,6 @@ Plates = tuple[str, ...]
 """Vectorised plates, sorted by name, or one sequential plate; with none, everything is one datum."""
 
 
-def data_plates(run: Enumeration, max_bytes: float | None = None) -> Plates:
-    """Returns the plates whose elements are data: of those around all observed sites, the most that keep them apart.
-
-    Elements that a latent outside of them ties together are no data of their own: then fewer plates are kept.
-
-    Args:
-        run: Enumerated programs.
-        max_bytes: The most memory that tables may take.
-    """
-    shared, in_steps = run.plates_of_data
-    for plates in (*run.plate_sets(shared), *((plate,) for plate in sorted(in_steps))):
-        try:
-            log_likelihood(run, plates, max_bytes)
-        except PlateError:
-            continue
-        return plates
-    return ()
-
-
 def log_likelihood(run: Enumeration, plates: Plates, max_bytes: float | None = None) -> Tensor:
     """Returns log p(u_n | w) of each datum in nats, shape `(*plates)`.
 

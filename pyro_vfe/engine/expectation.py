@@ -237,8 +237,7 @@ class _Pass:
         axes = tuple(sorted(self.keep_plates))
         outside: Tensor = torch.zeros(())
         inside: Tensor = torch.zeros([self.graph.plates[plate] for plate in axes])
-        for term in map(self._reduced, done):
-            term = self._without_variables(term)
+        for term in map(self._reduced, map(self._without_variables, done)):
             if self.keep_plates and term.plates >= self.keep_plates:
                 inside = inside.to(term.table.values) + term.table.aligned(axes)
             else:

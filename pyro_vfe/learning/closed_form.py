@@ -25,6 +25,7 @@ from pyro_vfe.learning.phases import MPhase, Problem
 from pyro_vfe.learning.pools import Pools
 from pyro_vfe.learning.prior_pools import prior_pools
 from pyro_vfe.learning.site_pools import data_pools
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.extraction import statistics_of
 from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained, write
 
@@ -145,7 +146,7 @@ def uncertified(problem: Problem, proposal: Proposal) -> dict[str, str]:
     for name in names:
         eps = torch.finfo(unconstrained(name).dtype).eps
         # From a start at the optimum all that is left is rounding: little next to what one datum says.
-        noise = eps**0.5 * size / max(1, problem.enumeration.num_data)
+        noise = eps**0.5 * size / number_of_data(problem.enumeration)
         largest = max(_FRACTION, _ROUNDINGS * eps) * float(old_slopes[name].abs().max()) + noise
         if not float(slopes[name].abs().max()) <= largest and name not in proposal.at_floor:
             failed[name] = "the programs' own gradient does not vanish there"

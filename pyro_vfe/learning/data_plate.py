@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.recorder import Site
 
@@ -64,7 +65,7 @@ def share_of(enumeration: Enumeration) -> Share:
         if name not in shared:
             raise _subsampled(name, next(site for site in sites if name in site.plate_names or name in site.steps))
     size, full_size = (prod(sizes[name] for name in shared) for sizes in (enumeration.plates, enumeration.full_plates))
-    num_data = enumeration.num_data * size / full_size
+    num_data = number_of_data(enumeration) * size / full_size
     return Share(shared, size, None if size == full_size else full_size, num_data)
 
 

@@ -54,6 +54,7 @@ from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.learning.rounding import Rounding, resolution
 from pyro_vfe.learning.squarem import Squarem
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -176,7 +177,7 @@ class EM:
         e_phase = self._e_phase_for(first)
         if acceleration is not None:
             check_accelerable(e_phase)
-        rounding, num_data = Rounding(pair, resolution(first)), first.num_data
+        rounding, num_data = Rounding(pair, resolution(first)), number_of_data(first)
 
         def new_loop(start: int) -> Loop:
             watch = report.of(start)

@@ -14,7 +14,7 @@ from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.enumeration import Enumeration, is_random
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.supports import unwrapped
@@ -205,8 +205,8 @@ def _is_constant(table: Table, name: str) -> bool:
 
 def _check_draws(enumeration: Enumeration) -> None:
     for site in enumeration.sites.values():
-        family = type(unwrapped(site.fn)).__name__
-        if site.role == "guide" and site.kind == "sampled" and family != "Delta":
+        if site.role == "guide" and is_random(site):
+            family = type(unwrapped(site.fn)).__name__
             raise UnenumerableError(
                 f"The guide draws latent site '{site.name}' at random, from {family}: EM sums latents out or sets "
                 "them to a point, and does not sample.",

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
 from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.history import History
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 
 
@@ -126,7 +127,7 @@ def decomposition_of_belief(belief: Belief, enumeration: Enumeration) -> Decompo
         accuracy=accuracy,
         exact=True,
         stderr=None,
-        num_data=enumeration.num_data,
+        num_data=number_of_data(enumeration),
         clashes=(),
         unsplit=unsplit if bool(belief.surprise.isnan()) else None,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.errors import NotFiniteError
+from pyro_vfe.program.data import Reads
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
 from pyro_vfe.program.layout import Program, lay_out
 from pyro_vfe.program.masks import mask_draws
@@ -56,6 +57,8 @@ class Machine:
         own, strangers = self.theta.__contains__, self.strangers
         self.learning_guide = Handled(guide, self.read_by_guide, hides=own, detaches=True, strangers=strangers)
         self.guide_at_dreams = Handled(guide, self.read_by_guide, hides=own, strangers=strangers)
+        self.reads: Reads = {}
+        """What the log-probability of each site depends on."""
         self.programs = Programs(check=check, max_bytes=max_bytes)
         self._drawing = Drawing(on_cost)
         self._enumerates: bool | None = None
@@ -86,7 +89,7 @@ class Machine:
             return
         with undisturbed_randomness():
             layout = lay_out(self.model, self.held_guide, args, kwargs)
-        self._unread = layout.unread
+        self._unread, self.reads = layout.unread, layout.reads
         self._enumerates = any(site.kind == "enumerated" for site in layout.sites.values())
 
     def check_elements(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

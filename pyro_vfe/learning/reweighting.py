@@ -4,33 +4,43 @@ r"""Importance weights, per datum, and what model and guide learn from weighted 
     model      - sum_n sum_k W_k(n) log sum_v P(v, x_k, u_n)
     guide      - sum_n sum_k W_k(n) E_{P(v | x_k, u_n)} [ log Q(v, x_k | u_n) ]
 
-x are the draws, v what is enumerated: summed inside each draw. Data are the elements of those plates that are around
-all sites of both programs; a latent outside of all plates makes the whole data set one datum. In a weighted plate
-(a subsample) the weights are of the unweighted probabilities, and the losses are weighted.
+x are the draws, v what is enumerated: summed inside each draw. What a datum is, `program.data` says; what belongs to
+none has no weight. In a weighted plate (a subsample) the weights are of the unweighted probabilities, and the losses
+are weighted.
 
 References:
     Bornschein and Bengio (2015), Reweighted wake-sleep.
     Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.parts import guide_graph, joint_graph, log_q
+from pyro_vfe.energy.log_weights import (
+    check_constant,
+    log_weight,
+    outside_of,
+    over_plates,
+    unlike_weights,
+    weighed_data,
+    weight_of,
+    without_draws,
+)
+from pyro_vfe.energy.parts import log_q
+from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.energy.weight_means import log_mean_exp
-from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Subsample, Table
 from pyro_vfe.engine.inference import log_normalizer_and_expected_tables
-from pyro_vfe.engine.scales import of_other_scale
 from pyro_vfe.errors import ScaleError, StructureError
 from pyro_vfe.learning.e_phases import model_keys
 from pyro_vfe.learning.machine import check_finite
+from pyro_vfe.program.data import Reads, data_of, parts_of
 from pyro_vfe.program.drawing_runs import log_prob_of
-from pyro_vfe.program.enumeration import Enumeration, is_random
-from pyro_vfe.program.recorder import Site
+from pyro_vfe.program.enumeration import Enumeration, SiteKey, is_random
+from pyro_vfe.program.recorder import Role, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,41 +55,59 @@ class Losses:
     """The estimate of -log p(u) itself; exact where nothing was drawn."""
 
 
-def drawn_losses(runs: Sequence[tuple[Collection[Site], Collection[Site]]]) -> Losses:
+def drawn_losses(runs: Sequence[tuple[Collection[Site], Collection[Site]]], reads: Reads) -> Losses:
     """Returns the losses of ordinary runs, weighed against each other.
 
     Args:
         runs: The sites of the guide and those of the model, for each draw.
+        reads: What the log-probability of each site depends on.
 
     Raises:
         ScaleError: The latents of one datum differ in their weights, or lie above a subsample.
         NotFiniteError: A datum has probability zero in every draw.
     """
-    guides = [[site for site in guide if site.kind != "unread"] for guide, _ in runs]
-    models = [[site for site in model if site.kind != "unread"] for _, model in runs]
-    _check_subsamples(guides[0], [*guides[0], *models[0]])
-    plates = _plates_around_all([*guides[0], *models[0]])
-    log_q, log_p = (torch.stack([_by_datum(sites, plates) for sites in own]) for own in (guides, models))
-    scale = _common_scale_of_sites([site for site in guides[0] if site.kind != "observed"], plates)
-    with torch.no_grad():
-        log_weights = (log_p - log_q) / scale
-        surprise = -(scale * log_mean_exp(log_weights)).sum()
-        check_finite(surprise, [site for sites in (*models, *guides) for site in sites])
-        weights = log_weights.softmax(0)
-    model, guide = (-torch.where(weights > 0, weights * own, 0.0).sum() for own in (log_p, log_q))
+    sites = [{(s.role, s.name): s for own in run for s in own if s.kind != "unread"} for run in runs]
+    _check_subsamples(sites[0].values())
+    data = [data_of(own, reads) for own in sites]
+    log_p, log_q = _log_probs(sites, [own.outside for own in data], ())
+    check_constant((log_p - log_q).detach())
+    model, guide, surprise = -log_p.mean(), -log_q.mean(), (log_q - log_p).detach().mean()
+    for plates, parts in parts_of(data):
+        log_p, log_q = _log_probs(sites, parts, plates)
+        latents = [sites[0][key] for key in parts[0] if key[0] == "guide" and sites[0][key].kind != "observed"]
+        scale = _common_scale(latents, plates)
+        with torch.no_grad():
+            weights, bound = _weighed((log_p - log_q) / scale, scale)
+            surprise = surprise - bound
+        model, guide = (
+            loss - torch.where(weights > 0, weights * own, 0.0).sum() for loss, own in ((model, log_p), (guide, log_q))
+        )
+    check_finite(surprise, [site for own in sites for site in own.values()])
     return Losses(model, guide, surprise.item())
 
 
-def _plates_around_all(sites: Iterable[Site]) -> tuple[str, ...]:
-    """The plates that are around every site, by name: nothing outside of them ties their elements together."""
-    around = [site.plate_names for site in sites]
-    return tuple(sorted(frozenset.intersection(*around))) if around else ()
+def _weighed(log_weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised weights of draws, `(K, *plates)`, and the bound on log p(u) that they make, a scalar in nats."""
+    return log_weights.softmax(0), (scale * log_mean_exp(log_weights)).sum()
 
 
-def _check_subsamples(guide: Iterable[Site], sites: Collection[Site]) -> None:
+def _log_probs(
+    sites: Sequence[Mapping[SiteKey, Site]], keys: Sequence[Collection[SiteKey]], plates: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """log P and log Q of some sites of each run, weighted, shape `(K, *plates)`."""
+    both = list(zip(sites, keys, strict=True))
+
+    def of(role: Role) -> Tensor:
+        own = ([run[key] for key in run if key in part and key[0] == role] for run, part in both)
+        return torch.stack([_by_datum(some, plates) for some in own])
+
+    return of("model"), of("guide")
+
+
+def _check_subsamples(sites: Collection[Site]) -> None:
     """Draws that weigh a subsample as a whole would have the weights of its elements as powers inside of their mean."""
     around = frozenset[Subsample]().union(*(site.subsampled for site in sites))
-    for latent in filter(is_random, guide) if around else ():
+    for latent in (site for site in sites if around and site.role == "guide" and is_random(site)):
         own = frozenset[Subsample]().union(*(site.subsampled for site in sites if site.name == latent.name))
         for plate, size, full_size in around - own:
             raise ScaleError(
@@ -108,7 +136,7 @@ def _reduced(values: Tensor, site: Site, plates: Sequence[str]) -> Tensor:
     return values.flatten(len(kept)).sum(-1) if others else values
 
 
-def _common_scale_of_sites(latents: Sequence[Site], plates: Sequence[str]) -> Tensor:
+def _common_scale(latents: Sequence[Site], plates: Sequence[str]) -> Tensor:
     """The weight of each datum's latents: a number, or one per element of the plates."""
     found = torch.ones(())
     for position, site in enumerate(latents):
@@ -117,17 +145,9 @@ def _common_scale_of_sites(latents: Sequence[Site], plates: Sequence[str]) -> Te
             whole = scale.expand(log_prob_of(site).shape)
             scale = _reduced(whole, site, plates) / _reduced(torch.ones_like(whole), site, plates)
         if position and not torch.allclose(scale, found):
-            raise _other_weights(latents[0].name, site.name)
+            raise unlike_weights(latents[0].name, site.name)
         found = scale
     return found
-
-
-def _other_weights(one: str, other: str) -> ScaleError:
-    return ScaleError(
-        f"Latents '{one}' and '{other}' carry different weights (a subsample or poutine.scale): draws of both cannot "
-        "be weighed together.",
-        hint="Put both sites under one poutine.scale, or use reweighted=False.",
-    )
 
 
 def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = None) -> Losses:
@@ -145,39 +165,39 @@ def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = Non
     if len(runs) == 1:
         model, guide, log_evidence = _expected(runs[0], None, max_bytes)
         return Losses(model, guide, -log_evidence.item())
-    weights, surprise = _weights(runs, max_bytes)
-    parts = [_expected(run, weight, max_bytes) for run, weight in zip(runs, weights, strict=True)]
+    _check_subsamples(runs[0].sites.values())
+    data = [weighed_data(run, run.supports.keys()) for run in runs]
+    with torch.no_grad():
+        outside = torch.cat([outside_of(run, own, max_bytes) for run, own in zip(runs, data, strict=True)])
+        check_constant(outside)
+    surprise, weighed = -outside.mean(), list[tuple[Plates, Sequence[frozenset[SiteKey]], Tensor]]()
+    if data[0].outside:
+        weighed.append(((), [own.outside for own in data], torch.full_like(outside, 1 / len(runs))))
+    for plates, parts in parts_of(data):
+        with torch.no_grad():
+            weights, bound = _weights(runs, parts, plates, max_bytes)
+        surprise = surprise - bound
+        weighed.append((plates, parts, weights))
+    losses = [
+        _expected(run.restricted(part), Table(weight, plates), max_bytes)
+        for plates, parts, weights in weighed
+        for run, part, weight in zip(runs, parts, weights, strict=True)
+    ]
     return Losses(
-        torch.stack([part[0] for part in parts]).sum(), torch.stack([part[1] for part in parts]).sum(), surprise
+        torch.stack([own[0] for own in losses]).sum(), torch.stack([own[1] for own in losses]).sum(), surprise.item()
     )
 
 
-def _weights(runs: Sequence[Enumeration], max_bytes: float | None) -> tuple[list[Table], float]:
-    """The normalised weight of each run for each datum, and the estimate of -log p(u)."""
-    sites = runs[0].sites.values()
-    _check_subsamples([site for site in sites if site.role == "guide"], sites)
-    plates = _plates_around_all(sites)
-
-    def by_datum(graph: FactorGraph) -> Tensor:
-        found = log_normalizer(graph, keep_plates=frozenset(plates), max_bytes=max_bytes)
-        return found.inside.aligned(plates) if plates else found.outside
-
-    with torch.no_grad():
-        scale = _common_scale_of_factors(runs[0], plates)
-        ratios = [by_datum(joint_graph(run)) - by_datum(guide_graph(run)) for run in runs]
-        log_weights = torch.stack(ratios) / scale
-        surprise = -(scale * log_mean_exp(log_weights)).sum()
-        weights = log_weights.softmax(0)
-    return [Table(weight, plates) for weight in weights], surprise.item()
-
-
-def _common_scale_of_factors(run: Enumeration, plates: Sequence[str]) -> Tensor:
-    factors = (*run.guide_latents, *run.guide_draws, *run.model_latents)
-    other = of_other_scale(factors)
-    if other is not None:
-        raise _other_weights(factors[0].name, other.name)
-    scale = factors[0].scale if factors else 1.0
-    return scale.aligned(plates) if isinstance(scale, Table) else torch.tensor(scale)
+def _weights(
+    runs: Sequence[Enumeration], parts: Sequence[frozenset[SiteKey]], plates: Plates, max_bytes: float | None
+) -> tuple[Tensor, Tensor]:
+    """What `_weighed` says of some sites of enumerated runs."""
+    first = runs[0]
+    latents = [key for key in parts[0] if first.sites[key].kind in ("enumerated", "sampled")]
+    weight = weight_of(first, latents, plates)
+    own = [log_weight(without_draws(r), part, plates, weight, max_bytes) for r, part in zip(runs, parts, strict=True)]
+    log_weights = torch.cat(own)
+    return _weighed(log_weights, over_plates(weight, plates, first).to(log_weights))
 
 
 def _expected(run: Enumeration, weight: Table | None, max_bytes: float | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -153,7 +153,7 @@ class ReweightedWake:
         self._check_particles()
         machine.check_elements(args, kwargs)
         runs = [machine.drawn(machine.learning_guide, args, kwargs) for _ in range(self._num_particles)]
-        return drawn_losses([(guide.sites.values(), model.sites.values()) for guide, model in runs])
+        return drawn_losses([(guide.sites.values(), model.sites.values()) for guide, model in runs], machine.reads)
 
     def _check_particles(self) -> None:
         if self._num_particles < 2:

@@ -289,6 +289,7 @@ def _enumeration(
         full_plates={name: plate.full_size for name, plate in plates.items()},
         paths=(sites,),
         rescored=rescored,
+        followed=layout.reads,
     )
 
 

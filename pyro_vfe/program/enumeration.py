@@ -6,12 +6,10 @@
 Every latent stands along its own axis with its whole support, so one run of each program makes all tables.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +17,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Variable
 from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.recorder import Role, Site
-from pyro_vfe.program.supports import unwrapped
+from pyro_vfe.program.supports import is_point
 
 SiteKey = tuple[Role, str]
 
@@ -47,7 +45,7 @@ def is_random(site: Site) -> bool:
     Args:
         site: A site of either program.
     """
-    return site.kind == "sampled" and type(unwrapped(site.fn)).__name__ != "Delta"
+    return site.kind == "sampled" and not is_point(site.fn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +125,8 @@ class Enumeration:
     gradient in these is theirs."""
     scores: Mapping[str, Factor | None] = field(default_factory=dict)
     """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
+    followed: Mapping[SiteKey, frozenset[str]] = field(default_factory=dict)
+    """What each site read in an ordinary run: draws that are no variables, too."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
@@ -207,26 +207,14 @@ class Enumeration:
         return frozenset(f.name for f in self.guide_latents) & frozenset(f.name for f in self.model_latents)
 
     @cached_property
-    def data_sites(self) -> tuple[Site, ...]:
-        """What the model observes; factors count where nothing else is observed."""
-        seen = tuple(site for site in self.sites.values() if site.role == "model" and site.kind == "observed")
-        return tuple(site for site in seen if type(site.fn).__name__ != "Unit") or seen
-
-    @cached_property
-    def plates_of_data(self) -> tuple[frozenset[str], frozenset[str]]:
-        """The plates that all sites of data share: vectorised ones, and sequential ones."""
-        if not self.data_sites:
-            return frozenset(), frozenset()
-        shared = frozenset.intersection(*(site.plate_names for site in self.data_sites))
-        return shared - {PARTICLES}, frozenset.intersection(*(frozenset(site.steps) for site in self.data_sites))
-
-    @property
-    def num_data(self) -> int:
-        """The number of data: elements of the plates that all observed sites share, before subsampling, and steps."""
-        shared, in_steps = self.plates_of_data
-        whole = {plate: full_size for plate, _, full_size in self.subsampled}
-        steps = (whole.get(name, 1 + max(site.steps[name] for site in self.data_sites)) for name in in_steps)
-        return math.prod((*(self.full_plates[name] for name in shared), *steps))
+    def reads(self) -> dict[SiteKey, frozenset[str]]:
+        """The latents, and the draws of the guide, on which the log-probability of each site depends."""
+        drawn = frozenset(site.name for site in self.sites.values() if site.role == "guide" and is_random(site))
+        graph = FactorGraph((), self.variables, self.plates)
+        return {
+            key: (self.followed.get(key, drawn) - self.variables.keys()).union(graph.scope(factor))
+            for key, factor in self.factors.items()
+        }
 
     @property
     def is_sampled(self) -> bool:
@@ -246,15 +234,6 @@ class Enumeration:
             if site.subsampled:
                 found[site.name] = found.get(site.name, frozenset()) | site.subsampled
         return found
-
-    def plate_sets(self, plates: Collection[str]) -> list[tuple[str, ...]]:
-        """Returns the sets of some vectorised plates, each sorted by name, those with the most elements first.
-
-        Args:
-            plates: The plates.
-        """
-        sets = (own for size in range(1, len(plates) + 1) for own in combinations(sorted(plates), size))
-        return sorted(sets, key=lambda own: -math.prod(self.plates[plate] for plate in own))
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:
@@ -291,14 +270,27 @@ class Enumeration:
                         f"from outside.",
                         hint="",
                     )
-        return [self._restricted({key for key, own in step_of.items() if own == step}) for step in range(count)]
+        return [self.restricted({key for key, own in step_of.items() if own == step}) for step in range(count)]
 
     def _step(self, site: Site, plate: str) -> int | None:
         """Which step of a sequential plate a site is of; a guide need not say it where the model does."""
         counterpart = self.sites.get(("model", site.name), site)
         return site.steps.get(plate, counterpart.steps.get(plate))
 
-    def _restricted(self, keys: Collection[SiteKey]) -> "Enumeration":
+    def costs_of(self, keys: Collection[SiteKey]) -> "Enumeration":
+        """The enumeration with the terms of some sites alone, under all of the guide's conditionals.
+
+        Args:
+            keys: The sites.
+        """
+        return replace(self, sites={key: site for key, site in self.sites.items() if key in keys})
+
+    def restricted(self, keys: Collection[SiteKey]) -> "Enumeration":
+        """The enumeration of some sites alone.
+
+        Args:
+            keys: The sites; what they read is among them.
+        """
         sites = {key: site for key, site in self.sites.items() if key in keys}
         return replace(self, sites=sites, factors={key: self.factors[key] for key in sites})
 

@@ -62,7 +62,7 @@ class SiteStructure:
     size: int
     """The number of values of an enumerable latent; 1 otherwise."""
     scope: Sites
-    """The latents that its log-probability reads, itself included."""
+    """The latents that its log-probability reads, itself included, and draws of the guide."""
     plates: tuple[Plate, ...]
     auxiliary: bool
     """Whether the program says that the other program lacks the site."""
@@ -103,6 +103,11 @@ class Layout:
     def plate_sizes(self) -> dict[str, int]:
         """The size of each plate in the ordinary run."""
         return {plate.name: plate.size for site in self.sites.values() for plate in site.plates}
+
+    @cached_property
+    def reads(self) -> dict[tuple[Role, str], Sites]:
+        """The latents, and the draws of the guide, that each site read."""
+        return {key: site.scope for key, site in self.sites.items()}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -203,7 +208,7 @@ def _ordinary_run(
 ) -> None:
     """Runs the guide and the model against it once, with sampled values."""
     families: dict[str, Any] = {}
-    provenance = Provenance(on_union=findings.met)
+    provenance = Provenance(on_union=findings.met, follows=True)
 
     def draw(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         findings.plates[name] = plates

@@ -73,10 +73,13 @@ def out_of_sight() -> Iterator[None]:
 class Provenance(TorchFunctionMode):
     """A torch function mode that knows, within its `with` block, which sites each tensor was computed from."""
 
-    def __init__(self, on_union: Callable[[Sites, str], None] | None = None, *, share: bool = False) -> None:
+    def __init__(
+        self, on_union: Callable[[Sites, str], None] | None = None, *, share: bool = False, follows: bool = False
+    ) -> None:
         """Args:
         on_union: Called with every new set of two or more sites that meet in one tensor, and the operation's name.
         share: Do equal computations once.
+        follows: Tell who reads a draw of the guide also where its gradient needs no score function.
         """
         super().__init__()
         self.on_union = on_union
@@ -86,6 +89,8 @@ class Provenance(TorchFunctionMode):
         """Sites whose values may not leave torch: those that are enumerated along a dim, or not in the guide."""
         self.draws: set[str] = set()
         """Draws whose gradient needs their readers known."""
+        self.followed: set[str] | None = set() if follows else None
+        """Other draws, where it is told who reads them."""
         self.controls: Sites = NO_SITES
         """Draws that have left torch: whatever comes later may depend on them."""
         self._unions: set[Sites] = set()
@@ -117,6 +122,12 @@ class Provenance(TorchFunctionMode):
         shown = original if original is not tensor else None
         tensor._vfe_sites = (self, frozenset((site,)), shown)  # type: ignore[attr-defined]
         self.watched.add(site)
+
+    def follow(self, tensor: Tensor, site: str) -> None:
+        """Marks a draw for its readers: they do not read what it was itself drawn from."""
+        if self.followed is not None:
+            self.followed.add(site)
+            tensor._vfe_sites = (self, (self.of(tensor) - self.followed) | {site}, None)  # type: ignore[attr-defined]
 
     def of(self, tensor: object) -> Sites:
         """The sites that `tensor` was computed from, in this run."""
@@ -357,4 +368,4 @@ class Provenance(TorchFunctionMode):
     def _escape(self, operation: str, sites: Sites) -> None:
         if not sites.isdisjoint(self.watched):
             raise Escaped(sites & self.watched, operation.strip("_"), user_line())
-        self.controls |= sites & self.draws
+        self.controls |= sites & (self.draws | (self.followed or NO_SITES))

@@ -21,7 +21,7 @@ from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.provenance import Provenance
-from pyro_vfe.program.supports import is_enumerable, unwrapped
+from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
 from pyro_vfe.program.surroundings import steps_around, subsampled_around
 
 Role = Literal["guide", "model"]
@@ -205,6 +205,8 @@ class Recorder(Messenger):
         if self.provenance is not None and (kind == "unread" or (kind == "sampled" and self._needs_score(fn))):
             self.provenance.mark(msg["value"], frozenset((name,)))
             (self.provenance.watched if kind == "unread" else self.provenance.draws).add(name)
+        elif self.provenance is not None and kind == "sampled" and self.role == "guide" and not is_point(fn):
+            self.provenance.follow(msg["value"], name)
         infer, value = msg["infer"], msg["value"]
         plates, steps, subsampled = self._around(msg)
         if isinstance(value, (bool, int, float)):

@@ -26,6 +26,12 @@ def unwrapped(fn: Any) -> Any:
     return fn
 
 
+def is_point(fn: Any) -> bool:
+    """Whether `fn` is a Delta: a point estimate, and nothing that is drawn at random."""
+    fn = unwrapped(fn)
+    return is_point(fn.base_dist) if isinstance(fn, Independent) else type(fn).__name__ == "Delta"
+
+
 def is_enumerable(fn: Any) -> bool:
     """Whether the values of `fn` can be listed."""
     fn = unwrapped(fn)

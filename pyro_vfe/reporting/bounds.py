@@ -28,6 +28,7 @@ from pyro_vfe.energy.weight_means import (
     means_without_each,
 )
 from pyro_vfe.errors import PlateKeptError, ScaleError, VFEError
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.dreams import Dream
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -50,7 +51,8 @@ class Bounds:
     """
 
     log_weights: Tensor
-    """log P(v_k, u_n) - log Q(v_k|u) of each draw and datum, shape `(K, *plates)`."""
+    """log P(v_k, u_n) - log Q(v_k|u) of each draw and datum, shape `(K, *plates)`; `(K, data)` where data are of
+    several kinds, in plates that have nothing to do with each other: one kind after the other."""
 
     dream_log_weights: Tensor | None
     """The same for the latents of the dream, shape `(*plates)`; None without a dream."""
@@ -62,10 +64,11 @@ class Bounds:
     """What belongs to no datum, a scalar in nats: a prior of parameters at their point estimates, say."""
 
     plates: tuple[str, ...]
-    """The plates whose elements are the data, each with weights of its own; with none, everything is one datum."""
+    """The plates whose elements are the data, each with weights of its own; none where everything is one datum, or
+    data are of several kinds."""
 
     num_data: int
-    """The number of data: elements of the plates that all observed sites share, as the whole data set has them."""
+    """The number of data: elements of the plates that the data share, as the whole data set has them."""
 
     remarks: tuple[str, ...] = ()
     """What the programs gave cause to say."""
@@ -217,7 +220,7 @@ class Bounds:
         if plate not in self.plates or self.plate is not None:
             raise PlateKeptError(
                 f"These bounds have no weights for each element of plate '{plate}'.",
-                hint=f"They have them by {self.plates}." if self.plates else "Here everything is one datum.",
+                hint=self._data_in_words,
             )
         return replace(self, plate=plate)
 
@@ -231,6 +234,13 @@ class Bounds:
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+    @property
+    def _data_in_words(self) -> str:
+        if self.plates:
+            return f"They have them by {self.plates}."
+        several = self.log_weights.dim() > 1
+        return "Here data of several kinds stand side by side." if several else "Here everything is one datum."
 
     @property
     def _columns(self) -> Tensor:
@@ -325,8 +335,8 @@ def bounds(
         dream_log_weights=dreamt,
         weight=drawn.weights.scale,
         outside=drawn.weights.outside[0],
-        plates=drawn.plates,
-        num_data=drawn.first.num_data,
+        plates=drawn.data.plates,
+        num_data=number_of_data(drawn.first),
         remarks=remarks_on(drawn),
     )
 

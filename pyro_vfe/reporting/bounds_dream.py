@@ -63,7 +63,7 @@ def log_weights_of(dream: Dream, sampler: Sampler, drawn: Particles) -> Tensor:
                 "guide.",
                 hint="Take the dream of this very model, at these arguments.",
             )
-    dreamt = sampler.given(dream.latents, drawn.plates)
+    dreamt = sampler.given(dream.latents)
     _check_latents(dream, dreamt.first)
     log_weights = dreamt.weights.by_datum[0]
     if bool(log_weights.isneginf().any()):

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from pyro_vfe.energy.particles import Particles, drawn_sites
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import is_random
 from pyro_vfe.reporting.pareto import GOOD_K, WORTH
 
@@ -18,9 +19,10 @@ def remarks_on(drawn: Particles) -> tuple[str, ...]:
     """
     run, remarks = drawn.first, []
     own = list(drawn_sites(run).values())
-    if not drawn.plates and run.num_data > 1:
+    count = number_of_data(run)
+    if drawn.weights.scale.dim() == 0 and count > 1:
         remarks.append(
-            f"all {run.num_data:,} data are one datum here, with one weight: something that ties them together is "
+            f"all {count:,} data are one datum here, with one weight: something that ties them together is "
             "drawn or summed out"
         )
     if not any(is_random(site) for site in own):

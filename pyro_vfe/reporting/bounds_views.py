@@ -60,7 +60,9 @@ def _over_plate(values: Tensor) -> tuple[str, ...]:
 
 def _of_the_weights(found: "Bounds") -> str:
     """How many draws there are, of what, and how many they are worth."""
-    of = f"each element of {' and '.join(map(repr, found.plates))}" if found.plates else "all data together"
+    of = "each datum" if found.weight.dim() else "all data together"
+    if found.plates:
+        of = f"each element of {' and '.join(map(repr, found.plates))}"
     worth, k = found.effective_sample_size.flatten(), found.worst_pareto_k
     known = k[~k.isnan()]
     tail = _tail(float(known.max())) if len(known) else "too few different weights for a Pareto k"

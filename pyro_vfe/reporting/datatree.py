@@ -52,9 +52,10 @@ def to_datatree(
             model) repeated for each draw. Weights of networks (`pyro.module`) are left out.
         log_likelihood: log p(u_n | w) of each datum in nats, discrete latents summed out, so that `arviz.loo` compares
             models. One variable, named like the observed site, or 'joint' where several are observed together. The
-            data are the elements of the plates around all observed sites, as far as no latent outside of them ties
-            them together; otherwise everything is one datum. Where nothing is sampled it is the same for every draw:
-            the log score of point estimates, which does not pay for parameters that were fitted to the same data.
+            data are the elements of the plates around all that tells of the same latents; a prior of a parameter,
+            observed outside of them, is none of them. Without such plates everything is one datum. Where nothing is
+            sampled it is the same for every draw: the log score of point estimates, which does not pay for parameters
+            that were fitted to the same data.
         sample_stats: `lp` = log P(v, w, u), `log_q` = log Q(v, w) and their difference `log_weight`, the log of each
             draw's importance weight; `lp_marginal` and `log_q_marginal` with v summed out, where w is sampled.
         prior, prior_predictive, posterior_predictive: What the model draws by itself, and given the draws.

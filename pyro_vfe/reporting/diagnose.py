@@ -14,6 +14,7 @@ from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.em_run import EMRun
 from pyro_vfe.learning.history import History
 from pyro_vfe.learning.rounding import SAFETY, magnitude, resolution
+from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.reporting.diagnose_history import look_at_history
 from pyro_vfe.reporting.diagnose_latents import look_at_latent, shares_of
@@ -236,7 +237,7 @@ def _check_whole(terms: Decomposition) -> None:
             f"diagnose was given the elements of plate '{terms.plate}'.",
             hint=f"Give it the whole, terms and not terms.by('{terms.plate}'): it looks at the elements itself.",
         )
-    if terms.runs and terms.runs[0].num_data != terms.num_data:
+    if terms.runs and number_of_data(terms.runs[0]) != terms.num_data:
         raise VFEError(
             "diagnose was given terms per datum.",
             hint="Give it the sums, terms and not terms.per_datum: findings are weighed by the nats of all data.",

@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vfe.energy.parts import normalized
-from pyro_vfe.energy.pointwise import Plates, data_plates
+from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
 from pyro_vfe.learning.history import History
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.data import likely_data, number_of_data
+from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.parameters import Parameters
 from pyro_vfe.program.programs import Programs
@@ -74,6 +75,8 @@ class Gatherer:
     draws: list[Draw] = field(default_factory=list)
     averages: Averages = field(default_factory=Averages)
     plates: Plates = ()
+    outside: frozenset[SiteKey] = frozenset()
+    """What belongs to no datum."""
 
     def __post_init__(self) -> None:
         self._parameters = Parameters()
@@ -92,7 +95,8 @@ class Gatherer:
         posterior, sample_stats, log_likelihood = self._draw()
         simulator = Simulator(self.model, self.args, self.kwargs, self.draws)
         observed = simulator.observed()
-        name = next(iter(observed)) if len(observed) == 1 else JOINT
+        inside = [name for name in observed if ("model", name) not in self.outside]
+        name = inside[0] if len(inside) == 1 else JOINT
         groups: dict[str, Variables] = {
             "posterior": posterior,
             "log_likelihood": {name: log_likelihood} if observed else {},
@@ -115,7 +119,8 @@ class Gatherer:
         for run, count in self._runs():
             sampled = run.is_sampled
             if not self.draws:
-                self.plates = data_plates(run, self.max_bytes)
+                data = likely_data(run)
+                self.plates, self.outside = data.plates, data.outside if data.plates else frozenset()
             found = moment(run, count, self.plates, self.max_bytes)
             self.averages.add(found)
             kept = self.draws[0].run if self.draws else run  # the tables of one are enough
@@ -190,7 +195,7 @@ class Gatherer:
         return [known.get(name, Plate(name, -1, 0, 0)) for name in self.plates]
 
     def _num_data(self) -> int:
-        return max(1, self.draws[0].run.num_data)
+        return number_of_data(self.draws[0].run)
 
     def _variational(self) -> Variables:
         found: Variables = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.draws import Draws, draws_of
 from pyro_vfe.energy.impossible import impossible_data
+from pyro_vfe.energy.log_weights import without_draws
 from pyro_vfe.energy.marginals import Marginals, posterior_marginals, q_marginals
 from pyro_vfe.energy.parts import guide_graph
 from pyro_vfe.energy.pointwise import Plates, log_joint_and_likelihood, terms_in_all_and_by
@@ -54,7 +55,7 @@ def moment(run: Enumeration, num_draws: int, plates: Plates, max_bytes: float | 
         ImpossibleDataError: The data have probability zero under the model.
         StructureError: Latents that only the model has tie the elements of a plate of the guide's latents together.
     """
-    log_joint, log_likelihood = log_joint_and_likelihood(run, plates, max_bytes)
+    log_joint, log_likelihood = log_joint_and_likelihood(without_draws(run), plates, max_bytes)
     if bool(log_joint.isneginf()):
         raise impossible_data(run)
     posterior = posterior_marginals((run,), max_bytes)
