@@ -26,12 +26,12 @@ from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, sample_given
 from pyro_vfe.guides.tables import Latent, check_size, find_latents
 from pyro_vfe.program.calls import kept
+from pyro_vfe.program.drawn_guide import draws_so_far
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.provenance import out_of_sight, untracked
 from pyro_vfe.program.randomness import random_state, undisturbed_randomness
-from pyro_vfe.program.recorder import draws_so_far
 from pyro_vfe.program.supports import unwrapped
 
 

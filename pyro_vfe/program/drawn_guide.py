@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.recorder import Site, record_both
+from pyro_vfe.program.recorder import Recorder, Site, record_both
 from pyro_vfe.program.supports import is_enumerable
 
 
@@ -82,3 +84,22 @@ def of_the_guide_alone(guide: Mapping[str, Site], model: Mapping[str, Site]) -> 
     return frozenset(
         name for name, site in guide.items() if site.kind != "observed" and name not in model and is_enumerable(site.fn)
     )
+
+
+def draws_so_far() -> dict[str, tuple[Tensor, frozenset[str]]]:
+    """Returns what the guide under way has drawn of latents that are not enumerated: by site name, value and plates.
+
+    They are read off the handlers around it: a run of this library, or one of Pyro's traces.
+    """
+    draws: dict[str, tuple[Tensor, frozenset[str]]] = {}
+    for handler in _PYRO_STACK:
+        if isinstance(handler, Recorder):
+            for name, site in handler.sites.items():
+                if site.kind == "sampled":
+                    draws[name] = site.value, site.plate_names
+        elif isinstance(handler, TraceMessenger):
+            for name, node in handler.trace.iter_stochastic_nodes():
+                value: Any = node["value"]
+                if not is_enumerable(node["fn"]):
+                    draws[name] = value, frozenset(frame.name for frame in node["cond_indep_stack"])
+    return draws

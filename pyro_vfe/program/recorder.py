@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Subsample
@@ -384,22 +382,3 @@ def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideS
     else:
         latent = f"Latent site '{name}' is {family}, which has no finite support"
     return MissingGuideSiteError(latent, site=name, hint=f"Give the guide a site '{name}', or observe it.")
-
-
-def draws_so_far() -> dict[str, tuple[Tensor, frozenset[str]]]:
-    """Returns what the guide under way has drawn of latents that are not enumerated: by site name, value and plates.
-
-    They are read off the handlers around it: a run of this library, or one of Pyro's traces.
-    """
-    draws: dict[str, tuple[Tensor, frozenset[str]]] = {}
-    for handler in _PYRO_STACK:
-        if isinstance(handler, Recorder):
-            for name, site in handler.sites.items():
-                if site.kind == "sampled":
-                    draws[name] = site.value, site.plate_names
-        elif isinstance(handler, TraceMessenger):
-            for name, node in handler.trace.iter_stochastic_nodes():
-                value: Any = node["value"]
-                if not is_enumerable(node["fn"]):
-                    draws[name] = value, frozenset(frame.name for frame in node["cond_indep_stack"])
-    return draws
