@@ -19,7 +19,7 @@ from pyro_vfe.engine.execution import without_plates
 from pyro_vfe.engine.expectation import Expectation, expected
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
-from pyro_vfe.engine.scales import same_scale
+from pyro_vfe.engine.scales import applied, same_scale
 from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 from pyro_vfe.errors import ScaleError
@@ -190,8 +190,10 @@ def _parts(
     if not summed:
         return Parts(graph, conditionals, factors)
     _check_weights(graph, factors, summed)
+    # A weight that a latent decides stays with a latent of the guide, which is not summed here.
+    factors = tuple(applied(factor) if _weighed_by_latents(factor) else factor for factor in factors)
     while True:
-        part = replace(graph, factors=factors, variables=_mentioned(graph, factors))
+        part = replace(graph, factors=factors, variables=_mentioned(graph, factors, summed))
         kept = frozenset(part.variables) - summed
         elimination = eliminate(part, keep=kept, keep_plates=keep_plates, max_bytes=max_bytes)
         if not elimination.unrollings:
@@ -232,9 +234,18 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
                 )
 
 
-def _mentioned(graph: FactorGraph, factors: Sequence[Factor]) -> dict[str, Variable]:
+def _weighed_by_latents(term: Factor | Variable) -> bool:
+    return isinstance(term.scale, Table) and not term.plates.issuperset(term.scale.axes)
+
+
+def _mentioned(graph: FactorGraph, factors: Sequence[Factor], summed: frozenset[str]) -> dict[str, Variable]:
+    """The variables of some factors; one that stays, and whose weight is in its factor, has none of its own."""
     names = {axis for factor in factors for axis in factor.axes}
-    return {name: variable for name, variable in graph.variables.items() if name in names}
+    return {
+        name: replace(variable, scale=1.0) if name not in summed and _weighed_by_latents(variable) else variable
+        for name, variable in graph.variables.items()
+        if name in names
+    }
 
 
 def _unrolled(

@@ -22,7 +22,7 @@ from pyro_vfe.engine.factors import Factor, FactorGraph, Table
 from pyro_vfe.engine.logspace import SumProduct
 from pyro_vfe.engine.ordering import Component, Plan, plan
 from pyro_vfe.engine.scales import applied, common_scale, rescaled
-from pyro_vfe.engine.slicing import sum_over_slices
+from pyro_vfe.engine.slicing import contracted, sum_over_slices
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 
 NO_NAMES: frozenset[str] = frozenset()
@@ -120,7 +120,7 @@ def _run_component(component: Component, slots: list[Factor], graph: FactorGraph
             slots.extend([result] * len(component.steps))
         for step in () if component.cut else component.steps:
             right = None if step.right is None else slots[step.right].table
-            table = semiring.contract(slots[step.left].table, right, step.axes, step.summed)
+            table = contracted(slots[step.left].table, right, step, semiring.contract)
             result = Factor(name, table, component.plates, scale)
             slots.append(result)
     reduced = component.plates - component.target

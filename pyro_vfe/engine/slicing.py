@@ -46,7 +46,9 @@ def sum_over_slices(
             tables[slot] = _contracted(tables, step, contract)
     again = [(slot, step) for slot, step in enumerate(steps, first_slot) if slot in varying]
     axes = {slot: tuple(axis for axis in table.axes if axis not in cut) for slot, table in tables.items()}
-    left = steps[-1].axes if steps else next(iter(axes.values()))
+    gone = {*cut, *(axis for step in steps for axis in step.summed)}
+    first = steps[-1].axes if steps else ()
+    left = tuple(dict.fromkeys((*first, *(axis for own in axes.values() for axis in own if axis not in gone))))
 
     def one_slice(*values: Tensor) -> Tensor:
         made = {slot: Table(part, axes[slot]) for slot, part in zip(tables, values, strict=True)}
@@ -62,8 +64,22 @@ def sum_over_slices(
 
 
 def _contracted(tables: Mapping[int, Table], step: Step, contract: Contract) -> Table:
-    right = None if step.right is None else tables[step.right]
-    return contract(tables[step.left], right, step.axes, step.summed)
+    return contracted(tables[step.left], None if step.right is None else tables[step.right], step, contract)
+
+
+def contracted(left: Table, right: Table | None, step: Step, contract: Contract) -> Table:
+    """Returns what a step makes of its tables: over its axes, and plates that weights have brought to the tables.
+
+    Args:
+        left: The first table.
+        right: The second, if there is one.
+        step: The step.
+        contract: How two tables are contracted.
+    """
+    known = (*step.axes, *step.summed)
+    tables = (left,) if right is None else (left, right)
+    added = dict.fromkeys(axis for table in tables for axis in table.axes if axis not in known)
+    return contract(left, right, (*step.axes, *added), step.summed)
 
 
 def _read(table: Table, at: Mapping[str, int]) -> Tensor:

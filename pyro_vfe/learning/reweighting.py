@@ -27,6 +27,7 @@ from pyro_vfe.engine.inference import log_normalizer_and_expected_tables
 from pyro_vfe.engine.scales import of_other_scale
 from pyro_vfe.errors import ScaleError, StructureError
 from pyro_vfe.learning.e_phases import model_keys
+from pyro_vfe.learning.held_weights import check_weights, latents_of, with_weights_in_tables
 from pyro_vfe.learning.machine import check_finite
 from pyro_vfe.program.drawing_runs import log_prob_of
 from pyro_vfe.program.enumeration import Enumeration
@@ -59,7 +60,9 @@ def drawn_losses(runs: Sequence[tuple[Collection[Site], Collection[Site]]]) -> L
     models = [[site for site in model if site.kind != "unread"] for _, model in runs]
     plates = _plates_around_all([*guides[0], *models[0]])
     log_q, log_p = (torch.stack([_by_datum(sites, plates) for sites in own]) for own in (guides, models))
-    scale = _common_scale_of_sites([site for site in guides[0] if site.kind != "observed"], plates)
+    latents = [site for site in guides[0] if site.kind != "observed"]
+    check_weights(models[0], latents_of(latents))
+    scale = _common_scale_of_sites(latents, plates)
     with torch.no_grad():
         log_weights = (log_p - log_q) / scale
         surprise = -(scale * log_mean_exp(log_weights)).sum()
@@ -128,6 +131,7 @@ def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = Non
         ScaleError: The latents of one datum differ in their weights.
         StructureError: The guide has latents of its own in plates that would have to be written out.
     """
+    runs = [with_weights_in_tables(run) for run in runs]
     if len(runs) == 1:
         model, guide, log_evidence = _expected(runs[0], None, max_bytes)
         return Losses(model, guide, -log_evidence.item())
