@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.masking import without_gaps
+from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable, unwrapped
 
@@ -60,6 +61,9 @@ class Site:
     """Draws that had left torch before the site ran: it may depend on them."""
     follows_model: bool = False
     """Whether a site of the guide takes its weight from the model's site of that name."""
+
+    def __post_init__(self) -> None:
+        self.fn = widened_distribution(self.fn)
 
     def reads(self, provenance: Provenance) -> Sites:
         """The sites that the log-probability depends on, itself included where it is enumerated."""
