@@ -28,6 +28,7 @@ from pyro_vfe.energy.parts import Parts, conditionals_of, free_energy_parts
 from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.energy.weight_means import log_mean_exp, means_without_each
 from pyro_vfe.engine.factors import Factor, Scale, Table
+from pyro_vfe.engine.logspace import times
 from pyro_vfe.errors import CostError
 from pyro_vfe.program.data import parts_of
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
@@ -163,5 +164,4 @@ def _weighted(values: Tensor, weight: Scale, plates: Plates) -> Tensor:
     """Each datum's values as many times as it counts: a datum of weight 0 counts nothing, whatever it is."""
     if not isinstance(weight, Table):
         return values * weight if weight else torch.zeros_like(values)
-    weights = weight.aligned(plates)
-    return values.where(weights != 0, 0.0) * weights
+    return times(values, weight.aligned(plates))

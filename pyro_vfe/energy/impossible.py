@@ -15,7 +15,7 @@ from pyro_vfe.energy.parts import free_energy_parts, guide_graph, joint_graph, u
 from pyro_vfe.energy.portioned import normalizer_of
 from pyro_vfe.energy.terms import NAMES, Terms, measured
 from pyro_vfe.engine.factors import Factor, FactorGraph, Table
-from pyro_vfe.engine.inference import marginals
+from pyro_vfe.engine.inference import holds_log_probabilities, marginals
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
@@ -29,30 +29,38 @@ def check_possible(terms: Terms, enumeration: Enumeration) -> None:
 
     Raises:
         ImpossibleDataError: log p(u) is -inf.
-        NotFiniteError: Some table holds a NaN.
+        NotFiniteError: Some table holds NaN or +inf.
     """
     if enumeration.portions is not None and _are_finite(terms):
         return  # Tables that are made in portions are not made once more to look at them.
-    part, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
-    names = _with_nan(part)
-    if names:
-        raise NotFiniteError(
-            f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN.",
-            hint="Look for a parameter that is NaN or outside of its range.",
-        )
+    check_numbers(enumeration)
     unknown = terms.unsplit is not None and bool(terms.free_energy.isposinf().any())
     if bool(terms.surprise.isposinf().any()) or (unknown and _is_impossible(enumeration)):
         raise impossible_data(enumeration)
+
+
+def check_numbers(enumeration: Enumeration) -> None:
+    """Checks that all tables hold log-probabilities.
+
+    Raises:
+        NotFiniteError: Some table holds NaN or +inf.
+    """
+    part, _ = _portion_where(enumeration, lambda part: bool(_without_numbers(part)))
+    names = _without_numbers(part)
+    if names:
+        raise NotFiniteError(
+            f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN or +inf.",
+            hint="Look for a parameter that is NaN, or at the end of its range or outside of it.",
+        )
 
 
 def _are_finite(terms: Terms) -> bool:
     return all(bool(getattr(terms, name).isfinite().all()) for name in NAMES)
 
 
-def _with_nan(enumeration: Enumeration) -> list[str]:
-    """The sites whose tables hold NaN."""
-    factors = enumeration.factors.values()
-    return [f"'{f.name}'" for f in factors if any(bool(t.values.isnan().any()) for t in f.tables)]
+def _without_numbers(enumeration: Enumeration) -> list[str]:
+    """The sites whose tables hold NaN or +inf."""
+    return [f"'{f.name}'" for f in enumeration.factors.values() if not holds_log_probabilities(f)]
 
 
 def _portion_where(
@@ -204,11 +212,11 @@ def _not_a_number(
     value: float,
     programs: tuple[Program, Program],
 ) -> NotFiniteError:
-    enumeration, _ = _portion_where(enumeration, lambda part: bool(_with_nan(part)))
+    enumeration, _ = _portion_where(enumeration, lambda part: bool(_without_numbers(part)))
     bad = [
         f"'{factor.name}' of the {role}"
         for (role, _), factor in enumeration.factors.items()
-        if any(bool((table.values.isnan() | table.values.isposinf()).any()) for table in factor.tables)
+        if not holds_log_probabilities(factor)
     ]
     names = nan_parameters(*programs)
     cause = f" Parameters that hold NaN: {', '.join(names)}." if names else ""

@@ -17,7 +17,8 @@ from torch import Tensor
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import Plates
 from pyro_vfe.engine.elimination import log_normalizer
-from pyro_vfe.engine.factors import Factor, Scale, Table
+from pyro_vfe.engine.factors import Scale, Table
+from pyro_vfe.engine.inference import holds_log_probabilities
 from pyro_vfe.engine.scales import applied, of_other_scale, rescaled
 from pyro_vfe.errors import NotFiniteError, ScaleError, SpotCheckError, StructureError
 from pyro_vfe.program.data import Data, data_of
@@ -223,13 +224,9 @@ def _check_normalised(run: Enumeration) -> None:
 
 
 def _check_numbers(run: Enumeration) -> None:
-    names = [f"'{name}' of the {role}" for (role, name), f in run.factors.items() if _has_nan(f)]
+    names = [f"'{name}' of the {role}" for (role, name), f in run.factors.items() if not holds_log_probabilities(f)]
     if names:
         raise NotFiniteError(
-            f"The log-probabilities of {', '.join(names[:5])} hold NaN.",
-            hint="Look for a parameter that is NaN or outside of its range.",
+            f"The log-probabilities of {', '.join(names[:5])} hold NaN or +inf.",
+            hint="Look for a parameter that is NaN, or at the end of its range or outside of it.",
         )
-
-
-def _has_nan(factor: Factor) -> bool:
-    return any(bool(table.values.isnan().any()) for table in factor.tables)

@@ -204,8 +204,10 @@ def _parts(
         return Parts(graph, conditionals, factors)
     check_sums(replace(graph, factors=factors), frozenset(graph.variables) - summed)
     _check_weights(graph, factors, summed)
+    # A weight that a latent decides stays with a latent of the guide, which is not summed here.
+    factors = tuple(applied(factor) if _weighed_by_latents(factor) else factor for factor in factors)
     while True:
-        part = replace(graph, factors=factors, variables=_mentioned(graph, factors))
+        part = replace(graph, factors=factors, variables=_mentioned(graph, factors, summed))
         kept = frozenset(part.variables) - summed
         elimination = eliminate(part, keep=kept, keep_plates=keep_plates, max_bytes=max_bytes)
         if not elimination.unrollings:
@@ -248,9 +250,18 @@ def _check_weights(graph: FactorGraph, factors: Sequence[Factor], summed: frozen
                 )
 
 
-def _mentioned(graph: FactorGraph, factors: Sequence[Factor]) -> dict[str, Variable]:
+def _weighed_by_latents(term: Factor | Variable) -> bool:
+    return isinstance(term.scale, Table) and not term.plates.issuperset(term.scale.axes)
+
+
+def _mentioned(graph: FactorGraph, factors: Sequence[Factor], summed: frozenset[str]) -> dict[str, Variable]:
+    """The variables of some factors; one that stays, and whose weight is in its factor, has none of its own."""
     names = {axis for factor in factors for axis in factor.axes}
-    return {name: variable for name, variable in graph.variables.items() if name in names}
+    return {
+        name: replace(variable, scale=1.0) if name not in summed and _weighed_by_latents(variable) else variable
+        for name, variable in graph.variables.items()
+        if name in names
+    }
 
 
 def _unrolled(

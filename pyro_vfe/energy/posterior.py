@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.draws import log_prob_at
-from pyro_vfe.energy.impossible import impossible_data
+from pyro_vfe.energy.impossible import check_numbers, impossible_data
 from pyro_vfe.energy.marginals import Marginals, single_marginals
 from pyro_vfe.energy.parts import joint_graph, normalized
 from pyro_vfe.engine.chain_decoding import SAMPLE
@@ -72,6 +72,7 @@ class Posterior:
 
         Raises:
             ImpossibleDataError: The data have probability zero.
+            NotFiniteError: Some log-probability is NaN or +inf.
         """
         self.enumeration: Enumeration = normalized(enumeration, torch.float64).numbers()
         """The model's factors, in float64."""
@@ -81,6 +82,8 @@ class Posterior:
         """log p(u), a scalar in nats."""
         if bool(self.log_evidence.isneginf()):
             raise impossible_data(self.enumeration)
+        if not bool(self.log_evidence.isfinite()):
+            check_numbers(self.enumeration)
 
     def __repr__(self) -> str:
         return f"Posterior(log_evidence={float(self.log_evidence):.4f} nats, latents={list(self.sites)})"

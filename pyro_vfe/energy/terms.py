@@ -188,7 +188,7 @@ def _expected_given_draws(part: Parts, enumeration: Enumeration, keep_plates: fr
     known = enumeration.graph(*factors, *costs)
     variables = {name: v for name, v in known.variables.items() if name not in enumeration.draws}
     graph = replace(known, factors=tuple(_without_draws(f, enumeration) for f in factors), variables=variables)
-    scopes = {tuple(graph.scope(cost)) for cost in costs} - {()}
+    scopes = dict.fromkeys(tuple(graph.scope(cost)) for cost in costs if graph.scope(cost))
     probabilities = marginals(graph, scopes)
     averaged = [_averaged(cost, graph, probabilities) for cost in costs]
     return expected(graph, (), averaged, keep_plates=keep_plates)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.structure import previous
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import ScaleError, VFEError
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,11 @@ class Table:
     def sizes(self) -> dict[str, int]:
         """The size of each axis."""
         return dict(zip(self.axes, self.values.shape, strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers."""
+        return self.values.dtype
 
     def aligned(self, axes: Sequence[str]) -> Tensor:
         """Returns the values with their dimensions in the order `axes`; an axis the table lacks has size 1.
@@ -262,9 +267,12 @@ def _check_plates(who: str, plates: frozenset[str], scale: Scale, known: Mapping
     if unknown:
         raise VFEError(f"{who} is in the plates {sorted(unknown)}, whose sizes the graph lacks.", hint="Add them.")
     if isinstance(scale, Table) and not plates.issuperset(scale.axes):
-        raise VFEError(
-            f"{who} has a scale over {scale.axes} and is in the plates {sorted(plates)}.",
-            hint="A scale varies over plates of its own site only.",
+        other = sorted(set(scale.axes) - plates)
+        raise ScaleError(
+            f"{who} has a scale that varies with {', '.join(map(repr, other))}: a weight multiplies the log of a sum "
+            "from outside, and stands for all of it.",
+            hint="Let the scale of a latent vary over its own plates only, or put poutine.scale around the "
+            "observations instead. F itself, FreeEnergy().loss, is defined where the guide has the latent too.",
         )
 
 

@@ -20,7 +20,7 @@ from pyro_vfe.engine.elimination import log_normalizer
 from pyro_vfe.engine.execution import reference_tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table
 from pyro_vfe.engine.propagation import propagate
-from pyro_vfe.errors import ImpossibleDataError, VFEError
+from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
 
 _FAINT = 1e-30
 """Stands for a scale of zero: below rounding in any sum, and still a conditional distribution to differentiate."""
@@ -142,12 +142,15 @@ def check_possible(log_evidence: Tensor, graph: FactorGraph) -> None:
 
     Raises:
         ImpossibleDataError: It is -inf; the message names the factors that rule every value out, if some do alone.
-        VFEError: It is not a number.
+        NotFiniteError: It is not a number; the message names the factors whose tables are none.
     """
     value = float(log_evidence)
-    if value != value:
-        raise VFEError(
-            "The log normaliser is not a number.", hint="Look for nan or +inf in the sites' log-probabilities."
+    if value != value or value == torch.inf:
+        bad = [f"'{factor.name}'" for factor in graph.factors if not holds_log_probabilities(factor)]
+        raise NotFiniteError(
+            f"The log normaliser is {'not a number' if value != value else 'infinite'}: the log-probabilities of "
+            f"{', '.join(bad[:4]) or 'some sites jointly'} hold NaN or +inf.",
+            hint="Look for a parameter that is NaN or at the end of its range, a scale of 0 say.",
         )
     if value == -torch.inf:
         culprits = [f"'{factor.name}'" for factor in graph.factors if _rules_all_out(factor, graph)]
@@ -156,6 +159,15 @@ def check_possible(log_evidence: Tensor, graph: FactorGraph) -> None:
             f"{sites} probability zero whatever the latents, so there is no posterior.",
             hint="Check the data against the supports of the model's distributions.",
         )
+
+
+def holds_log_probabilities(factor: Factor) -> bool:
+    """Returns whether a factor's tables hold neither NaN nor +inf.
+
+    Args:
+        factor: The factor.
+    """
+    return all(bool((table.values < torch.inf).all()) for table in factor.tables)
 
 
 def _rules_all_out(factor: Factor, graph: FactorGraph) -> bool:

@@ -177,8 +177,16 @@ def weighted(table: Table, scale: Scale) -> Table:
         nothing = table.values.where(torch.zeros((), dtype=torch.bool, device=table.values.device), 0.0)
         return Table(table.values * scale if scale else nothing, table.axes)
     axes = (*table.axes, *(axis for axis in scale.axes if axis not in table.axes))
-    weights = scale.aligned(axes)
-    return Table(table.aligned(axes).where(weights != 0, 0.0) * weights, axes)
+    return Table(times(table.aligned(axes), scale.aligned(axes).to(table.values)), axes)
+
+
+def times(values: Tensor, weights: Tensor) -> Tensor:
+    """Returns `weights * values`, where a weight of zero makes zero even of -inf; none has a gradient of infinity."""
+    if not weights.requires_grad:
+        return values.where(weights != 0, 0.0) * weights
+    finite = values.detach().isfinite()
+    product = values.where(finite, 0.0) * weights
+    return product.where(finite | (weights == 0), values * weights.detach())
 
 
 def _is_subset(inner: Table, outer: Table) -> bool:

@@ -72,12 +72,24 @@ def _along(
 ) -> Table:
     """The tables of some of a thread's factors as one: along time, unless they are all the same."""
     found = [None if n is None else rescaled(graph.factors[n], scale).table for n in positions]
-    some = next(table for table in found if table is not None)
+    first, some = next((n, table) for n, table in enumerate(found) if table is not None)
     missing = [n for n, table in enumerate(found) if table is None]
     tables = [Table(torch.zeros_like(some.values), some.axes) if table is None else table for table in found]
+    depth = len(thread.axes)
+    brought = tuple(dict.fromkeys(axis for table in tables for axis in table.axes[depth:]))  # by weights
+    axes = (*thread.axes, *brought)
+    if brought:
+        tables = [_spread(table, depth, brought, graph) for table in tables]
     if time is None:
-        return Table(some.values, thread.axes)
+        return Table(tables[first].values, axes)
     values = stacked_values(tables)
     if values.stride(0) == 0 and not missing:
-        return Table(values[0], thread.axes)
-    return Table(values, (time, *thread.axes))
+        return Table(values[0], axes)
+    return Table(values, (time, *axes))
+
+
+def _spread(table: Table, depth: int, plates: tuple[str, ...], graph: FactorGraph) -> Table:
+    """The table over some plates too, behind its first axes."""
+    axes = (*table.axes[:depth], *plates)
+    values = table.aligned(axes)
+    return Table(values.expand(*values.shape[:depth], *(graph.plates[plate] for plate in plates)), axes)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
 from pyro_vfe.engine.logspace import weighted
@@ -36,6 +38,37 @@ def _slim(scale: Scale) -> Scale:
     return scale if scale.axes else float(scale.values)
 
 
+def _is_learned(scale: Scale) -> bool:
+    """Whether a scale has a gradient: one of the same value may still be another."""
+    return isinstance(scale, Table) and scale.values.requires_grad
+
+
+def one_scale(scales: Sequence[Scale]) -> Scale | None:
+    """Returns the scale that all of some are; None where two differ, in value or in derivative."""
+    if not all(same_scale(scale, scales[0]) for scale in scales[1:]):
+        return None
+    learned = [scale.values for scale in scales if isinstance(scale, Table) and scale.values.requires_grad]
+    is_one = not learned or (len(learned) == len(scales) and _have_one_derivative(learned))
+    return scales[0] if is_one else None
+
+
+def _have_one_derivative(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape change alike with whatever they were computed from."""
+    leaves: list[Tensor] = []
+    seen, left = set(), [get_gradient_edge(tensor).node for tensor in tensors]
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [follower for follower, _ in node.next_functions if follower is not None]
+            leaves += [node.variable] if hasattr(node, "variable") else []
+    irregular = torch.arange(1.0, 1.0 + tensors[0].numel(), dtype=torch.float64).sqrt().reshape(tensors[0].shape)
+    slopes = [
+        torch.autograd.grad(t, leaves, irregular.to(t), retain_graph=True, materialize_grads=True) for t in tensors
+    ]
+    return all(torch.allclose(a, b) for own in slopes[1:] for a, b in zip(own, slopes[0], strict=True))
+
+
 def of_other_scale(factors: Sequence[Factor]) -> Factor | None:
     """Returns the first of some factors whose scale is not that of the first; None where all have one scale."""
     return next((factor for factor in factors if not same_scale(factor.scale, factors[0].scale)), None)
@@ -60,7 +93,9 @@ def common_scale(variables: Sequence[Variable]) -> Scale:
 
 def shown(scale: Scale) -> str:
     """Returns a scale in words."""
-    return f"of a table over {scale.axes}" if isinstance(scale, Table) else f"{scale:g}"
+    if isinstance(scale, Table) and scale.axes:
+        return f"of a table over {scale.axes}"
+    return f"{scale.values.item() if isinstance(scale, Table) else scale:g}"
 
 
 def applied(factor: Factor) -> Factor:
@@ -90,7 +125,8 @@ def _over_its_scales(factor: Factor, graph: FactorGraph) -> Factor:
 
 def rescaled(factor: Factor, scale: Scale) -> Factor:
     """Returns the factor with the exponent it has relative to a common scale."""
-    if same_scale(factor.scale, scale):
+    learned = _is_learned(factor.scale) or _is_learned(scale)
+    if factor.scale is scale or (not learned and same_scale(factor.scale, scale)):
         return factor
     ratio = _ratio(factor.scale, scale)
     return replace(factor.mapped(lambda table: weighted(table, ratio)), scale=scale)
@@ -108,5 +144,5 @@ def _ratio(numerator: Scale, denominator: Scale) -> Scale:
             "A latent site has scale 0 and a site that reads it has not.",
             hint="Put both sites under one poutine.scale.",
         )
-    ratio = (above / below).where(above != below, 1.0)
-    return Table(ratio, plates) if plates else float(ratio)
+    ratio = (above / below.where(below != 0, 1.0)).where(below != 0, 1.0)
+    return Table(ratio, plates) if plates or ratio.requires_grad else float(ratio)

@@ -64,6 +64,11 @@ class StackedTable(Table):
         """The size of each axis."""
         return dict(zip(self.axes, self.stack.values.shape[1:], strict=True))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers."""
+        return self.stack.values.dtype
+
     def renamed(self, axes: tuple[str, ...]) -> "StackedTable":
         """Returns the same entry with other names for its dims."""
         return StackedTable(self.stack, self.index, axes)

@@ -5,13 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vfe.energy.parts import normalized
+from pyro_vfe.learning.held_weights import with_weights_in_tables
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.extraction import parameter_roles
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.parameters import Parameters
 from pyro_vfe.program.programs import Programs
+from pyro_vfe.program.selection import Origins
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class Pair:
 
         Raises:
             StructureError: A parameter is the model's and the guide's at once.
+            ScaleError: A parameter that the M-phase changes decides how much a latent counts.
         """
         self.parameters.forget()
         with torch.enable_grad():
@@ -54,4 +58,8 @@ class Pair:
         self.learned = tuple(name for name in learned if name not in self.fixed)
         self.recognition = tuple(name for name in recognition if name not in self.fixed)
         with torch.set_grad_enabled(differentiable):
-            return normalized(run, torch.float64)
+            return normalized(with_weights_in_tables(run, self._is_learned), torch.float64)
+
+    def _is_learned(self, value: Tensor) -> bool:
+        """Whether a tensor was computed from a parameter that the M-phase changes."""
+        return not Origins(self.parameters.values).of(value).isdisjoint(self.learned)

@@ -36,6 +36,7 @@ from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Subsample, Table
 from pyro_vfe.engine.inference import log_normalizer_and_expected_tables
 from pyro_vfe.errors import ScaleError, StructureError
 from pyro_vfe.learning.e_phases import model_keys
+from pyro_vfe.learning.held_weights import check_weights, latents_of, with_weights_in_tables
 from pyro_vfe.learning.machine import check_finite
 from pyro_vfe.program.data import Reads, data_of, parts_of
 from pyro_vfe.program.drawing_runs import log_prob_of
@@ -68,6 +69,8 @@ def drawn_losses(runs: Sequence[tuple[Collection[Site], Collection[Site]]], read
     """
     sites = [{(s.role, s.name): s for own in run for s in own if s.kind != "unread"} for run in runs]
     _check_subsamples(sites[0].values())
+    drawn = [site for (role, _), site in sites[0].items() if role == "guide" and site.kind != "observed"]
+    check_weights([site for (role, _), site in sites[0].items() if role == "model"], latents_of(drawn))
     data = [data_of(own, reads) for own in sites]
     log_p, log_q = _log_probs(sites, [own.outside for own in data], ())
     check_constant((log_p - log_q).detach())
@@ -162,6 +165,7 @@ def enumerated_losses(runs: Sequence[Enumeration], max_bytes: float | None = Non
         ScaleError: The latents of one datum differ in their weights, or lie above a subsample.
         StructureError: The guide has latents of its own in plates that would have to be written out.
     """
+    runs = [with_weights_in_tables(run) for run in runs]
     if len(runs) == 1:
         model, guide, log_evidence = _expected(runs[0], None, max_bytes)
         return Losses(model, guide, -log_evidence.item())

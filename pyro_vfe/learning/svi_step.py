@@ -76,7 +76,8 @@ class Stepper:
                 self.check_update(number - 1, error)
             raise
         self._before = _copied(used, self._before)
-        self._update(list(set(used.values())))  # A tensor with two names is updated once.
+        # A tensor with two names is updated once; all in the programs' order, which other processes have too.
+        self._update(list(dict.fromkeys(used.values())))
         self._step_scheduler(loss)
         return loss
 

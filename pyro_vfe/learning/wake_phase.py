@@ -28,6 +28,7 @@ from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.parts import log_joint
 from pyro_vfe.energy.portioned import HasExpectation, PortionedParts
 from pyro_vfe.errors import NotFiniteError, VFEError
+from pyro_vfe.learning.held_weights import check_weights, latents_of
 from pyro_vfe.learning.machine import Machine, check_finite, gradients
 from pyro_vfe.learning.reweighting import Losses, drawn_losses, enumerated_losses
 from pyro_vfe.program.drawing_runs import total_log_prob
@@ -74,6 +75,8 @@ class Wake:
     def _enumerated(self, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         machine = self._machine
         run = machine.programs.enumerate(machine.model, guide, args, kwargs)
+        for path in run.paths:
+            check_weights(path.values(), latents_of(path.values()))
 
         def energy(runs: Sequence[Sequence[Enumeration]]) -> Tensor:
             return -_log_joint(runs[0][0], machine.max_bytes).expectation().total
@@ -85,7 +88,8 @@ class Wake:
 
     def _drawn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         machine = self._machine
-        _, run = machine.drawn(machine.held_guide, args, kwargs)
+        guide, run = machine.drawn(machine.held_guide, args, kwargs)
+        check_weights(run.sites.values(), latents_of(guide.sites.values()))
         loss = -total_log_prob(run.sites.values())
         check_finite(loss, run.sites.values())
         return loss

@@ -8,6 +8,7 @@ they are.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table, Variable
-from pyro_vfe.engine.scales import same_scale
+from pyro_vfe.engine.scales import applied, one_scale, same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
@@ -82,12 +83,15 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
 
     def rescored(keys: Collection[SiteKey], scorer: Scorer) -> dict[SiteKey, Factor]:
         again = {path: _labelled_again(run, keys, scorer) for path, run in runs.items()}
-        return _factors(again, layout, supports, {key: sites[key] for key in keys})
+        return _factors(again, layout, supports, {key: site for key, site in sites.items() if key in keys})
 
+    scores = _scores(runs, layout, supports, sites)
+    if last.portioned is None:
+        factors, scores = _of_one_type(factors, scores)
     whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
     whole = replace(
         whole,
-        own_scores=_scores(runs, layout, supports, sites),
+        own_scores=scores,
         zeros=any(run.zeros for run in runs.values()),
         read=tuple(value for run in runs.values() for value in run.parameters),
     )
@@ -132,14 +136,39 @@ def _factors(
     return _joined_factors(runs, layout, supports, sites)
 
 
+def _of_one_type(
+    factors: dict[SiteKey, Factor], scores: dict[str, Factor]
+) -> tuple[dict[SiteKey, Factor], dict[str, Factor]]:
+    """All tables in the widest type that one of them has: they are multiplied with each other."""
+    types = {table.dtype for factor in (*factors.values(), *scores.values()) for table in factor.tables}
+    if len(types) < 2:
+        return factors, scores
+    widest = reduce(torch.promote_types, types)
+
+    def converted(factor: Factor) -> Factor:
+        return factor.mapped(lambda table: table.to(widest))
+
+    return {k: converted(f) for k, f in factors.items()}, {k: converted(f) for k, f in scores.items()}
+
+
 def _scores(
     runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
 ) -> dict[str, Factor]:
-    """The log-probabilities of draws that have other factors in some run."""
-    keys = [key for key in sites if any(key in run.scores for run in runs.values())]
+    """The log-probabilities of draws that have other factors in some run, or another scale in each."""
+    several = len(runs) > 1
+    keys = [
+        key
+        for key, site in sites.items()
+        if (several and site.needs_score) or any(key in run.scores for run in runs.values())
+    ]
     if not keys:
         return {}
-    again = {path: replace(run, factors={**run.factors, **run.scores}) for path, run in runs.items()}
+
+    def unweighted(run: Run) -> Run:
+        own = {key: run.scores.get(key, run.factors.get(key)) for key in keys}
+        return replace(run, factors={key: replace(f, scale=1.0) for key, f in own.items() if f is not None})
+
+    again = {path: unweighted(run) for path, run in runs.items()}
     found = _factors(again, layout, supports, {key: sites[key] for key in keys})
     return {key[1]: found[key] for key in keys}
 
@@ -179,15 +208,27 @@ def _joined_factors(
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
         found = {path: _factor_in(run, key, sites) for path, run in runs.items()}
+        scale = one_scale([factor.scale for factor in found.values() if factor is not None] or [some.scale])
+        if scale is None and site.kind != "enumerated":
+            found = {path: None if factor is None else applied(factor) for path, factor in found.items()}
+            scale = 1.0
         absent = _absent_table(some.table, site, sizes.get(site.name, 1))
         since = max(count.get(key, 0) for count in made)
         tables = {path: None if factor is None else factor.table for path, factor in found.items()}
         table = joined(tables, since, sizes, absent)
-        result[key] = Factor(site.name, table, some.plates, some.scale)
+        if scale is None:
+            scales = {path: None if factor is None else _scale_table(factor) for path, factor in found.items()}
+            scale = joined(scales, since, sizes, _scale_table(replace(some, scale=1.0)))
+        result[key] = Factor(site.name, table, some.plates, scale)
         if some.first is not None:
             firsts = {path: None if factor is None else factor.first for path, factor in found.items()}
             result[key] = replace(result[key], first=joined(firsts, since, sizes, absent))
     return result
+
+
+def _scale_table(factor: Factor) -> Table:
+    scale = factor.scale
+    return scale if isinstance(scale, Table) else Table(factor.table.values.new_tensor(scale), ())
 
 
 def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor | None:

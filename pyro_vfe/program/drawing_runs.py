@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.bits import are_bits
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.log_prob import log_prob, widened
 from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.parameters import Strangers
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site, is_pathwise, is_summed
@@ -182,9 +182,10 @@ def log_prob_of(site: Site) -> Tensor:
         site: Of an ordinary run.
     """
     fn, mask = unmasked(site)
-    values = _of_bits(fn, site.value)
+    value = widened(site.value)
+    values = _of_bits(fn, value)
     if values is None:
-        values = log_prob(fn, site.value)
+        values = log_prob(fn, value)
     event_dim = len(fn.event_shape)
     shape = site.value.shape[: site.value.dim() - event_dim]
     if values.shape != shape or fn.batch_shape != shape:

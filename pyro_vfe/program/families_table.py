@@ -246,4 +246,5 @@ def _validate(fn: Any, form: Form, value: Tensor) -> None:
 
 def _result_type(form: Form, value: Tensor) -> torch.dtype:
     learned = (values.dtype for name, values in form.parameters.items() if name not in form.family.fixed)
-    return reduce(torch.promote_types, learned, value.dtype)
+    dtype = reduce(torch.promote_types, learned, value.dtype)
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()

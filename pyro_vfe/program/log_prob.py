@@ -30,6 +30,7 @@ def log_prob(fn: Any, value: Tensor, *, own_dims: int = 0) -> Tensor:
     Returns:
         A tensor that broadcasts to the full log-probability.
     """
+    value = widened(value)
     kind = type(fn).__name__
     if kind == "ExpandedDistribution":
         return log_prob(fn.base_dist, value, own_dims=own_dims)
@@ -81,6 +82,24 @@ def exact_log(probs: Tensor) -> Tensor:
     if probs.device.type == "cpu" and bool((probs != 0).all()):
         return probs.log()  # the usual case; elsewhere the question would wait for the device
     return log_at_zero(probs)
+
+
+_HALF = frozenset([torch.float16, torch.bfloat16])
+
+_NARROW = _HALF | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32}
+
+
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether the numbers are of a type that is not computed with: half precision, or integers that overflow."""
+    return tensor.dtype in _NARROW
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The numbers in the default precision, or as 64 bits of an integer; itself where they are no narrow ones."""
+    if tensor.dtype not in _NARROW:
+        return tensor
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32) if tensor.dtype in _HALF else torch.int64
+    return slim(tensor, 0).to(dtype).expand(tensor.shape)
 
 
 def slim(tensor: Tensor, protected: int) -> Tensor:
@@ -223,6 +242,64 @@ def _exact_binomial(fn: Any, value: Tensor, own_dims: int) -> Tensor:
     return choose + _times_log(value, exact_log(probs)) + _times_log(count - value, exact_log(1 - probs))
 
 
+def _exact_normal(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    # Of a scale of 1e-25 the square is zero in single precision, and (x - loc)^2 / scale^2 no number at x = loc.
+    scale = slim(fn.scale, own_dims)
+    z = (value - slim(fn.loc, own_dims)) / scale
+    return -z * z / 2 - scale.log() - _LOG_2PI / 2
+
+
+def _exact_log_normal(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    log = value.log()
+    return _exact_normal(fn, log, own_dims) - log
+
+
+def _exact_half_normal(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    log_density = _exact_normal(fn.base_dist, value, own_dims) + math.log(2)
+    return log_density.where(value >= 0, -torch.inf)
+
+
+def _exact_cauchy(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    scale = slim(fn.scale, own_dims)
+    return -_log1p_square((value - slim(fn.loc, own_dims)) / scale) - scale.log() - math.log(math.pi)
+
+
+def _exact_half_cauchy(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    log_density = _exact_cauchy(fn.base_dist, value, own_dims) + math.log(2)
+    return log_density.where(value >= 0, -torch.inf)
+
+
+def _exact_student_t(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    df, scale = slim(fn.df, own_dims), slim(fn.scale, own_dims)
+    t = (value - slim(fn.loc, own_dims)) / (scale * df.sqrt())
+    log_constant = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - (math.pi * df).log() / 2
+    return log_constant - scale.log() - (df + 1) / 2 * _log1p_square(t)
+
+
+def _exact_von_mises(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    # kappa cos(x) - log I_0(kappa) without the kappa in both terms.
+    kappa, half = slim(fn.concentration, own_dims), (value - slim(fn.loc, own_dims)) / 2
+    return -2 * kappa * half.sin() ** 2 - torch.special.i0e(kappa).log() - _LOG_2PI
+
+
+def _exact_inverse_gamma(fn: Any, value: Tensor, own_dims: int) -> Tensor:
+    a, rate = slim(fn.concentration, own_dims), slim(fn.rate, own_dims)
+    return a * rate.log() - torch.lgamma(a) - (a + 1) * value.log() - rate / value
+
+
+def _log1p_square(t: Tensor) -> Tensor:
+    """log(1 + t^2), of a t too whose square is too large a number."""
+    far = t.abs() > _FAR
+    near = t.where(~far, 0.0)
+    return torch.where(far, 2 * t.abs().where(far, 1.0).log(), (near * near).log1p())
+
+
+_LOG_2PI = math.log(2 * math.pi)
+
+_FAR = 1e9
+"""To t^2 so large 1 adds nothing in any precision."""
+
+
 def _times_log(count: Tensor, log: Tensor) -> Tensor:
     """count * log with 0 * -inf = 0, in value and gradient."""
     absent = count == 0
@@ -235,6 +312,14 @@ _EXACT = {
     "OneHotCategoricalStraightThrough": _exact_one_hot,
     "Bernoulli": _exact_bernoulli,
     "Binomial": _exact_binomial,
+    "Normal": _exact_normal,
+    "LogNormal": _exact_log_normal,
+    "HalfNormal": _exact_half_normal,
+    "Cauchy": _exact_cauchy,
+    "HalfCauchy": _exact_half_cauchy,
+    "StudentT": _exact_student_t,
+    "VonMises": _exact_von_mises,
+    "InverseGamma": _exact_inverse_gamma,
 }
 
 

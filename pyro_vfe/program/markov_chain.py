@@ -23,7 +23,7 @@ from torch.distributions.kl import register_kl
 from pyro_vfe.engine.chains import chain_marginals, chain_mode
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import ProbabilityError, ShapeError
-from pyro_vfe.program.log_prob import exact_log, slim
+from pyro_vfe.program.log_prob import exact_log, slim, widened
 from pyro_vfe.program.walks import drawn, walk
 from pyro_vfe.program.zeros import log_at_zero
 
@@ -81,6 +81,7 @@ class MarkovChain(TorchDistribution):
             ProbabilityError: If some probability is negative or not finite, or all in a row are zero.
         """
         _check_tables(initial, transition)
+        initial, transition = widened(initial), widened(transition)
         given_steps = transition.shape[-3] if transition.dim() > 2 else 1
         default = given_steps + 1 if given_steps != 1 else 1
         length = default if num_steps is None else num_steps

@@ -18,6 +18,7 @@ from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureErro
 from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.masking import without_gaps
+from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
 from pyro_vfe.program.surroundings import steps_around, subsampled_around
@@ -65,6 +66,9 @@ class Site:
     """Whether a site of the guide takes its weight from the model's site of that name."""
     reveals: str | None = None
     """The latent chain of which it observes states, where its mask holds."""
+
+    def __post_init__(self) -> None:
+        self.fn = widened_distribution(self.fn)
 
     def reads(self, provenance: Provenance) -> Sites:
         """The sites that the log-probability depends on, itself included where it is enumerated."""

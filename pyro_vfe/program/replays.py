@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vfe.program.chain_gaps import Gaps, closing
 from pyro_vfe.program.enumeration import PARTICLES
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.log_prob import widened
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.programs import in_particles
 from pyro_vfe.program.recorder import Kind, Site, is_computed, plates_around
@@ -73,7 +74,7 @@ class _Replayer(Messenger):
 
     def _add(self, site: Site) -> None:
         fn, mask = unmasked(site)
-        terms = masked(fn.log_prob(without_gaps(site)), mask).double() * site.scale
+        terms = masked(fn.log_prob(widened(without_gaps(site))), mask).double() * site.scale
         if self.draws_dim is None:
             terms = terms.reshape(1, -1)
         else:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vfe.engine.factors import Table
-from pyro_vfe.engine.lookup import read_factor
+from pyro_vfe.engine.factors import Factor, Table
+from pyro_vfe.engine.logspace import times
+from pyro_vfe.engine.lookup import read, read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
@@ -26,7 +27,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.spot_check_plates import agree, check_elements
-from pyro_vfe.program.tables import batch_axes, over_dims, scale_reads_latents
+from pyro_vfe.program.tables import batch_axes, over_dims
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run. With fewer than so many values, a latent outside of plates takes all of them; of fewer
@@ -75,14 +76,14 @@ def spot_check(
     check_elements(enumeration, lambda changed: run(0, {**draws, **changed})[1:])
     if enumeration.portions is None:
         for number in range(rounds):
-            _compare(enumeration, run(number), layout.nesting)
+            _compare(enumeration, run(number))
         return
     everything = [run(number) for number in range(rounds)]
     for start, length in enumeration.portions.stretches:  # Each portion's tables are made once, for all rounds.
         with torch.no_grad():
             part = enumeration.portions.make(start, length)
         for whole in everything:
-            _compare(part, whole.narrowed(enumeration.portions.plate, start, length), layout.nesting)
+            _compare(part, whole.narrowed(enumeration.portions.plate, start, length))
 
 
 class _Round(NamedTuple):
@@ -110,19 +111,19 @@ class _Round(NamedTuple):
         return _Round(assignment, sites, log_probs)
 
 
-def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
+def _compare(enumeration: Enumeration, run: _Round) -> None:
     assignment, ordinary, log_probs = run
     pinned = pins(absences(ordinary), ordinary)
     for key, site in ordinary.items():
         counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
             continue  # The model lacks the guide's latent in this branch: it is pinned there.
-        enumerated = _entries(enumeration, key, site, assignment)
-        expected = log_probs[key]
-        if key in enumeration.sites and scale_reads_latents(enumeration.sites[key], nesting):
-            expected = expected * site.scale
-        if site.kind == "sampled":
-            expected = masked(expected, unmasked(site)[1])  # The model's mask decides.
+        enumerated, expected = _entries(enumeration, key, site, assignment), log_probs[key]
+        if key in enumeration.factors:
+            weight = (ordinary.get(counterpart, site) if site.follows_model else site).scale
+            expected = times(expected, _not_in_scale(weight, enumeration.factors[key], site, assignment).to(expected))
+        if site.kind == "sampled" and site.role == "guide" and counterpart in ordinary:
+            expected = masked(expected, unmasked(ordinary[counterpart])[1])  # The model's mask decides.
         if key in pinned and enumerated is not None:
             present = ~torch.as_tensor(pinned[key].where)
             enumerated, expected = masked(enumerated, present), masked(expected, present)
@@ -239,6 +240,13 @@ def _entries(
     if factor is None:
         return None
     return read_factor(factor, assignment, batch_axes(site.plates), enumeration.chain_plate(site.name))
+
+
+def _not_in_scale(weight: Tensor | float, factor: Factor, site: Site, assignment: Mapping[str, Table]) -> Tensor:
+    """How many times a factor's table has to hold what the site says: once where its scale is the site's weight."""
+    scale, weights = factor.scale, torch.as_tensor(weight)
+    own = read(scale, assignment, batch_axes(site.plates)) if isinstance(scale, Table) else torch.tensor(scale)
+    return torch.where(weights == own, 1.0, weights / own)
 
 
 def _ordinary_log_prob(site: Site) -> Tensor:

@@ -78,7 +78,7 @@ def _anew(site: Site, plate: str, changed: Tensor) -> Tensor:
     wanted = changed.to(value.device).reshape([-1] + [1] * (-dim - 1))
     with torch.no_grad():
         for _ in range(_MOST_TRIES):
-            fresh = site.fn.sample().expand(value.shape)
+            fresh = site.fn.sample().to(value).expand(value.shape)
             same = value == site.value
             if event_dims:
                 same = same.flatten(-event_dims).all(-1)[(..., *[None] * event_dims)]
@@ -104,8 +104,9 @@ def agree(one: Tensor, other: Tensor) -> bool:
         one, other = torch.broadcast_tensors(one, other)
     except RuntimeError:
         return False
-    tolerance = _TOLERANCE.get(one.dtype, 1e-2)
-    return bool(torch.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True).all())
+    tolerance = max(_TOLERANCE.get(values.dtype, 1e-2) for values in (one, other))
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return bool(torch.isclose(one.to(wide), other.to(wide), rtol=tolerance, atol=tolerance, equal_nan=True).all())
 
 
 def _reads_others(site: Site, plate: str, names: list[str]) -> SpotCheckError:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Scale, Table
+from pyro_vfe.engine.logspace import times
 from pyro_vfe.engine.stacks import Stack, StackedTable
 from pyro_vfe.errors import SupportError
 from pyro_vfe.program.chain_sites import certain, chain_factor, is_chain
@@ -156,7 +157,7 @@ class Labeller:
         if self.provenance is None:
             return _Reading(fn, mask, None, self._may_be_listed(site, fn), None)
         of = self.provenance.of
-        site = self.ran.get((site.role, site.name), site)
+        site = self._as_it_ran(site)
         sites, identity = self.provenance.look(site.fn)
         sites = sites.union(of(site.mask), of(site.scale), site.controls)
         listed_own = self._may_be_listed(site, fn) and site.name not in sites
@@ -228,9 +229,8 @@ class Labeller:
         elif pin is not None:
             values = self._pinned(values, site, pin, own)
         scale = site.scale
-        if scale_reads_latents(site, self.layout.nesting):
-            weights = torch.as_tensor(1.0 if self.scorer.of_draws else scale, device=values.device)
-            values, scale = values * (weights[..., None] if own else weights), 1.0
+        if site.kind != "enumerated" and scale_reads_latents(site, self.layout.nesting):
+            values, scale = values if self.scorer.of_draws else times(values, torch.as_tensor(scale).to(values)), 1.0
         pattern = self._pattern(values, site, own=own)
         axes = self._axes(pattern, site, scope)
         drawn = tuple(sorted(scope & self.draws)) if scope else ()
@@ -253,7 +253,16 @@ class Labeller:
         return self._weight(site.scale, site)
 
     def _weight(self, scale: Tensor | float, site: Site) -> Scale:
-        return self.labelled(scale, site, NO_SITES) if isinstance(scale, Tensor) and scale.dim() else float(scale)
+        if not isinstance(scale, Tensor):
+            return float(scale)
+        if not scale.dim() and not (scale.requires_grad and torch.is_grad_enabled()):
+            return float(scale.detach())
+        reads = None if self.provenance is None else self.provenance.of(self._as_it_ran(site).scale)
+        return self.labelled(scale, site, reads)
+
+    def _as_it_ran(self, site: Site) -> Site:
+        """The site that knows what its tensors were made from."""
+        return self.ran.get((site.role, site.name), site)
 
     def _pinned(self, values: Tensor, site: Site, pin: Pin, own: bool) -> Tensor:
         """The log-probabilities of a latent with its given value where it has one, at no cost."""

@@ -1,6 +1,7 @@
 """Weighted data: every sum against explicit loops over elements."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_a_factor_of_another_scale_enters_with_the_ratio() -> None:
     graph = replace(graph, factors=factors, variables={"b": replace(graph.variables["b"], scale=weights)})
     expected = sum(c * (first[i] + 3 / c * second).logsumexp(0) for i, c in enumerate((2.0, 4.0)))
     close(log_normalizer(graph).total, expected)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 8000], ids=["whole", "cut"])
+def test_weights_may_be_all_that_tells_the_elements_of_a_plate_apart(max_bytes: float | None) -> None:
+    names = "abcd"
+    graph = graph_of(dict.fromkeys(names, (6, "i")), [(a + b, "", "") for a, b in combinations(names, 2)], {"i": 3})
+    weights = Table(torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64), ("i",))
+    factors = tuple(replace(factor, plates=frozenset("i")) for factor in graph.factors)
+    variables = {name: replace(variable, scale=weights) for name, variable in graph.variables.items()}
+    graph = replace(graph, factors=factors, variables=variables)
+    exponent = torch.stack([f.table.aligned(names).expand(6, 6, 6, 6) for f in factors]).sum(0)
+    expected = sum(c * (exponent / c).flatten().logsumexp(0) for c in weights.values)
+    close(log_normalizer(graph, max_bytes=max_bytes).total, expected)
+    best = torch.stack(torch.unravel_index(exponent.argmax(), exponent.shape))
+    found = mode(graph)
+    close(torch.stack([found[name].values for name in names]), best[:, None].expand(4, 3))
 
 
 def test_kept_plates_carry_their_weights() -> None:
