@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vfe.errors import NotFiniteError, VFEWarning, located
 from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.e_phases import Annealed
+from pyro_vfe.learning.floors import hold_floors
 from pyro_vfe.learning.guided import surprise_of
 from pyro_vfe.learning.history import START, Row
 from pyro_vfe.learning.pair import Pair
@@ -106,7 +107,9 @@ def m_step(pair: Pair, m_phase: MPhase, state: State, notes: list[str] | None = 
     """
     problem = Problem(pair, state.enumeration, state.belief, pair.learned, [] if notes is None else notes)
     with restored_on_error(state.parameters):
-        return m_phase.update(problem)
+        words = m_phase.update(problem)
+        hold_floors(pair, state.enumeration)
+    return words
 
 
 def row_after_m_step(belief: Belief, enumeration: Enumeration, surprise: Tensor, iteration: int) -> Row:
@@ -220,6 +223,7 @@ class Loop:
             return None
         try:
             restore(jump)
+            hold_floors(self.pair, state.enumeration)
             after = e_step(self.pair, self.e_phase, state.iteration + 1)
         except ValueError:  # The programs refuse parameters that EM itself would not have come to.
             after = None
