@@ -140,7 +140,7 @@ class Tables:
         running = running_mask(self.spec)
         for site in self.spec.model:
             mask = torch.ones(self.spec.batch_shape(site.plates)).bool()
-            if site.mask == "fixed":
+            if site.mask in ("fixed", "of_fn", "obs_mask"):
                 mask = fixed_mask(self.spec, site)
             elif site.mask == "running":
                 mask = mask & running

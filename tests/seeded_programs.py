@@ -101,7 +101,8 @@ class SiteSpec(_Shown):
     """A scale of its own: a "number", a number for each of the "elements" of its plates, or a "parameter"."""
 
     mask: str = ""
-    """ "fixed" for some elements, "running" for the program's mask, "latent" for what the first parent says."""
+    """How some elements are taken out: by a "fixed" poutine.mask, a mask "of_fn", an "obs_mask", the program's "running"
+    mask, or what the first parent says ("latent")."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +131,7 @@ class ProgramSpec(_Shown):
             "chain": any(site.kind == "chain_2" for site in sites),
             "gaps": any(site.kind == "chain_2" and site.observed and site.mask for site in self.model),
             "absent": any(not site.observed and site.mask for site in self.model),
-            "mask": any(site.observed and site.mask in ("fixed", "latent") for site in self.model),
+            "mask": any(site.observed and site.mask not in ("", "running") for site in self.model),
             "in_place": self.running is not None,
             "zeros": any(site.zeros for site in sites),
             "guide": bool(self.guide),
@@ -305,7 +306,11 @@ def _run(spec: ProgramSpec, sites: tuple[SiteSpec, ...], prefix: str) -> None:
             for context in _contexts(spec, site, values, running):
                 stack.enter_context(context)
             fn = _distribution(spec, site, prefix, values)
-            value = pyro.sample(site.name, fn, obs=datum(spec, site) if site.observed else None)
+            if site.mask == "of_fn":
+                fn = fn.mask(fixed_mask(spec, site))
+            obs = datum(spec, site) if site.observed else None
+            obs_mask = fixed_mask(spec, site) if site.mask == "obs_mask" else None
+            value = pyro.sample(site.name, fn, obs=obs, obs_mask=obs_mask)
         values[site.name] = value.argmax(-1) if site.kind == "one_hot_3" else value.long()
         if site.mask == "running":
             change_mask(spec, site, running)
@@ -467,7 +472,9 @@ class _Draw:
             observed=True,
             zeros=self._zeros() if self.chance(0.6) else "",
             scale=self._scale(("number", "elements", "parameter")) if self.wants["scale"] and self.chance(0.25) else "",
-            mask=self.random.choice(("fixed", "latent")) if self.wants["mask"] and self.chance(0.4) else "",
+            mask=self.random.choice(("fixed", "of_fn", "obs_mask", "latent"))
+            if self.wants["mask"] and self.chance(0.4)
+            else "",
         )
         if site.mask == "latent" and not parents:
             site = replace(site, mask="fixed")
