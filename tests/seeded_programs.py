@@ -26,6 +26,8 @@ MAX_ASSIGNMENTS = 400
 SIZES = {"categorical_2": 2, "categorical_3": 3, "bernoulli": 2, "one_hot_3": 3, "binomial_2": 3, "chain_2": 2}
 """Kinds of sites with a finite support, and how many values they have."""
 
+MASKS = ("fixed", "of_fn", "obs_mask", "latent")
+
 DATA = ("normal", "poisson", "bernoulli", "categorical_3")
 
 KINDS = {
@@ -101,8 +103,8 @@ class SiteSpec(_Shown):
     """A scale of its own: a "number", a number for each of the "elements" of its plates, or a "parameter"."""
 
     mask: str = ""
-    """How some elements are taken out: by a "fixed" poutine.mask, a mask "of_fn", an "obs_mask", the program's "running"
-    mask, or what the first parent says ("latent")."""
+    """How elements are taken out: a "fixed" poutine.mask, a mask "of_fn", an "obs_mask", the program's "running" mask,
+    or what the first parent says ("latent")."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,5 +1,6 @@
 """Random programs of every kind against their tables in the linear domain; `make fuzz` tries any number of them."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_a_specification_prints_as_the_call_that_makes_it() -> None:
 def test_a_gap_that_is_defined_is_not_negative() -> None:
     """What the oracle takes for defined is a bound."""
     for seed in range(400, 500):
+        pyro.clear_param_store()
         expected = Expected(program_spec(seed))
         if not expected.no_free_energy and not expected.no_surprise and expected.terms["gap"].isfinite():
             assert expected.terms["gap"] > -1e-10

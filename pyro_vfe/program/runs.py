@@ -15,11 +15,11 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor
 from pyro_vfe.program.assembly import Run, assembled
 from pyro_vfe.program.branches import Assignment, Paths
-from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
-from pyro_vfe.program.portions import PortionedRun, withheld
+from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -73,15 +73,6 @@ def enumerate_programs(
             raise StructureChanged(str(escape)) from escape
         runs[paths.assignment()] = run
     return assembled(runs, layout)
-
-
-def _withheld(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
-    """What stands in for the making of other tables where even those of log-probabilities are withheld.
-
-    Raises:
-        CostError: Always.
-    """
-    raise withheld([name for _, name in some])
 
 
 class _Runner:
@@ -176,7 +167,7 @@ class _Runner:
         self.provenance.finish()
         factors = portioned.withheld()
         lost = frozenset(labeller.lost)
-        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, portioned=portioned)
+        return Run(dict(sites), factors, self.supports, subsamples, lost, not_here, portioned=portioned)
 
     def _portioned_plate(self, sites: Mapping[SiteKey, Site]) -> str | None:
         """The plate that is summed in portions, where it has more elements than one."""
