@@ -125,6 +125,13 @@ def scaled(name: str, scale: float) -> Tensor:
         return categorical("z", simplex(name, 2))
 
 
+def values_in_the_place_of_a_plate() -> None:
+    z = categorical("z", HALF)
+    with pyro.plate("data", 3):
+        normal("x", z, 3)
+    normal("u", z.reshape(-1)[: z.numel()].squeeze())
+
+
 def in_branches_of_two_sizes() -> None:
     size = 2 if bernoulli("a", 0.4).item() else 3
     with pyro.plate("data", size):
@@ -168,6 +175,16 @@ def unequal_counts() -> None:
 
 def chain(name: str, transition: Tensor, num_steps: int | None = None) -> Tensor:
     return pyro.sample(name, vfe.MarkovChain(HALF, transition, num_steps=num_steps))
+
+
+def chain_scaled_by_step() -> None:
+    with pyro.plate("time", 3), pyro.poutine.scale(scale=tensor([1.0, 2.0, 1.0])):
+        chain("z", simplex("transition", 2, 2))
+
+
+def branching_when_enumerated() -> None:
+    z = categorical("z", HALF)
+    normal("u", z.sum().item() if z.dim() else z)
 
 
 def chains_of_unlike_plates(prefix: str) -> None:
@@ -329,6 +346,11 @@ REFUSALS: dict[str, Refusal] = {
         ScaleError,
         "'z' has different scales",
     ),
+    "values in the place of a plate": (
+        lambda: loss_of(values_in_the_place_of_a_plate),
+        StructureError,
+        r"'u' of the model has a log-probability of shape \(2,\), and its dim -1 is no plate",
+    ),
     "sizes of a plate": (lambda: loss_of(in_branches_of_two_sizes), NameClashError, "'data' has size"),
     "orders of sites": (lambda: loss_of(in_branches_of_two_orders), StructureError, "'x'.*the other order"),
     "supports in branches": (lambda: loss_of(in_branches_of_two_supports), SupportError, "'x' has 2 values.*3"),
@@ -414,6 +436,16 @@ REFUSALS: dict[str, Refusal] = {
         StructureError,
         "'u' observes other values",
     ),
+    "an escape that only enumeration meets": (
+        lambda: loss_of(branching_when_enumerated),
+        StructureError,
+        "structure of the programs changes.*'z' leaves torch by item",
+    ),
+    "a scale along a chain of the program": (
+        lambda: loss_of(chain_scaled_by_step),
+        ScaleError,
+        "'z' is a MarkovChain whose scale varies",
+    ),
     "the beginning of no chain": (structured_marginals, StructureError, "'z' is no chain"),
     "no networks": (lambda: vfe.AutoAmortized(mixture, {}), StructureError, "given no network"),
     "an axis named twice": (lambda: Table(torch.zeros(2, 2), ("a", "a")), VFEError, "the axes"),
@@ -463,6 +495,11 @@ def missing_value(is_read: bool) -> None:
     normal("u", bernoulli("z", 0.3) + (x if is_read else 0.0))
 
 
+def later_latent(is_there: bool) -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0)) if is_there else tensor(0.0)
+    normal("u", bernoulli("z", 0.3) + x)
+
+
 def plated(is_left: bool) -> None:
     with pyro.plate("data", 3):
         z = categorical("z", HALF)
@@ -502,6 +539,7 @@ def guide_that_leaves_the_plate(is_outside: bool) -> None:
 
 LATER: dict[str, tuple[Callable[[bool], None], Callable[[bool], None], type[VFEError], str]] = {
     "a missing value is read": (missing_value, empty, MissingGuideSiteError, "'x' is Normal"),
+    "a latent that nobody draws appears": (later_latent, empty, MissingGuideSiteError, "'x' is Normal"),
     "a reader leaves the plate": (
         plated,
         empty,
@@ -530,10 +568,13 @@ def test_a_program_that_changes_for_the_worse_is_refused_at_the_next_call(name: 
 
 
 def test_a_latent_may_move_to_a_plate_further_left() -> None:
+    """To a dim that was a latent's, and as long as its values are many."""
+
     def model(is_far: bool) -> None:
         with pyro.plate("data", 2, dim=-2 if is_far else -1):
-            normal("u", categorical("z", HALF), *([2, 1] if is_far else [2]))
+            z = categorical("z", tensor([0.2, 0.8]))
+            pyro.sample("u", dist.Normal(z.double(), 1.0), obs=tensor([[0.5], [3.0]] if is_far else [0.5, 3.0]))
 
-    elbo = vfe.FreeEnergy()
+    elbo = vfe.FreeEnergy(check=False)
     near, far = (elbo.loss(model, empty, is_far) for is_far in (False, True))
     assert near == pytest.approx(far)

@@ -70,7 +70,7 @@ def enumerate_programs(
             runner = _Runner(layout, paths, given or {}, subsamples or {}, share, differentiable, pin_masked)
             run = runner.run(model, guide, args, kwargs)
         except Escaped as escape:
-            raise StructureChanged(str(escape)) from escape
+            raise StructureChanged(f"latent '{min(escape.sites)}' leaves torch by {escape}") from escape
         runs[paths.assignment()] = run
     return assembled(runs, layout)
 
