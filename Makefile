@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test test-arviz lint format docs docs-check bench clean
+.PHONY: help demo test fuzz test-arviz lint format docs docs-check bench clean
 
 help:
 	@echo "make demo    install, then take a hidden Markov model of the earthquake counts apart"
 	@echo "make test    install, then run the tests, the examples and the documents' code"
+	@echo "make fuzz    random programs against their joint tables: N=3000 of them from SEED=1000 on"
 	@echo "make test-arviz  the conversion for ArviZ 1.x, where a Python >= 3.12 is there"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
@@ -25,6 +26,13 @@ demo: $(VENV)/.installed-demo
 # One thread per worker: the tables are small, and two workers' thread pools would fight over the cores.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Without some kinds of programs: make fuzz N=500 FUZZ_ARGS="--without chain branch"
+N ?= 3000
+SEED ?= 1000
+FUZZ_ARGS ?=
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz.py --programs $(N) --seed $(SEED) $(FUZZ_ARGS)
 
 # ArviZ 1.x needs a newer Python than the package does, and its half of the reports needs no torch. A shim of pyenv may
 # be on the path and not run: each candidate is tried.

@@ -607,5 +607,5 @@ def impossible(counts: Tensor) -> None:
 
 
 def test_impossible_data_are_refused() -> None:
-    with pytest.raises(ImpossibleDataError):
+    with pytest.raises(ImpossibleDataError, match="No joint value of the latents"):
         vfe.to_datatree(impossible, None, COUNTS, num_samples=30)

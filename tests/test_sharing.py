@@ -126,7 +126,16 @@ def test_masks_and_scales_of_steps_stay_their_own() -> None:
     assert_right(model, True)
 
 
+def written_out_of_sight(probs: Tensor) -> Tensor:
+    """A write that no function mode of torch sees, as compiled code makes it."""
+    with torch._C.DisableTorchFunction():
+        probs[..., 0] *= 3.0
+    return probs
+
+
 WRITERS = {
+    "out of sight": written_out_of_sight,
+    "without a new version": lambda p: p.data[..., 0].mul_(3.0) is None or p,
     "into a shared result": lambda p: p.mul_(0.5).add_(1 / 6),
     "into an element": lambda p: p.__setitem__((..., 0), p[..., 0] * 1.5) or p,
     "through a view": lambda p: p.unsqueeze(0).mul_(0.5) is None or p,

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Variable
-from pyro_vfe.errors import PlateError, StructureError
+from pyro_vfe.errors import PlateError
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import is_point
 
@@ -27,16 +27,14 @@ PARTICLES = "num_particles_vectorized"
 """The plate of particles."""
 
 
-def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
-    """What stands in for `rescored` where the runs are not kept.
+def not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
+    """What stands in for the making of other tables where runs, or whole tables, are not kept: nothing may ask for it.
 
-    Raises:
-        StructureError: Always.
+    Args:
+        keys: The sites.
+        scorer: What would make their numbers.
     """
-    raise StructureError(
-        f"The factors of {len(keys)} sites were to be made again from a result, which holds numbers and no runs.",
-        hint="Run the programs where the statistics are wanted.",
-    )
+    raise AssertionError("statistics are taken where programs have been run and their tables made whole")
 
 
 def is_random(site: Site) -> bool:
@@ -133,7 +131,7 @@ class Enumeration:
         parameters = {name: value.detach() for name, value in self.parameters.items()}
         return {
             **self.__dict__,
-            "rescored": _not_here,
+            "rescored": not_here,
             "parameters": parameters,
             "own_scores": {},
             "scores": {},
@@ -170,9 +168,8 @@ class Enumeration:
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
-        return replace(
-            self, paths=(), rescored=_not_here, parameters={}, own_scores={}, scores={}, limits={}, portions=portions
-        )
+        nothing: dict[str, Any] = {name: {} for name in ("parameters", "own_scores", "scores", "limits")}
+        return replace(self, paths=(), rescored=not_here, read=(), portions=portions, **nothing)
 
     @property
     def parts(self) -> "Iterable[Enumeration]":

@@ -246,10 +246,10 @@ class Recorder(Messenger):
         return known
 
     def _kind(self, msg: Any) -> Kind:
-        if msg["name"] in self.enumerated:
-            return "enumerated"
         if msg["is_observed"]:
             return "observed"
+        if msg["name"] in self.enumerated:
+            return "enumerated"
         return "unread" if self.role == "model" and msg["name"] not in self.given else "sampled"
 
     def _needs_score(self, fn: Any) -> bool:

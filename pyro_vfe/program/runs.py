@@ -16,12 +16,12 @@ from pyro_vfe.engine.factors import Factor
 from pyro_vfe.program.assembly import Run, assembled, joined_runs
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
-from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masking import Pin, unmasked
 from pyro_vfe.program.masks import absences, mask_draws, pins, read_where_masked
-from pyro_vfe.program.portions import PortionedRun, withheld
+from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -95,15 +95,6 @@ def tables_at(
     return joined_runs(runner.all_paths(model, guide, args, kwargs), layout)
 
 
-def _withheld(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
-    """What stands in for the making of other tables where even those of log-probabilities are withheld.
-
-    Raises:
-        CostError: Always.
-    """
-    raise withheld([name for _, name in some])
-
-
 class _Runner:
     """One run of both programs along one path of choices."""
 
@@ -151,7 +142,7 @@ class _Runner:
             try:
                 run = self.run(model, guide, args, kwargs)
             except Escaped as escape:
-                raise StructureChanged(str(escape)) from escape
+                raise StructureChanged(f"latent '{min(escape.sites)}' leaves torch by {escape}") from escape
             runs[self.paths.assignment()] = run
         return runs
 
@@ -244,7 +235,7 @@ class _Runner:
         self.provenance.finish()
         factors = portioned.withheld()
         lost = frozenset(labeller.lost)
-        return Run(dict(sites), factors, self.supports, subsamples, lost, _withheld, portioned=portioned)
+        return Run(dict(sites), factors, self.supports, subsamples, lost, not_here, portioned=portioned)
 
     def _portioned_plate(self, sites: Mapping[SiteKey, Site]) -> str | None:
         """The plate that is summed in portions, where it has more elements than one."""

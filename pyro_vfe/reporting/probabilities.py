@@ -18,7 +18,7 @@ from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
 from pyro_vfe.energy.posterior import Posterior
 from pyro_vfe.engine.factors import Table
-from pyro_vfe.errors import NotFiniteError, PlateKeptError, ProbabilityError, ShapeError, VFEError
+from pyro_vfe.errors import PlateKeptError, ProbabilityError, ShapeError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.reporting.palette import Numbers, array, article, shortened, signed_minus
 from pyro_vfe.reporting.variables import is_one_hot
@@ -215,11 +215,7 @@ def _check_alike(sites: Sequence[str], alike: bool) -> None:
 def _one(table: Table, run: Enumeration, site: str, name: str) -> Probabilities:
     plates = tuple(axis for axis in table.axes if axis != site)
     values = array(table.aligned((*plates, site)))
-    if not np.isfinite(values).all():
-        raise NotFiniteError(
-            f"The probabilities of latent '{site}' under {name} are not finite.",
-            hint="Print the decomposition: it says where the guide puts mass that the model forbids.",
-        )
+    assert np.isfinite(values).all(), "marginals of an impossible or undefined sum are refused where they are made"
     chains = {variable.chain for variable in run.variables.values()}
     support = run.supports[site]
     labels = tuple(map(str, range(len(support)))) if is_one_hot(support) else tuple(map(_value, support))

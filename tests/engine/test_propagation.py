@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,39 @@ def test_tables_that_span_too_much_are_left_to_sums_in_logs(tables: list[list[fl
     log_z, found = log_normalizer_and_marginals(graph, [("a",)])
     close(log_z, full_joint(graph).log_normalizer)
     close(found["a",].values, (torch.tensor(tables).double().sum(0) - log_z).exp())
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        pytest.param(
+            {"a": [-500.0, 0.0], "ab": [[-600.0, 0.0], [0.0, -660.0]], "b": [0.0, 0.0]}, id="a derivative underflows"
+        ),
+        pytest.param({"a": [-660.0, 0.0], "ba": [[0.0, -INF], [-600.0, -INF]]}, id="what remains is faint"),
+    ],
+)
+def test_tables_whose_products_span_too_much_are_left_to_sums_in_logs(tables: dict[str, Any]) -> None:
+    graph = of_tables(tables)
+    assert propagate(graph, [("a",), ("b",)]) is None
+    log_z, found = log_normalizer_and_marginals(graph, [("a",), ("b",)])
+    joint = full_joint(graph)
+    close(log_z, joint.log_normalizer)
+    for name in "ab":
+        close(found[name,].values, (joint.log_marginal([(name, ())]) - joint.log_normalizer).exp())
+
+
+def test_a_product_that_is_zero_throughout_is_left_to_sums_in_logs() -> None:
+    ones = [[-INF, 0.0], [-INF, -INF]]
+    graph = of_tables({"ba": [[0.0, -600.0], [-INF, -600.0]], "b": [0.0, -660.0], "ab": ones})
+    assert propagate(graph, [("a",), ("b",)]) is None
+    with pytest.raises(ImpossibleDataError):
+        log_normalizer_and_marginals(graph, [("a",), ("b",)])
+
+
+def of_tables(tables: dict[str, Any]) -> FactorGraph:
+    """A graph of two binary variables from log tables, each under the names of its axes."""
+    factors = [Factor(axes, Table(torch.tensor(t).double(), tuple(axes)), NO_PLATES) for axes, t in tables.items()]
+    return FactorGraph(tuple(factors), {name: Variable(name, 2, NO_PLATES) for name in "ab"}, {})
 
 
 def test_impossible_values_cost_nothing_of_the_range() -> None:
