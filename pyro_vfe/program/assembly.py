@@ -21,11 +21,13 @@ from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
 from pyro_vfe.program.layout import Layout, different_plates
-from pyro_vfe.program.masks import check_absences
+from pyro_vfe.program.masks import absences, check_absences, presences
 from pyro_vfe.program.portions import PortionedRun
-from pyro_vfe.program.recorder import Plate, Site
+from pyro_vfe.program.recorder import Plate, Role, Site
 from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
 from pyro_vfe.program.tables import Scorer
+
+_ROLES: tuple[Role, ...] = ("guide", "model")
 
 
 @dataclass(eq=False)
@@ -43,6 +45,8 @@ class Run:
     """The log-probabilities of those draws whose factors are something else, by masks or weights."""
     portioned: PortionedRun | None = None
     """Where the tables are withheld: what makes them a portion of a plate at a time."""
+    presence: Mapping[SiteKey, Table] = field(default_factory=dict)
+    """Where masked latents of the model exist."""
 
 
 def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
@@ -73,17 +77,20 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         sites = {key: sites[key] for key in _common_order(runs)}
     _check_supports(sites, supports)
     factors = _factors(runs, layout, supports, sites)
-    optional = frozenset(name for run in runs.values() for name in supports if name not in run.supports)
+    if len(runs) > 1:
+        _check_decided(factors, sites, supports)
+    presence = _presence(runs, layout, supports, sites)
     lost = frozenset().union(*(run.lost for run in runs.values()))
 
     def rescored(keys: Collection[SiteKey], scorer: Scorer) -> dict[SiteKey, Factor]:
         again = {path: _labelled_again(run, keys, scorer) for path, run in runs.items()}
         return _factors(again, layout, supports, {key: sites[key] for key in keys})
 
-    whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
+    whole = _enumeration(factors, sites, supports, last.subsamples, presence, lost, rescored, layout)
     whole = replace(whole, own_scores=_scores(runs, layout, supports, sites))
     if last.portioned is None:
-        check_absences(whole.guided, sites, whole.factors.values(), layout)
+        masked = {key for run in runs.values() for key in run.presence if key[1] in whole.guided}
+        check_absences({key: presence[key] for key in masked & presence.keys()}, sites, whole.factors.values())
         return replace(whole, paths=tuple(run.sites for run in runs.values()))
     return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
 
@@ -96,7 +103,7 @@ def _portions(whole: Enumeration, run: Run, portioned: PortionedRun, layout: Lay
     def made(start: int, length: int) -> Enumeration:
         sites = portioned.restricted(start, length)
         part = replace(run, sites=sites, factors=portioned.factors(sites), portioned=None)
-        part.scores = portioned.scores(sites)
+        part.scores, part.presence = portioned.scores(sites), presences(absences(sites), sites, layout)
         return replace(assembled({(): part}, layout), plates={**whole.plates, plate: length})
 
     return Portions(plate, portioned.size, length, made)
@@ -153,13 +160,15 @@ def _joined_factors(
 ) -> dict[SiteKey, Factor]:
     """Each site's tables of all runs, as one table with an axis per sequential latent."""
     sizes = {name: len(support) for name, support in supports.items()}
-    made = [_choices_made(run, layout) for run in runs.values()]
+    made = _choices_made(runs, layout)
     result = {}
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
         found = {path: _factor_in(run, key, sites) for path, run in runs.items()}
         absent = _absent_table(some.table, site, sizes.get(site.name, 1))
-        since = max(count.get(key, 0) for count in made)
+        since = made[key]
+        if any(found[path] is not run.factors.get(key) for path, run in runs.items()):
+            since = max(made.get((role, site.name), 0) for role in _ROLES)  # The other program decides, too.
         tables = {path: None if factor is None else factor.table for path, factor in found.items()}
         table = joined(tables, since, sizes, absent)
         result[key] = Factor(site.name, table, some.plates, some.scale)
@@ -173,8 +182,10 @@ def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor 
     """The site's factor in one run; None where the branch lacks the site, or the model lacks the guide's latent."""
     role, name = key
     both = ("guide", name) in sites and ("model", name) in sites
-    if not both or sites[key].kind != "enumerated":
+    if not both or sites[key].kind == "observed":
         return run.factors.get(key)
+    if sites[key].kind == "sampled":
+        return run.factors.get(key) or _cancelling(run, name)
     if ("model", name) in run.factors and ("guide", name) not in run.factors:
         raise StructureError(
             f"The model has latent site '{name}' in a branch where the guide, which has it elsewhere, has not.",
@@ -193,14 +204,69 @@ def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor 
     return run.factors.get(key)
 
 
-def _choices_made(run: Run, layout: Layout) -> dict[SiteKey, int]:
-    """For each site of a run, how many sequential latents had their values when it was recorded."""
-    met: set[str] = set()
+def _check_decided(
+    factors: Mapping[SiteKey, Factor], sites: Mapping[SiteKey, Site], supports: Mapping[str, Tensor]
+) -> None:
+    """Checks that the guide samples what decides whether a latent exists before the latent.
+
+    Raises:
+        StructureError: It does so later, or leaves that to the model.
+    """
+    known: set[str] = set()
+    for (role, name), factor in factors.items():
+        if role == "guide" and sites[role, name].kind == "enumerated":
+            known.add(name)
+            unknown = [axis for axis in factor.table.axes if axis in supports and axis not in known]
+            if unknown:
+                raise StructureError(
+                    f"The guide has latent site '{name}', which the model has for some values of '{unknown[0]}' only, "
+                    f"and does not sample '{unknown[0]}' before it.",
+                    hint=f"Sample '{unknown[0]}' in the guide before '{name}', or leave '{name}' out of the guide.",
+                )
+
+
+def _cancelling(run: Run, name: str) -> Factor | None:
+    """What stands in the model for a draw of the guide that it lacks here: log q, so that the draw costs nothing."""
+    site = run.sites.get(("guide", name))
+    if site is not None and type(site.fn).__name__ == "Delta" and any(s.auxiliary for s in run.sites.values()):
+        raise StructureError(
+            f"The model lacks '{name}' in a branch, and the guide makes it from an auxiliary site, whose density would "
+            "count where the latent does not exist.",
+            hint=f"Give the guide a site '{name}' with a distribution of its own, where the model has it.",
+        )
+    return run.factors.get(("guide", name))
+
+
+def _presence(
+    runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
+) -> dict[SiteKey, Table]:
+    """Where latents of the model and draws of the guide exist that are not always there: over what decides it."""
+    kinds = {"model": ("enumerated", "sampled"), "guide": ("sampled",)}
+    latents = [key for key, site in sites.items() if site.kind in kinds[key[0]]]
+    optional = [key for key in latents if any(key not in run.sites or key in run.presence for run in runs.values())]
+    if not optional:
+        return {}
+    sizes, made = {name: len(support) for name, support in supports.items()}, _choices_made(runs, layout)
+    like = next(run.factors[optional[0]] for run in runs.values() if optional[0] in run.factors).table.values
+    always, never = (Table(like.new_full((), exists, dtype=torch.bool), ()) for exists in (True, False))
     result = {}
-    for key in run.sites:
-        if key[1] in layout.sequential:
-            met.add(key[1])
-        result[key] = len(met)
+    for key in optional:
+        tables = {path: run.presence.get(key, always) if key in run.sites else never for path, run in runs.items()}
+        table = joined(tables, made[key], sizes, never).selected(key[1], 0)
+        if never in tables.values() or not bool(table.values.all()):
+            result[key] = table
+    return result
+
+
+def _choices_made(runs: Mapping[Assignment, Run], layout: Layout) -> dict[SiteKey, int]:
+    """For each site, how many sequential latents had their values when it was recorded, in the run with most."""
+    result: dict[SiteKey, int] = {}
+    for run in runs.values():
+        met: set[str] = set()
+        for key in run.sites:
+            if key[1] in layout.sequential:
+                met.add(key[1])
+            result[key] = max(result.get(key, 0), len(met))
     return result
 
 
@@ -235,7 +301,7 @@ def _enumeration(
     sites: Mapping[SiteKey, Site],
     supports: Mapping[str, Tensor],
     subsamples: Mapping[str, Tensor],
-    optional: frozenset[str],
+    presence: Mapping[SiteKey, Table],
     lost: frozenset[tuple[str, str, str]],
     rescored: Rescored,
     layout: Layout,
@@ -263,7 +329,7 @@ def _enumeration(
         sites=sites,
         factors=factors,
         subsamples=subsamples,
-        optional=optional,
+        presence=presence,
         lost=lost,
         full_plates={name: plate.full_size for name, plate in plates.items()},
         paths=(sites,),

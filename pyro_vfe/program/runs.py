@@ -18,7 +18,7 @@ from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
+from pyro_vfe.program.masks import absences, mask_draws, presences, read_where_masked
 from pyro_vfe.program.portions import PortionedRun, withheld
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -143,8 +143,10 @@ class _Runner:
             return replace(labeller, scorer=scorer).factors(some, absent)
 
         own = self._scores(labeller, sites)
+        presence = presences({**absent, **absences(sites, kind="sampled")}, sites, self.layout)
         self.provenance.finish()
-        return Run(sites, factors, self.supports, second.subsamples, frozenset(labeller.lost), label, own)
+        lost = frozenset(labeller.lost)
+        return Run(sites, factors, self.supports, second.subsamples, lost, label, own, presence=presence)
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
