@@ -4,6 +4,7 @@ from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.explain import Explanation, explain
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.energy.posterior import Posterior, posterior
+from pyro_vfe.energy.presence import Assignment
 from pyro_vfe.guides.amortized import AutoAmortized
 from pyro_vfe.guides.exact import AutoPosterior
 from pyro_vfe.guides.mean_field import AutoMeanField
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EM",
     "Annealed",
+    "Assignment",
     "AutoAmortized",
     "AutoMeanField",
     "AutoPosterior",

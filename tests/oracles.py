@@ -123,8 +123,8 @@ class Posterior:
         return (torch.stack([row.log_mass().detach() for row in self.rows]) - self.log_evidence).exp()
 
     def marginal(self, *sites: str) -> Tensor:
-        """The joint marginal of sites that every run has, shape `(*plates, K_1, ..., K_n)`, in support order."""
-        shapes = [self.rows[0].sites[site].log_prob.shape for site in sites]
+        """The joint marginal of sites where a run has them all, shape `(*plates, K_1, ..., K_n)`, in support order."""
+        shapes = [next(row.sites[site].log_prob.shape for row in self.rows if site in row.sites) for site in sites]
         batch = torch.broadcast_shapes(*shapes)
         flat = [torch.arange(prod(shape)).reshape(shape).expand(batch).reshape(-1).tolist() for shape in shapes]
         sizes = [
@@ -133,7 +133,9 @@ class Posterior:
         table = torch.zeros(prod(batch), *sizes)
         for row, prob in zip(self.rows, self.probs, strict=True):
             for i in range(prod(batch)):
-                table[(i, *(row.assignment.get((s, f[i]), 0) for s, f in zip(sites, flat, strict=True)))] += prob
+                elements = [(site, element[i]) for site, element in zip(sites, flat, strict=True)]
+                if row.assignment.keys() >= set(elements):
+                    table[(i, *(row.assignment[element] for element in elements))] += prob
         return table.reshape(*(size for size in batch if size > 1), *sizes)
 
     def entropy(self) -> Tensor:

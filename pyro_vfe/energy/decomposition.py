@@ -163,7 +163,8 @@ class Decomposition:
     def q_marginals(self) -> dict[str, Tensor]:
         """Returns the probabilities of each latent's values under Q, shape `(*plates, K)`, plates sorted by name.
 
-        Where something is sampled they are averages over the particles.
+        They sum to the probability that the latent is there: to less than one where a branch of the model lacks it, and
+        to zero where a mask removes it. Where something is sampled they are averages over the particles.
 
         Raises:
             PlateKeptError: No guide gave Q.

@@ -205,7 +205,8 @@ class FreeEnergy(ELBO):
     ) -> "OrderedDict[str, torch.distributions.Distribution]":
         """Returns the posterior marginal of each discrete latent that only the model has, by site name.
 
-        Latents of the guide are averaged over the guide, draws are those of one run.
+        Latents of the guide are averaged over the guide, draws are those of one run. One that some branches of the
+        model lack has the marginal given that it is there, and none where it certainly is not.
 
         Args:
             model: The generative model.

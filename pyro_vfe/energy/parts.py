@@ -60,7 +60,7 @@ def conditionals_of(enumeration: Enumeration) -> tuple[Factor, ...]:
         if score is not None:
             # One value, with weight exp(0) = 1 and gradient d log q: the estimator DiCE.
             score = _drawn_as_one(score, enumeration)
-            values = score.table.values
+            values = score.table.values.masked_fill(score.table.values.isneginf(), 0.0)
             result.append(replace(score, table=Table(values - values.detach(), score.table.axes)))
     return tuple(result)
 

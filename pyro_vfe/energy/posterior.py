@@ -16,16 +16,17 @@ from pyro_vfe.energy.draws import log_prob_at
 from pyro_vfe.energy.impossible import check_numbers, impossible_data
 from pyro_vfe.energy.marginals import Marginals, single_marginals
 from pyro_vfe.energy.parts import joint_graph, normalized
+from pyro_vfe.energy.presence import Assignment, marginals_where_present, present_at
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.factors import FactorGraph, Table
-from pyro_vfe.engine.inference import evidence, expected_tables, marginals
+from pyro_vfe.engine.inference import evidence, expected_tables
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
-from pyro_vfe.program.tables import batch_axes, over_dims
+from pyro_vfe.program.tables import batch_axes
 
 
 def posterior(
@@ -63,7 +64,12 @@ _GIVEN_A_VALUE = (
 
 
 class Posterior:
-    """The exact posterior of discrete latents, in float64: evidence, marginals, samples, mode, entropy."""
+    """The exact posterior of discrete latents, in float64: evidence, marginals, samples, mode, entropy.
+
+    A latent may be there for some values of others only, where the model branches on them (`if z:`). Its probabilities
+    are then those of its values and that it is there, and sum to the probability of that; what `sample` and `mode`
+    return is a dict whose `present(name)` says for which draws a latent is there.
+    """
 
     def __init__(self, enumeration: Enumeration, *, max_bytes: float | None = None) -> None:
         """Args:
@@ -105,7 +111,8 @@ class Posterior:
     def marginal(self, *names: str) -> Tensor:
         """Returns the joint posterior probabilities of some latents, shape `(*plates, K_1, K_2, ...)`.
 
-        The plates are those of all the latents together, by name; the values are in the order of `support`.
+        The plates are those of all the latents together, by name; the values are in the order of `support`. They are
+        those of the values and that all of these latents are there, and sum to the probability of that.
 
         Args:
             *names: The latents' sites, in the order of the result's last axes.
@@ -122,10 +129,10 @@ class Posterior:
             *names: The latents' sites, in the order of the result's last axes.
         """
         self._check_known(names)
-        return marginals(self._graph, [names], max_bytes=self._max_bytes)[names]
+        return marginals_where_present(self.enumeration, self._graph, [names], self._max_bytes)[names]
 
     def marginals(self) -> dict[str, Tensor]:
-        """Returns the posterior probabilities of every latent, each of shape `(*plates, K)`, from one backward pass."""
+        """Returns what `marginal` does for every latent, each of shape `(*plates, K)`, from one backward pass."""
         return {name: table.values for name, table in self.marginal_tables(self.sites).items()}
 
     def marginal_tables(self, names: Iterable[str]) -> Marginals:
@@ -136,9 +143,9 @@ class Posterior:
         """
         sites = tuple(names)
         self._check_known(sites)
-        return single_marginals(self._graph, sites, self._max_bytes)
+        return single_marginals(self.enumeration, self._graph, sites, self._max_bytes)
 
-    def sample(self, num_samples: int) -> dict[str, Tensor]:
+    def sample(self, num_samples: int) -> Assignment:
         """Returns joint draws of all latents, each of shape `(num_samples, *batch_shape, *event_shape)`.
 
         Args:
@@ -146,13 +153,13 @@ class Posterior:
         """
         with torch.no_grad():
             drawn = sample(self._graph, num_samples, max_bytes=self._max_bytes)
-        return {name: self._values(name, drawn[name], leading=1) for name in self.sites}
+        return self._assignment(drawn, (SAMPLE,))
 
-    def mode(self) -> dict[str, Tensor]:
+    def mode(self) -> Assignment:
         """Returns a most probable joint assignment, each latent of shape `(*batch_shape, *event_shape)`."""
         with torch.no_grad():
             best = mode(self._graph, max_bytes=self._max_bytes)
-        return {name: self._values(name, best[name], leading=0) for name in self.sites}
+        return self._assignment(best, ())
 
     def entropy(self) -> Tensor:
         """Returns the entropy of the joint posterior, a scalar in nats."""
@@ -167,19 +174,14 @@ class Posterior:
         """Returns the log posterior probability of joint assignments, a scalar or `(num_samples,)`, in nats.
 
         Args:
-            assignment: The value of every latent, as `mode` or `sample` give them; one that only some branches of the
-                model have may be left out, and stands at its first value where it does not exist.
+            assignment: The value of every latent, as `mode` or `sample` give them; what it says of a latent where that
+                is not there does not matter, and where it is there for none of them it may be left out.
 
         Raises:
             VFEError: A latent is missing, or a value is not in its support.
         """
-        optional = self.enumeration.optional
-        missing = [name for name in self.sites if name not in assignment and name not in optional]
-        if missing:
-            raise VFEError(f"The assignment lacks latent '{missing[0]}'.", hint="Give a value for every latent.")
         self._check_unscaled()
-        first = {name: self.enumeration.supports[name][0] for name in optional}
-        indices = {name: self._index(name, torch.as_tensor({**first, **assignment}[name])) for name in self.sites}
+        indices = self._indices(assignment)
         counts = [table.sizes[SAMPLE] for table in indices.values() if SAMPLE in table.axes]
         total = log_prob_at(self.enumeration, self._graph.factors, indices, max(counts, default=1))
         log_prob = total - self.log_evidence
@@ -200,34 +202,57 @@ class Posterior:
                 hint="Take the posterior of the whole data set, without subsampling or scale.",
             )
 
-    def _values(self, name: str, index: Table, *, leading: int) -> Tensor:
+    def _assignment(self, indices: Mapping[str, Table], lead: tuple[str, ...]) -> Assignment:
         """Values for indices over plates: batch dims lie where the model has them, draws lead."""
-        site = self.enumeration.sites["model", name]
-        over_plates = over_dims(index, site.plates)
-        if leading:
-            over_plates = over_plates.movedim(-1, 0)
-        return self.enumeration.supports[name][over_plates]
+        values, present = {}, {}
+        for name in self.sites:
+            index = indices[name].aligned(axes := (*lead, *batch_axes(self.enumeration.sites["model", name].plates)))
+            values[name] = self.enumeration.supports[name][index]
+            present[name] = present_at(self.enumeration, name, indices, axes).values.expand(index.shape)
+        return Assignment(values, present)
 
-    def _index(self, name: str, value: Tensor) -> Table:
-        """The indices of values in a latent's support, over draws and plates."""
-        site = self.enumeration.sites["model", name]
+    def _indices(self, assignment: Mapping[str, Tensor]) -> dict[str, Table]:
+        """The index of each latent's value in its support, over draws and plates; 0 where it is not there."""
+        run = self.enumeration
+        found = {name: self._index(name, assignment.get(name)) for name in self.sites}
+        draws = (SAMPLE,) if any(SAMPLE in table.axes for table in found.values()) else ()
+        result = {}
+        for name, index in found.items():
+            axes = (*draws, *sorted(run.variables[name].plates))
+            there, values = present_at(run, name, found, axes).values, index.aligned(axes)
+            if bool((there & (values < 0)).any()):
+                raise _no_value(name, is_given=name in assignment)
+            if not bool(there.all()):
+                sizes = [run.plates.get(axis, -1) for axis in axes]
+                index = Table(torch.where(there, values, 0).expand(sizes), axes)
+            result[name] = index
+        return result
+
+    def _index(self, name: str, value: Tensor | None) -> Table:
+        """The indices of values in a latent's support, over draws and plates; -1 of what is none of them."""
         support = self.enumeration.supports[name]
+        if value is None:
+            return Table(torch.tensor(-1, device=support.device), ())
         event_dims = support.dim() - 1
-        same = value.unsqueeze(-1 - event_dims) == support
+        same = torch.as_tensor(value).unsqueeze(-1 - event_dims) == support
         hit = same.all(tuple(range(-event_dims, 0))) if event_dims else same
-        if not bool(hit.any(-1).all()):
-            raise VFEError(
-                f"The assignment gives latent '{name}' a value that is not in its support.",
-                hint=f"See posterior.support('{name}').",
-            )
-        index = hit.to(torch.int64).argmax(-1)
-        names = batch_axes(site.plates)
+        index = torch.where(hit.any(-1), hit.to(torch.int64).argmax(-1), -1)
+        names = batch_axes(self.enumeration.sites["model", name].plates)
         axes = [SAMPLE] * (index.dim() - len(names)) + names
         keep = [
             axis for axis, size in zip(axes, index.shape, strict=True) if not axis.startswith("_") or axis == SAMPLE
         ]
         squeezed = index.reshape([s for axis, s in zip(axes, index.shape, strict=True) if axis in keep])
         return Table(squeezed, tuple(keep))
+
+
+def _no_value(name: str, *, is_given: bool) -> VFEError:
+    if not is_given:
+        return VFEError(f"The assignment lacks latent '{name}'.", hint="Give a value for every latent.")
+    return VFEError(
+        f"The assignment gives latent '{name}' a value that is not in its support.",
+        hint=f"See posterior.support('{name}').",
+    )
 
 
 def _log_evidence(run: Enumeration, max_bytes: float | None) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.parts import conditionals_of, joint_graph, log_joint, negative
+from pyro_vfe.energy.presence import marginals_where_present
 from pyro_vfe.engine.decoding import sample
 from pyro_vfe.engine.factors import FactorGraph, Table
-from pyro_vfe.engine.inference import marginals
 from pyro_vfe.errors import StructureError
 from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration
@@ -51,11 +51,17 @@ def _finite(table: Table) -> Table:
 
 
 def marginal_distributions(enumeration: Enumeration) -> "OrderedDict[str, torch.distributions.Distribution]":
-    """Returns the marginal of each latent that only the model has, as a distribution of the site's kind."""
+    """Returns the marginal of each latent that only the model has, where it is there, as its site's distribution.
+
+    A latent that is certainly not there has none.
+    """
     names = [factor.name for factor in enumeration.model_latents if factor.name not in enumeration.guided]
-    probabilities = marginals(responsibility_graph(enumeration), [(name,) for name in names])
+    scopes = [(name,) for name in names]
+    probabilities = marginals_where_present(enumeration, responsibility_graph(enumeration), scopes)
     return OrderedDict(
-        (name, _like(enumeration.sites["model", name], probabilities[name,], enumeration)) for name in names
+        (name, _like(enumeration.sites["model", name], table, enumeration))
+        for (name,), table in probabilities.items()
+        if bool(table.values.sum(-1).all())
     )
 
 

@@ -173,7 +173,7 @@ def _exact(enumeration: Enumeration, max_bytes: float | None) -> _Exact:
     posterior = Posterior(enumeration, max_bytes=max_bytes)
     graph = joint_graph(posterior.enumeration)
     around = {
-        name: Around(graph.variables[name].plates, graph.variables[name].chain, name in enumeration.optional)
+        name: Around(graph.variables[name].plates, graph.variables[name].chain, ("model", name) in enumeration.presence)
         for name in posterior.sites
     }
     parents = separators([frozenset(factor.axes) for factor in graph.factors], around)

@@ -8,6 +8,7 @@ References:
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyro_vfe.energy.conditionals import conditionals, uniform_conditionals
+from pyro_vfe.energy.conditionals import Conditional, conditionals, uniform_conditionals
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import posterior
+from pyro_vfe.energy.presence import given_present
 from pyro_vfe.engine.cost import table_limit
-from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.errors import ImpossibleDataError, StructureError, VFEError
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, present, sample_given
 from pyro_vfe.guides.edges import Edges, Parents, parents_of
@@ -35,6 +37,7 @@ from pyro_vfe.guides.tables import (
     read_parameter,
     whole_plates,
 )
+from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program, SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.provenance import out_of_sight
@@ -190,8 +193,22 @@ class AutoStructured(OwnGuide):
     def _posterior_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Logits]:
         with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
-            found = conditionals(joint_graph(exact.enumeration), self._parents, max_bytes=self.max_bytes)
+            found = self._where_present(conditionals, exact.enumeration, self.max_bytes)
         return {name: logits_of(self._latents[name], conditional) for name, conditional in found.items()}
+
+    def _where_present(
+        self, start: Callable[..., dict[str, Conditional] | None], run: Enumeration, max_bytes: float | None
+    ) -> dict[str, Conditional]:
+        """Conditionals of each latent given that it is there; what certainly is not has none."""
+        graph = joint_graph(run)
+        optional = [name for name in self._parents if ("model", name) in run.presence]
+        always = {name: own for name, own in self._parents.items() if name not in optional}
+        found = start(graph, always, max_bytes=max_bytes) or {}
+        for name in optional:
+            with suppress(ImpossibleDataError):
+                there = given_present(run, graph, name)
+                found |= start(there, {name: self._parents[name]}, max_bytes=max_bytes) or {}
+        return found
 
     def _uniform_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Logits]:
         """Where the model rules values out, the tables are uniform over the others: F would start at infinity."""
@@ -201,10 +218,10 @@ class AutoStructured(OwnGuide):
         try:
             with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
                 enumeration = Programs(check=False, max_bytes=room).enumerate(self.model, no_guide, args, kwargs)
-                found = uniform_conditionals(joint_graph(enumeration), self._parents, max_bytes=room)
+                found = self._where_present(uniform_conditionals, enumeration, room)
         except VFEError:  # Other latents have to be drawn, or the model is too large: F tells where zeros clash.
             return {}
-        return {name: logits_of(self._latents[name], one) for name, one in (found or {}).items()}
+        return {name: logits_of(self._latents[name], one) for name, one in found.items()}
 
     def _shapes(self, name: str) -> tuple[torch.Size, torch.Size | None]:
         return _shapes(self._latents[name], {parent: self._latents[parent].size for parent in self._parents[name]})

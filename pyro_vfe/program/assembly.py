@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table, Variable
-from pyro_vfe.engine.scales import applied, one_scale, same_scale
-from pyro_vfe.errors import NameClashError, ScaleError, StructureError, SupportError
+from pyro_vfe.engine.scales import applied, one_scale
+from pyro_vfe.errors import StructureError, SupportError
+from pyro_vfe.program.agreement import check_decided, check_plate, check_same, check_supports
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
-from pyro_vfe.program.layout import Layout, different_plates
-from pyro_vfe.program.masks import check_absences
+from pyro_vfe.program.layout import Layout
+from pyro_vfe.program.masks import absences, check_absences, presences
 from pyro_vfe.program.portions import PortionedRun
-from pyro_vfe.program.recorder import Plate, Site
-from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
+from pyro_vfe.program.recorder import Plate, Role, Site
 from pyro_vfe.program.tables import Scorer
+
+_ROLES: tuple[Role, ...] = ("guide", "model")
 
 
 @dataclass(eq=False)
@@ -48,6 +50,8 @@ class Run:
     """The log-probabilities of those draws whose factors are something else, by masks or weights."""
     portioned: PortionedRun | None = None
     """Where the tables are withheld: what makes them a portion of a plate at a time."""
+    presence: Mapping[SiteKey, Table] = field(default_factory=dict)
+    """Where masked latents of the model exist."""
 
 
 def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
@@ -76,9 +80,11 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         sites.update(run.sites)
     if len(runs) > 1:
         sites = {key: sites[key] for key in _common_order(runs)}
-    _check_supports(sites, supports)
+    check_supports(sites, supports)
     factors = _factors(runs, layout, supports, sites)
-    optional = frozenset(name for run in runs.values() for name in supports if name not in run.supports)
+    if len(runs) > 1:
+        check_decided(factors, sites, supports)
+    presence = _presence(runs, layout, supports, sites)
     lost = frozenset().union(*(run.lost for run in runs.values()))
 
     def rescored(keys: Collection[SiteKey], scorer: Scorer) -> dict[SiteKey, Factor]:
@@ -88,7 +94,7 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     scores = _scores(runs, layout, supports, sites)
     if last.portioned is None:
         factors, scores = _of_one_type(factors, scores)
-    whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
+    whole = _enumeration(factors, sites, supports, last.subsamples, presence, lost, rescored, layout)
     whole = replace(
         whole,
         own_scores=scores,
@@ -96,7 +102,8 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
         read=tuple(value for run in runs.values() for value in run.parameters),
     )
     if last.portioned is None:
-        check_absences(whole.guided, sites, whole.factors.values(), layout)
+        masked = {key for run in runs.values() for key in run.presence if key[1] in whole.guided}
+        check_absences({key: presence[key] for key in masked & presence.keys()}, sites, whole.factors.values())
         return replace(whole, paths=tuple(run.sites for run in runs.values()))
     return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
 
@@ -121,7 +128,7 @@ def _portions(whole: Enumeration, run: Run, portioned: PortionedRun, layout: Lay
     def made(start: int, length: int) -> Enumeration:
         sites = portioned.restricted(start, length)
         part = replace(run, sites=sites, factors=portioned.factors(sites), portioned=None)
-        part.scores = portioned.scores(sites)
+        part.scores, part.presence = portioned.scores(sites), presences(absences(sites), sites, layout)
         return replace(assembled({(): part}, layout), plates={**whole.plates, plate: length})
 
     return Portions(plate, portioned.size, length, made)
@@ -203,7 +210,7 @@ def _joined_factors(
 ) -> dict[SiteKey, Factor]:
     """Each site's tables of all runs, as one table with an axis per sequential latent."""
     sizes = {name: len(support) for name, support in supports.items()}
-    made = [_choices_made(run, layout) for run in runs.values()]
+    made = _choices_made(runs, layout)
     result = {}
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
@@ -213,7 +220,9 @@ def _joined_factors(
             found = {path: None if factor is None else applied(factor) for path, factor in found.items()}
             scale = 1.0
         absent = _absent_table(some.table, site, sizes.get(site.name, 1))
-        since = max(count.get(key, 0) for count in made)
+        since = made[key]
+        if any(found[path] is not run.factors.get(key) for path, run in runs.items()):
+            since = max(made.get((role, site.name), 0) for role in _ROLES)  # The other program decides, too.
         tables = {path: None if factor is None else factor.table for path, factor in found.items()}
         table = joined(tables, since, sizes, absent)
         if scale is None:
@@ -235,8 +244,10 @@ def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor 
     """The site's factor in one run; None where the branch lacks the site, or the model lacks the guide's latent."""
     role, name = key
     both = ("guide", name) in sites and ("model", name) in sites
-    if not both or sites[key].kind != "enumerated":
+    if not both or sites[key].kind == "observed":
         return run.factors.get(key)
+    if sites[key].kind == "sampled":
+        return run.factors.get(key) or _cancelling(run, name)
     if ("model", name) in run.factors and ("guide", name) not in run.factors:
         raise StructureError(
             f"The model has latent site '{name}' in a branch where the guide, which has it elsewhere, has not.",
@@ -255,14 +266,48 @@ def _factor_in(run: Run, key: SiteKey, sites: Mapping[SiteKey, Site]) -> Factor 
     return run.factors.get(key)
 
 
-def _choices_made(run: Run, layout: Layout) -> dict[SiteKey, int]:
-    """For each site of a run, how many sequential latents had their values when it was recorded."""
-    met: set[str] = set()
+def _cancelling(run: Run, name: str) -> Factor | None:
+    """What stands in the model for a draw of the guide that it lacks here: log q, so that the draw costs nothing."""
+    site = run.sites.get(("guide", name))
+    if site is not None and type(site.fn).__name__ == "Delta" and any(s.auxiliary for s in run.sites.values()):
+        raise StructureError(
+            f"The model lacks '{name}' in a branch, and the guide makes it from an auxiliary site, whose density would "
+            "count where the latent does not exist.",
+            hint=f"Give the guide a site '{name}' with a distribution of its own, where the model has it.",
+        )
+    return run.factors.get(("guide", name))
+
+
+def _presence(
+    runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
+) -> dict[SiteKey, Table]:
+    """Where latents of the model and draws of the guide exist that are not always there: over what decides it."""
+    kinds = {"model": ("enumerated", "sampled"), "guide": ("sampled",)}
+    latents = [key for key, site in sites.items() if site.kind in kinds[key[0]]]
+    optional = [key for key in latents if any(key not in run.sites or key in run.presence for run in runs.values())]
+    if not optional:
+        return {}
+    sizes, made = {name: len(support) for name, support in supports.items()}, _choices_made(runs, layout)
+    like = next(run.factors[optional[0]] for run in runs.values() if optional[0] in run.factors).table.values
+    always, never = (Table(like.new_full((), exists, dtype=torch.bool), ()) for exists in (True, False))
     result = {}
-    for key in run.sites:
-        if key[1] in layout.sequential:
-            met.add(key[1])
-        result[key] = len(met)
+    for key in optional:
+        tables = {path: run.presence.get(key, always) if key in run.sites else never for path, run in runs.items()}
+        table = joined(tables, made[key], sizes, never).selected(key[1], 0)
+        if never in tables.values() or not bool(table.values.all()):
+            result[key] = table
+    return result
+
+
+def _choices_made(runs: Mapping[Assignment, Run], layout: Layout) -> dict[SiteKey, int]:
+    """For each site, how many sequential latents had their values when it was recorded, in the run with most."""
+    result: dict[SiteKey, int] = {}
+    for run in runs.values():
+        met: set[str] = set()
+        for key in run.sites:
+            if key[1] in layout.sequential:
+                met.add(key[1])
+            result[key] = max(result.get(key, 0), len(met))
     return result
 
 
@@ -275,29 +320,12 @@ def _absent_table(like: Table, site: Site, size: int) -> Table:
     return Table(pinned, (site.name,))
 
 
-def _check_supports(sites: Mapping[SiteKey, Site], supports: Mapping[str, Tensor]) -> None:
-    """Guide and model must mean the same values."""
-    for (role, name), site in sites.items():
-        guide_site = sites.get(("guide", name))
-        if role != "model" or guide_site is None or guide_site.kind == "observed":
-            continue
-        if site.kind == "observed":
-            raise StructureError(
-                f"Site '{name}' is observed in the model and sampled in the guide.",
-                hint="Remove it from the guide, or do not observe it.",
-            )
-        if site.kind != "enumerated":
-            continue
-        if not is_enumerable(site.fn) or support_size(site.fn) != len(supports[name]):
-            check_same_support(name, site.fn, guide_site.fn)
-
-
 def _enumeration(
     factors: Mapping[SiteKey, Factor],
     sites: Mapping[SiteKey, Site],
     supports: Mapping[str, Tensor],
     subsamples: Mapping[str, Tensor],
-    optional: frozenset[str],
+    presence: Mapping[SiteKey, Table],
     lost: frozenset[tuple[str, str, str]],
     rescored: Rescored,
     layout: Layout,
@@ -306,13 +334,13 @@ def _enumeration(
     plates: dict[str, Plate] = {}
     for key, site in sites.items():
         for plate in site.plates:
-            _check_plate(plates.setdefault(plate.name, plate), plate)
+            check_plate(plates.setdefault(plate.name, plate), plate)
         if site.kind == "enumerated":
             factor = factors[key]
             size = len(supports[site.name])
             variable = Variable(site.name, size, site.plate_names, factor.scale, time_plate(site))
             known = variables.setdefault(site.name, variable)
-            _check_same(known, variable)
+            check_same(known, variable)
             if known.chain is None:
                 variables[site.name] = variable
         elif site.needs_score:
@@ -325,7 +353,7 @@ def _enumeration(
         sites=sites,
         factors=factors,
         subsamples=subsamples,
-        optional=optional,
+        presence=presence,
         lost=lost,
         full_plates={name: plate.full_size for name, plate in plates.items()},
         paths=(sites,),
@@ -343,23 +371,3 @@ def _draw(site: Site, factors: Mapping[SiteKey, Factor], counterpart: Site) -> V
     plates = site.plate_names.intersection(*readers) - {drawn_along(site), drawn_along(counterpart)}
     scale = factors[site.role, site.name].scale
     return Variable(site.name, 1, plates, scale if not isinstance(scale, Table) or plates >= set(scale.axes) else 1.0)
-
-
-def _check_plate(known: Plate, plate: Plate) -> None:
-    if known.size != plate.size:
-        raise NameClashError(
-            f"Plate '{plate.name}' has size {known.size} at one site and {plate.size} at another.",
-            hint="Give the two plates different names, or the same subsample.",
-        )
-
-
-def _check_same(known: Variable, variable: Variable) -> None:
-    """Guide and model must have a latent in the same plates and with the same weight."""
-    if known.plates != variable.plates:
-        raise different_plates(variable.name, known.plates, variable.plates)
-    if not same_scale(known.scale, variable.scale):
-        raise ScaleError(
-            f"Latent site '{variable.name}' has different scales in the guide and in the model: the free energy would "
-            "not split into surprise and gap.",
-            hint="Put the site under the same poutine.scale and the same subsampling in both programs.",
-        )

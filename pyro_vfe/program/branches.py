@@ -115,7 +115,8 @@ def joined(tables: Mapping[Assignment, Table | None], since: int, sizes: Mapping
             return tables[first] or absent
         name = first[depth][0]
         parts = [join([path for path in group if path[depth][1] == k], depth + 1) for k in range(sizes[name])]
-        return parts[0] if depth >= since else stacked(parts, name)
+        is_one = depth >= since or all(part is parts[0] for part in parts)
+        return parts[0] if is_one else stacked(parts, name)
 
     return join(paths, depth)
 

@@ -6,15 +6,16 @@
 Every latent stands along its own axis with its whole support, so one run of each program makes all tables.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Variable
+from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Table, Variable
 from pyro_vfe.errors import PlateError
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import is_point
@@ -44,6 +45,12 @@ def is_random(site: Site) -> bool:
         site: A site of either program.
     """
     return site.kind == "sampled" and not is_point(site.fn)
+
+
+def _only_where(table: Table, here: Table) -> Table:
+    """A log table with zero probability elsewhere."""
+    axes = tuple(dict.fromkeys((*table.axes, *here.axes)))
+    return Table(table.aligned(axes).where(here.aligned(axes), -math.inf), axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +103,10 @@ class Enumeration:
     """The sites of the (last) run, as they ran."""
     factors: Mapping[SiteKey, Factor]
     """The factor of each site."""
-    optional: frozenset[str]
-    """Latents that some branch of the programs lacks: pinned there to their first value."""
+    presence: Mapping[SiteKey, Table]
+    """Where each latent of the model exists that a branch lacks or a mask removes, and each draw of the guide that a
+    branch lacks: booleans, over the latents that decide it and its plates. Elsewhere an enumerated latent is pinned to
+    its first value, which means nothing."""
     lost: frozenset[tuple[str, str, str]]
     """Program, site and latent where a site reads a latent and does not vary with it: to be checked against a run."""
     full_plates: Mapping[str, int]
@@ -182,6 +191,20 @@ class Enumeration:
     def with_factors(self, factors: Mapping[SiteKey, Factor], variables: Mapping[str, Variable]) -> "Enumeration":
         """The enumeration with other tables."""
         return replace(self, factors=factors, variables=variables)
+
+    def holding(self, draws: Collection[str]) -> "Enumeration":
+        """The enumeration with all branches ruled out in which the guide makes other draws.
+
+        Args:
+            draws: The sites that it drew.
+        """
+        factors = dict(self.factors)
+        for (role, name), where in self.presence.items():
+            if role == "guide" and self.sites[role, name].kind == "sampled":
+                here = where if name in draws else Table(~where.values, where.axes)
+                for key in factors.keys() & {("guide", name), ("model", name)}:
+                    factors[key] = factors[key].mapped(partial(_only_where, here=here))
+        return replace(self, factors=factors)
 
     def chain_plate(self, name: str) -> str | None:
         """The plate along which a latent is a chain, if it is one."""

@@ -18,16 +18,19 @@ from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.escapes import Sites
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masking import Pin, unmasked
-from pyro_vfe.program.recorder import Role, Site
+from pyro_vfe.program.recorder import Kind, Role, Site
 from pyro_vfe.program.tables import Labeller
 
 
-def absences(sites: Mapping[SiteKey, Site], *, alone: bool = False) -> dict[str, Tensor | bool]:
+def absences(
+    sites: Mapping[SiteKey, Site], *, alone: bool = False, kind: Kind = "enumerated"
+) -> dict[str, Tensor | bool]:
     """Returns where each latent of both programs is masked out.
 
     Args:
         sites: The sites of both programs.
         alone: Whether to say it of the latents that only the model has, too.
+        kind: Of which latents to say it.
 
     Raises:
         ScaleError: The guide masks the latent and the model does not, or they mask it differently.
@@ -35,7 +38,7 @@ def absences(sites: Mapping[SiteKey, Site], *, alone: bool = False) -> dict[str,
     result: dict[str, Tensor | bool] = {}
     for (role, name), site in sites.items():
         guide_site = sites.get(("guide", name))
-        if role != "model" or site.kind != "enumerated" or (guide_site is None and not alone):
+        if role != "model" or site.kind != kind or (guide_site is None and not alone):
             continue
         mask, guide_mask = unmasked(site)[1], None if guide_site is None else unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
@@ -113,16 +116,38 @@ def _masked_differently(name: str) -> ScaleError:
     )
 
 
-def check_absences(
-    guided: frozenset[str], sites: Mapping[SiteKey, Site], factors: Iterable[Factor], layout: Layout
-) -> None:
+def presences(
+    absent: Mapping[str, Tensor | bool], sites: Mapping[SiteKey, Site], layout: Layout
+) -> dict[SiteKey, Table]:
+    """Returns where latents of the model exist: over their plates, and the latents that their masks read.
+
+    Args:
+        absent: Where they are masked out.
+        sites: The sites of both programs.
+        layout: Where each latent went.
+    """
+    homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
+    labeller = Labeller(layout, None, homes, {})
+    result: dict[SiteKey, Table] = {}
+    for name, where in absent.items():
+        site = sites["model", name]
+        there = ~torch.as_tensor(where, device=site.value.device)
+        result["model", name] = labeller.labelled(there, site, _scope(layout, name))
+    return result
+
+
+def check_absences(presence: Mapping[SiteKey, Table], sites: Mapping[SiteKey, Site], factors: Iterable[Factor]) -> None:
     """Checks that nothing reads a latent where it does not exist.
+
+    Args:
+        presence: Where masked latents of both programs exist.
+        sites: The sites of both programs.
+        factors: Their factors.
 
     Raises:
         ScaleError: A site that is present reads a latent that is masked out.
     """
-    absent = {name: where for name, where in absences(sites).items() if name in guided}
-    for name, reader in _read_where_absent(absent, sites, factors, layout):
+    for name, reader in _read_where_absent(presence, sites, factors):
         if name == reader:
             raise ScaleError(
                 f"Latent site '{name}' is a chain that is masked out at a step of plate "
@@ -151,28 +176,32 @@ def read_where_masked(
         layout: Where each latent went.
     """
     alone = {name: where for name, where in absent.items() if ("guide", name) not in sites}
-    return {name for name, _ in _read_where_absent(alone, sites, factors.values(), layout)}
+    return {name for name, _ in _read_where_absent(presences(alone, sites, layout), sites, factors.values())}
 
 
 def _read_where_absent(
-    absent: Mapping[str, Tensor | bool],
-    sites: Mapping[SiteKey, Site],
-    factors: Iterable[Factor],
-    layout: Layout,
+    where: Mapping[SiteKey, Table], sites: Mapping[SiteKey, Site], factors: Iterable[Factor]
 ) -> Iterator[tuple[str, str]]:
     """Yields latents that are read where they are masked out, each with its reader: itself, if it is a chain."""
-    homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
-    labeller = Labeller(layout, None, homes, {})
-    for factor in factors if absent else ():
-        if factor.first is not None and factor.name in absent:
-            site = sites["model", factor.name]
-            if _goes_on(factor, site, absent[factor.name], labeller, _scope(layout, factor.name)):
-                yield factor.name, factor.name
-        for name in absent.keys() & set(factor.axes) - {factor.name}:
-            where = torch.as_tensor(absent[name], device=factor.table.values.device)
-            gone = labeller.labelled(where, sites["model", name], _scope(layout, name))
-            if any(_varies(table, name, gone) for table in factor.tables if name in table.axes):
+    presence = {name: table for (_, name), table in where.items()}
+    for factor in factors if presence else ():
+        site = sites.get(("model", factor.name))
+        time = None if site is None or factor.first is None else time_plate(site)
+        if time is not None and factor.name in presence and _goes_on(factor, time, presence[factor.name]):
+            yield factor.name, factor.name
+        for name in presence.keys() & set(factor.axes) - {factor.name}:
+            beside = _beside(factor, presence[name], time)
+            if any(_varies(table, name, there) for table, there in beside if name in table.axes):
                 yield name, factor.name
+
+
+def _beside(factor: Factor, presence: Table, time: str | None) -> Iterator[tuple[Table, Table]]:
+    """The tables of a factor, each with where something exists at the elements that it is of."""
+    if factor.first is None or time not in presence.axes:
+        yield from ((table, presence) for table in factor.tables)
+    else:
+        yield factor.table, presence.narrowed(time, 1, presence.sizes[time] - 1)
+        yield factor.first, presence.selected(time, 0)
 
 
 def _scope(layout: Layout, name: str) -> Sites | None:
@@ -181,21 +210,17 @@ def _scope(layout: Layout, name: str) -> Sites | None:
     return None if known is None else known.scope
 
 
-def _goes_on(factor: Factor, site: Site, absent: Tensor | bool, labeller: Labeller, scope: Sites | None) -> bool:
+def _goes_on(factor: Factor, time: str, presence: Table) -> bool:
     """Whether a chain goes on after a step at which it is masked."""
-    time = time_plate(site)
-    assert time is not None
-    where = torch.as_tensor(absent, device=factor.table.values.device)
-    gone = labeller.labelled(where, site, scope)
-    before = gone.narrowed(time, 0, gone.sizes.get(time, 1) - 1)
+    before = presence.narrowed(time, 0, presence.sizes.get(time, 1) - 1)
     return previous(factor.name) in factor.table.axes and _varies(factor.table, previous(factor.name), before)
 
 
-def _varies(table: Table, axis: str, where: Table) -> bool:
-    """Whether the table varies along `axis` anywhere that `where` holds."""
-    axes = (axis, *dict.fromkeys((*(a for a in table.axes if a != axis), *where.axes)))
+def _varies(table: Table, axis: str, presence: Table) -> bool:
+    """Whether the table varies along `axis` anywhere that what the axis is of does not exist."""
+    axes = (axis, *dict.fromkeys((*(a for a in table.axes if a != axis), *presence.axes)))
     values = table.aligned(axes)
-    return bool(((values != values[:1]) & where.aligned(axes)).any())
+    return bool(((values != values[:1]) & ~presence.aligned(axes)).any())
 
 
 def _same_mask(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:

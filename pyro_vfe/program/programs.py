@@ -210,13 +210,15 @@ class Programs:
         """The factors of both programs for one draw of all that is sampled, the same for every value of the latents.
 
         A draw that depends on an enumerated latent is otherwise made once per value of that latent, which serves
-        expectations but leaves log q(w) and log p(w, u) without meaning.
+        expectations but leaves log q(w) and log p(w, u) without meaning. One that some branches of the guide lack
+        tells which of them it took.
         """
         enumeration = self.enumerate(model, guide, args, kwargs)
         if not enumeration.draws_tell_of_latents:
             return enumeration
         draws = ordinary_draws(guide, args, kwargs, enumeration.subsamples)
-        return self.enumerate(model, guide, args, kwargs, given=draws, subsamples=enumeration.subsamples)
+        run = self.enumerate(model, guide, args, kwargs, given=draws, subsamples=enumeration.subsamples)
+        return run.holding(draws)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.masking import Pin, unmasked
-from pyro_vfe.program.masks import absences, mask_draws, pins, read_where_masked
+from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.masks import absences, mask_draws, pins, presences, read_where_masked
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -180,15 +180,19 @@ class _Runner:
             if plate is not None:
                 run = self._portioned(sites, plate, replace(labeller, ran=sites), second.subsamples)
                 return replace(run, zeros=found.any, parameters=parameters)
-            factors, pinned = self._factors(labeller, sites.keys(), sites)
+            factors, absent = self._factors(labeller, sites.keys(), sites)
+        pinned = pins(absent, sites)
 
         def label(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
             return replace(labeller, scorer=scorer).factors(some, pinned)
 
         own = self._scores(labeller, sites)
+        presence = presences({**absent, **absences(sites, kind="sampled")}, sites, self.layout)
         self.provenance.finish()
         lost = frozenset(labeller.lost)
-        return Run(sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own)
+        return Run(
+            sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own, presence=presence
+        )
 
     def _close_chains(self, sites: dict[SiteKey, Site]) -> None:
         """Scores an observed chain at its data, where nothing is missing but ends that no site reads."""
@@ -206,8 +210,8 @@ class _Runner:
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
-    ) -> tuple[dict[SiteKey, Factor], dict[SiteKey, Pin]]:
-        """The factors of some of the sites, and where latents have given values."""
+    ) -> tuple[dict[SiteKey, Factor], dict[str, Tensor | bool]]:
+        """The factors of some of the sites, and where latents do not exist."""
         absent = absences(sites, alone=self.pin_masked)
         wanted = {key: site for key, site in sites.items() if key in keys}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
@@ -216,7 +220,7 @@ class _Runner:
                 absent = {name: where for name, where in absent.items() if name not in read}
                 again = {key: site for key, site in wanted.items() if key[1] in read}
                 factors |= labeller.factors(again, pins(absent, sites))
-        return factors, pins(absent, sites)
+        return factors, absent
 
     def _scores(self, labeller: Labeller, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:
         """The log-probabilities of those draws whose factors are something else."""

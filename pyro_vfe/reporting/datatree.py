@@ -49,7 +49,9 @@ def to_datatree(
     Groups:
         posterior: Discrete latents as int64, drawn from the guide and, where it says nothing of them, from the exact
             posterior; other latents as the guide draws them; point estimates (a Delta in the guide, a parameter of the
-            model) repeated for each draw. Weights of networks (`pyro.module`) are left out.
+            model) repeated for each draw. Weights of networks (`pyro.module`) are left out. A latent `v` that some
+            branches of the programs lack, or a mask removes, has a variable `v_present` beside it, 1 or 0; where that
+            is 0, `v` is NaN, or an integer that means nothing. So have sites of the groups below.
         log_likelihood: log p(u_n | w) of each datum in nats, discrete latents summed out, so that `arviz.loo` compares
             models. One variable, named like the observed site, or 'joint' where several are observed together. The
             data are the elements of the plates around all that tells of the same latents; a prior of a parameter,
@@ -61,8 +63,9 @@ def to_datatree(
         prior, prior_predictive, posterior_predictive: What the model draws by itself, and given the draws.
         observed_data, constant_data: The data, and the model's other arguments that hold numbers.
         variational: No draws: the exact marginal probabilities of each discrete latent under Q (`v_q`) and under the
-            posterior (`v_posterior`); free_energy, surprise, gap, in total and `_by_datum`; with a guide the other
-            readings of F too; the history of training. Where w is sampled these are averages over its draws.
+            posterior (`v_posterior`), which sum to the probability that it is there; free_energy, surprise, gap, in
+            total and `_by_datum`; with a guide the other readings of F too; the history of training. Where w is sampled
+            these are averages over its draws.
 
     Args:
         model: The generative model.
@@ -83,6 +86,7 @@ def to_datatree(
         ImpossibleDataError: The data have probability zero under the model.
         StructureError: A plate is subsampled, or a latent carries a weight.
         CostError: The discrete latents cannot be summed out.
+        NameClashError: A site has the name of the variable that says where another is.
         VFEError: An option is wrong.
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:

@@ -69,7 +69,9 @@ def views_of(
     q: Mapping[str, Table] | None,
     prior: Mapping[str, Table] | None,
 ) -> list[View]:
-    """Returns the discrete latents of a model; those that only some branches have are left out.
+    """Returns the discrete latents of a model, those of their elements that are there.
+
+    Those that only some values of other latents have are left out.
 
     Args:
         run: The factors.
@@ -77,7 +79,10 @@ def views_of(
         q: Those under Q, if they are known.
         prior: Those before the data, if they are known.
     """
-    single = {name: _view(name, run, posterior, q, prior) for name in posterior if name not in run.optional}
+    presence = {name: table for (role, name), table in run.presence.items() if role == "model"}
+    unsure = {name for name, table in presence.items() if not run.supports.keys().isdisjoint(table.axes)}
+    known = [name for name in posterior if name in run.supports and name not in unsure]
+    single = {name: _view(name, run, posterior, q, prior) for name in known}
     loops = [[single.pop(name) for name in names] for names in _loops(run, single)]
     views = [*single.values(), *(_joined(members) for members in loops)]
     return [part for view in views for part in _parts(view, run.supports[view.members[0]])]
@@ -93,12 +98,13 @@ def _view(
     axes = posterior[name].axes
     plates = tuple(axis for axis in axes if axis != name)
     rows = posterior[name].values.shape[:-1]
+    there = run.presence.get(("model", name), Table(torch.tensor(True), ())).aligned(plates).expand(rows).reshape(-1)
 
     def flat(known: Mapping[str, Table] | None) -> Tensor | None:
         if known is None or name not in known:
             return None
         values = known[name].aligned(axes)
-        return values.expand(*rows, values.shape[-1]).reshape(-1, values.shape[-1])
+        return values.expand(*rows, values.shape[-1]).reshape(-1, values.shape[-1])[there]
 
     own = flat(posterior)
     assert own is not None
@@ -111,7 +117,7 @@ def _view(
         site=name,
         members=(name,),
         values=tuple(f"{k}" for k in range(own.shape[-1])),
-        weights=(weights.to(own) * share).expand(rows).reshape(-1),
+        weights=(weights.to(own) * share).expand(rows).reshape(-1)[there],
         posterior=own,
         q=flat(q),
         prior=flat(prior),

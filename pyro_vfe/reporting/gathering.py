@@ -1,8 +1,8 @@
 """From programs at their arguments to groups of named arrays, as a tree in ArviZ's schema has them."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import Plates
+from pyro_vfe.energy.presence import present_at
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
@@ -32,6 +33,7 @@ from pyro_vfe.reporting.variables import (
     table_variable,
     variable,
     whole_numbers,
+    with_presence,
 )
 
 if TYPE_CHECKING:
@@ -123,8 +125,10 @@ class Gatherer:
                 self.plates, self.outside = data.plates, data.outside if data.plates else frozenset()
             found = moment(run, count, self.plates, self.max_bytes)
             self.averages.add(found)
-            kept = self.draws[0].run if self.draws else run  # the tables of one are enough
-            self.draws.append(Draw(kept, _of_the_model(found.draws.indices, run), count, _drawn_values(run)))
+            indices = found.draws.indices
+            self.draws.append(
+                Draw(self._kept(run), _of_the_model(indices, run), count, _drawn_values(run), _present(run, indices))
+            )
             log_likelihoods.append(found.log_likelihood)
             _append(stats, found, count)
         columns = {name: torch.cat(values) for name, values in stats.items()}
@@ -135,6 +139,15 @@ class Gatherer:
         for values in named.values():
             values.attrs.update(NATS)
         return self._posterior(), named, self._log_likelihood(log_likelihoods)
+
+    def _kept(self, run: Enumeration) -> Enumeration:
+        """The tables of the first run, which are enough, with all sites that have run."""
+        if not self.draws:
+            return run
+        known = self.draws[-1].run
+        if run.sites.keys() <= known.sites.keys():
+            return known
+        return replace(known, sites={**run.sites, **known.sites}, supports={**run.supports, **known.supports})
 
     def _runs(self) -> Iterator[tuple[Enumeration, int]]:
         """Enumerations, one per draw of w, and how many draws of v each is for."""
@@ -152,33 +165,53 @@ class Gatherer:
 
     def _posterior(self) -> Variables:
         found: Variables = {}
-        first = self.draws[0]
-        for key, site in first.run.sites.items():
-            if key[0] != "model" or site.kind not in ("enumerated", "sampled"):
-                continue
-            if site.name in first.indices:
-                index = [draw.indices[site.name] for draw in self.draws]
-                table = Table(torch.cat([own.values for own in index]), index[0].axes)
-                found[site.name] = self._latent(site, table)
-            elif len(self.draws) == 1:
-                value = first.run.sites["guide", site.name]
-                found[site.name] = repeated(site_variable(site, values=value.value), self.num_samples)
-            else:
-                found[site.name] = stacked([site_variable(site, values=draw.others[site.name]) for draw in self.draws])
+        present: Variables = {}
+        run = self.draws[-1].run
+        for (role, name), site in run.sites.items():
+            if role == "model" and site.kind in ("enumerated", "sampled"):
+                found[name] = self._indexed(site) if name in run.supports else self._drawn(site)
+                present[name] = self._presence(site)
+        optional = {name for draw in self.draws for name in draw.present}
         store = pyro.get_param_store()
         for name in self._parameters.of("model"):
             # Weights of networks, under names that pyro.module makes, describe no one's beliefs.
             if "$$$" not in name and name not in found:
                 found[name] = repeated(variable(name, store[name]), self.num_samples)
-        return found
+        return with_presence(found, present, optional)
 
-    def _latent(self, site: Site, table: Table) -> "xarray.Variable":
+    def _indexed(self, site: Site) -> "xarray.Variable":
+        """The draws of a discrete latent; its first value where a draw lacks it."""
+        values, nothing = whole_numbers(self.draws[-1].run.supports[site.name]), Table(torch.tensor(0), ())
+        index = self._over_draws(site, [draw.indices.get(site.name, nothing) for draw in self.draws])
+        return self._in_order(site, values[index], values.dim() - 1)
+
+    def _drawn(self, site: Site) -> "xarray.Variable":
+        """What the guide drew of a latent; zero where a draw lacks it."""
+        values = [draw.others.get(site.name) for draw in self.draws]
+        like = next(value for value in values if value is not None)
+        parts = [site_variable(site, values=like.new_zeros(like.shape) if v is None else v) for v in values]
+        return repeated(parts[0], self.num_samples) if len(parts) == 1 else stacked(parts)
+
+    def _presence(self, site: Site) -> "xarray.Variable":
+        """Which draws have a latent."""
+        always, never = (Table(torch.tensor(there), ()) for there in (True, False))
+        name = site.name
+        has_it = [always if name in draw.indices or name in draw.others else never for draw in self.draws]
+        there = [draw.present.get(name, has) for draw, has in zip(self.draws, has_it, strict=True)]
+        return self._in_order(site, self._over_draws(site, there), 0)
+
+    def _over_draws(self, site: Site, tables: Sequence[Table]) -> Tensor:
+        """Tables of all draws as one tensor: draws, then the site's plates in the order of their dims."""
         order = sorted(site.plates, key=lambda plate: plate.dim)
-        values = whole_numbers(self.draws[0].run.supports[site.name])
         axes = (SAMPLE, *(plate.name for plate in order))
-        drawn = values[table.aligned(axes)]
+        sizes = [plate.size for plate in order]
+        counts = [draw.count for draw in self.draws]
+        return torch.cat([own.aligned(axes).cpu().expand(n, *sizes) for own, n in zip(tables, counts, strict=True)])
+
+    def _in_order(self, site: Site, values: Tensor, event_dim: int) -> "xarray.Variable":
+        order = sorted(site.plates, key=lambda plate: plate.dim)
         close = tuple(Plate(p.name, i - len(order), p.size, p.full_size) for i, p in enumerate(order))
-        return variable(site.name, drawn, close, values.dim() - 1, draws=True)
+        return variable(site.name, values, close, event_dim, draws=True)
 
     def _log_likelihood(self, found: list[Tensor]) -> "xarray.Variable":
         import xarray
@@ -190,7 +223,7 @@ class Gatherer:
 
     def _plates_in_order(self) -> list[Plate]:
         """The data's plates, the leftmost batch dim first."""
-        run = self.draws[0].run
+        run = self.draws[-1].run
         known = {plate.name: plate for site in run.sites.values() for plate in site.plates}
         return [known.get(name, Plate(name, -1, 0, 0)) for name in self.plates]
 
@@ -199,7 +232,7 @@ class Gatherer:
 
     def _variational(self) -> Variables:
         found: Variables = {}
-        order, sites = self._plates_in_order(), self.draws[0].run.sites
+        order, sites = self._plates_in_order(), self.draws[-1].run.sites
         for group, ending in (("q", "_q"), ("posterior", "_posterior")):
             for name, table in (self.averages.marginals(group) or {}).items():
                 last = {name: f"{name}_value"}
@@ -218,7 +251,7 @@ class Gatherer:
         return found
 
     def _coords(self) -> dict[str, np.ndarray]:
-        supports = self.draws[0].run.supports
+        supports = self.draws[-1].run.supports
         return {f"{name}_value": whole_numbers(v).cpu().numpy() for name, v in supports.items() if v.dim() == 1}
 
     def _constant_data(self, observed: Mapping[str, Site]) -> Variables:
@@ -252,6 +285,12 @@ def _drawn_values(run: Enumeration) -> dict[str, Tensor]:
 def _of_the_model(indices: Mapping[str, Table], run: Enumeration) -> dict[str, Table]:
     """Without what only the guide has, and without draws of w."""
     return {name: own for name, own in indices.items() if name in run.supports and ("model", name) in run.sites}
+
+
+def _present(run: Enumeration, indices: Mapping[str, Table]) -> dict[str, Table]:
+    """Where the model's latents are there that are not always."""
+    plates = {name: sorted(run.sites["model", name].plate_names) for role, name in run.presence if role == "model"}
+    return {name: present_at(run, name, indices, (SAMPLE, *own)) for name, own in plates.items()}
 
 
 def _check_unweighted(run: Enumeration) -> None:

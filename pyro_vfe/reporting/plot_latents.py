@@ -62,7 +62,7 @@ def plot_marginals(terms: Decomposition | Posterior, site: Sites, *, ax: "Axes |
     row being a probability of 1; more elements, or more than 8 values, are an image, Q above and the posterior below. A
     latent of several plates is laid out in one line, the last plate running fastest. Where there are more elements than
     can be told apart, a column of the image is the mean of several; elements that are no chain's are then sorted by
-    their most probable value.
+    their most probable value. A latent that is not always there has one value more, "absent".
 
     Args:
         terms: A decomposition; or a posterior, which is then drawn alone.

@@ -29,6 +29,9 @@ Sites = str | Sequence[str]
 Q_NAME = "Q"
 POSTERIOR_NAME = "exact posterior"
 
+_ABSENT = "absent"
+"""What is said of a latent where it is not there."""
+
 _STEP = "step"
 """The axis along the sites of a Python loop."""
 
@@ -85,7 +88,7 @@ def known_sets(source: object, site: Sites) -> tuple[Probabilities, ...]:
         )
     of_q = _of_q(source, site)
     exact = posterior_marginals(source.runs, source.max_bytes)
-    return of_q, _named(exact, source.runs[0], site, POSTERIOR_NAME)
+    return of_q, _named(exact, source.runs, site, POSTERIOR_NAME)
 
 
 def probabilities(source: object, site: Sites) -> Probabilities:
@@ -147,7 +150,7 @@ def elements(probs: Probabilities) -> Numbers:
 
 def _of_posterior(posterior: Posterior, site: Sites) -> Probabilities:
     tables = posterior.marginal_tables(_sites(posterior.sites, site))
-    return _named(tables, posterior.enumeration, site, POSTERIOR_NAME)
+    return _named(tables, (posterior.enumeration,), site, POSTERIOR_NAME)
 
 
 def _of_q(terms: Decomposition, site: Sites) -> Probabilities:
@@ -156,7 +159,7 @@ def _of_q(terms: Decomposition, site: Sites) -> Probabilities:
             "These terms are of a Q that was computed from the model, and say nothing of single latents.",
             hint="Pass vfe.posterior(model, ...): an exact E-phase ends there.",
         )
-    return _named(q_marginals(terms.runs, terms.max_bytes), terms.runs[0], site, Q_NAME)
+    return _named(q_marginals(terms.runs, terms.max_bytes), terms.runs, site, Q_NAME)
 
 
 def _sites(known: Collection[str], site: Sites) -> tuple[str, ...]:
@@ -181,10 +184,12 @@ def _sites(known: Collection[str], site: Sites) -> tuple[str, ...]:
     return sites
 
 
-def _named(tables: Mapping[str, Table], run: Enumeration, site: Sites, name: str) -> Probabilities:
+def _named(tables: Mapping[str, Table], runs: Sequence[Enumeration], site: Sites, name: str) -> Probabilities:
     """The tables of one site, or of the sites of a loop one after the other."""
     sites = _sites(tables, site)
-    parts = [_one(tables[own], run, own, name) for own in sites]
+    optional = any(("model", own) in run.presence or own not in run.supports for own in sites for run in runs)
+    known = [next(run for run in runs if own in run.supports) for own in sites]
+    parts = [_one(tables[own], run, own, name, optional) for own, run in zip(sites, known, strict=True)]
     if isinstance(site, str) and len(sites) == 1 and sites[0] == site:
         return parts[0]
     _check_alike(sites, bool(parts) and all(part.values.shape == parts[0].values.shape for part in parts))
@@ -212,13 +217,17 @@ def _check_alike(sites: Sequence[str], alike: bool) -> None:
         )
 
 
-def _one(table: Table, run: Enumeration, site: str, name: str) -> Probabilities:
+def _one(table: Table, run: Enumeration, site: str, name: str, optional: bool) -> Probabilities:
+    """One site's; where it is not always there, that it is not is one more value."""
     plates = tuple(axis for axis in table.axes if axis != site)
     values = array(table.aligned((*plates, site)))
     assert np.isfinite(values).all(), "marginals of an impossible or undefined sum are refused where they are made"
     chains = {variable.chain for variable in run.variables.values()}
     support = run.supports[site]
     labels = tuple(map(str, range(len(support)))) if is_one_hot(support) else tuple(map(_value, support))
+    if optional:
+        values = np.concatenate([values, np.clip(1.0 - values.sum(-1, keepdims=True), 0.0, 1.0)], -1)
+        labels = (*labels, _ABSENT)
     return Probabilities(values, plates, labels, site, site, name, is_sequence=not chains.isdisjoint(plates))
 
 
@@ -248,6 +257,8 @@ def _check_probabilities(values: Numbers, name: str) -> None:
 def most_probable(posterior: Posterior, site: Sites) -> Numbers:
     """Returns the indices of the values that a latent has on the most probable joint assignment, shape `(T,)`.
 
+    Where it is not there, that is the last of its values.
+
     Args:
         posterior: The exact posterior.
         site: The latent; one value per step.
@@ -259,5 +270,6 @@ def most_probable(posterior: Posterior, site: Sites) -> Numbers:
         support = posterior.support(name)
         values = best[name].reshape(-1, *support.shape[1:])
         same = (values.unsqueeze(1) == support).reshape(len(values), len(support), -1).all(-1)
-        found.append(array(same.to(torch.int64).argmax(-1)))
+        index = same.to(torch.int64).argmax(-1)
+        found.append(array(torch.where(best.present(name).reshape(-1), index, len(support))))
     return np.concatenate(found)

@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.programs import in_particles
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.replays import replayed, takes_draws_side_by_side
 from pyro_vfe.program.tables import over_dims
-from pyro_vfe.reporting.variables import joined, site_variable, stacked
+from pyro_vfe.reporting.variables import joined, presence_variable, site_variable, stacked, with_presence
 
 if TYPE_CHECKING:
     import xarray
@@ -37,6 +39,9 @@ class Draw:
     """How many."""
     others: Mapping[str, Tensor]
     """w, by site name."""
+    present: Mapping[str, Table]
+    """Where latents are there that are not always, over `SAMPLE` and plates; one that is in no table here, in `indices`
+    or in `others` is never."""
 
     def given(self, start: int, count: int, nesting: int) -> dict[str, Tensor]:
         """Values of the latents as one run of the model takes them: draws along batch dim `-nesting`, if it is not 0.
@@ -73,12 +78,15 @@ class Simulator:
         first = draws[0]
         self.nesting = 1 + max((-plate.dim for site in first.run.sites.values() for plate in site.plates), default=0)
         self.as_it_ran = replayed(model, args, kwargs, first.given(0, 1, 0), simulate=False)
+        self.optional = {name for draw in draws for name in draw.present}
         numbers = sum(site.value.numel() for site in self.as_it_ran.sites.values())
         self.at_once = max(1, CHUNK // max(1, numbers))
 
     def observed(self) -> dict[str, Site]:
-        """What the model observes, with gaps as the data have them."""
-        return {name: site for name, site in self.as_it_ran.sites.items() if site.kind == "observed"}
+        """What the model observes, with gaps as the data have them; also in branches that this run did not take."""
+        sites = (*self.draws[-1].run.sites.values(), *self.as_it_ran.sites.values())
+        data = (site for site in sites if site.role == "model" and site.kind == "observed")
+        return {site.name: site for site in data if type(site.fn).__name__ != "Unit"}
 
     def posterior_predictive(self) -> Variables:
         """Returns simulated observations at each draw of the latents."""
@@ -88,9 +96,9 @@ class Simulator:
                 self._simulated(draw.given(start, count, self.nesting), count)
                 for start, count in self._portions(draw.count)
             ]
-            return _only(_all_joined(parts), self.observed())
+            return self._only_observed(_all_joined(parts), True)
         singles = [self._simulated(draw.given(i, 1, 0)) for draw in self.draws for i in range(draw.count)]
-        return _only(_all_stacked(singles), self.observed())
+        return self._only_observed(_all_stacked(singles), True)
 
     def prior(self) -> tuple[Variables, Variables]:
         """Returns as many draws of the latents from the prior, and of what the model would observe then."""
@@ -99,8 +107,13 @@ class Simulator:
             found = _all_joined([self._simulated({}, own) for _, own in self._portions(count)])
         else:
             found = _all_stacked([self._simulated({}) for _ in range(count)])
-        observed = _only(found, self.observed())
-        return {name: values for name, values in found.items() if name not in observed}, observed
+        return self._only_observed(found, False), self._only_observed(found, True)
+
+    def _only_observed(self, found: "_Simulation", observed: bool) -> Variables:
+        """What is observed, or what is not, with what says of which draws it is where some lack it."""
+        names = [name for name in found.values if (name in self.observed()) == observed]
+        present = {name: found.present[name] for name in names}
+        return with_presence({name: found.values[name] for name in names}, present, self.optional)
 
     def _draws_more_than_enumerated(self) -> bool:
         return any(
@@ -122,32 +135,55 @@ class Simulator:
         starts = list(range(0, total, self.at_once))
         return [(start, min(self.at_once, total - start)) for start in starts]
 
-    def _simulated(self, given: Mapping[str, Tensor], count: int | None = None) -> Variables:
+    def _simulated(self, given: Mapping[str, Tensor], count: int | None = None) -> "_Simulation":
         if count is None:
             sites = replayed(self.model, self.args, self.kwargs, given, simulate=True).sites
-            return {name: site_variable(site) for name, site in sites.items()}
+            present = {name: presence_variable(site, self._there(site)) for name, site in sites.items()}
+            return _Simulation({name: site_variable(site) for name, site in sites.items()}, present)
         wide = in_particles(self.model, count, self.nesting) if count > 1 else self.model
         sites = replayed(wide, self.args, self.kwargs, given, simulate=True).sites
-        return {name: self._wide_variable(site, count) for name, site in sites.items()}
+        present = {
+            name: presence_variable(site, self._draws_in_front(self._there(site), 0, count), draws=True)
+            for name, site in sites.items()
+        }
+        return _Simulation({name: self._wide_variable(site, count) for name, site in sites.items()}, present)
+
+    def _there(self, site: Site) -> Tensor:
+        """Where a site that ran is there: everywhere, but for where a mask removes a latent."""
+        mask = unmasked(site)[1] if site.name in self.optional else None
+        return torch.as_tensor(True if mask is None else mask)
 
     def _wide_variable(self, site: Site, count: int) -> "xarray.Variable":
-        """A value whose draws lie along batch dim `-nesting`, with the draws in front."""
-        event = site.value.shape[site.value.dim() - site.fn.event_dim :]
-        batch = site.value.shape[: site.value.dim() - len(event)]
+        return site_variable(site, draws=True, values=self._draws_in_front(site.value, site.fn.event_dim, count))
+
+    def _draws_in_front(self, values: Tensor, event_dim: int, count: int) -> Tensor:
+        """Values whose draws lie along batch dim `-nesting`, with the draws in front."""
+        batch, event = values.shape[: values.dim() - event_dim], values.shape[values.dim() - event_dim :]
         padded = (1,) * (self.nesting - len(batch)) + batch
-        values = site.value.reshape(padded + event).expand(count, *padded[1:], *event)
-        return site_variable(site, draws=True, values=values)
+        return values.reshape(padded + event).expand(count, *padded[1:], *event)
 
 
-def _only(found: Variables, names: Mapping[str, object]) -> Variables:
-    return {name: values for name, values in found.items() if name in names}
+@dataclass(frozen=True, eq=False)
+class _Simulation:
+    """What runs of the model drew."""
+
+    values: Variables
+    """By site."""
+    present: Variables
+    """Whether each site is there, over draws and its plates."""
 
 
-def _all_joined(parts: Sequence[Variables]) -> Variables:
-    return {name: joined([part[name] for part in parts]) for name in parts[0]}
+def _all_joined(parts: Sequence[_Simulation]) -> _Simulation:
+    values, present = [part.values for part in parts], [part.present for part in parts]
+    return _Simulation(*({name: joined([part[name] for part in all]) for name in all[0]} for all in (values, present)))
 
 
-def _all_stacked(singles: Sequence[Variables]) -> Variables:
-    """Variables of single draws as one; sites that some draws lack, in branches not taken, are left out."""
-    names = [name for name in singles[0] if all(name in single for single in singles)]
-    return {name: stacked([single[name] for single in singles]) for name in names}
+def _all_stacked(singles: Sequence[_Simulation]) -> _Simulation:
+    """Variables of single draws as one; a site that some draws lack, in branches not taken, is zero there."""
+    values, present = [single.values for single in singles], [single.present for single in singles]
+    return _Simulation(_stacked_with_gaps(values), _stacked_with_gaps(present))
+
+
+def _stacked_with_gaps(singles: Sequence[Variables]) -> Variables:
+    found = {name: values for single in singles for name, values in single.items()}
+    return {name: stacked([single.get(name, 0 * like) for single in singles]) for name, like in found.items()}

@@ -1,6 +1,6 @@
 """Tensors of programs as xarray variables: a dimension for each plate around a site, in the order of its batch dims."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Table
+from pyro_vfe.errors import NameClashError
 from pyro_vfe.program.recorder import Plate, Site
 
 if TYPE_CHECKING:
@@ -115,6 +116,53 @@ def site_variable(site: Site, *, draws: bool = False, values: Tensor | None = No
     """
     own = site.value if values is None else values
     return variable(site.name, own, site.plates, site.fn.event_dim, draws=draws)
+
+
+def presence_variable(site: Site, there: Tensor, *, draws: bool = False) -> "xarray.Variable":
+    """Returns whether a site is there, over its plates.
+
+    Args:
+        site: As it ran.
+        there: Booleans, broadcastable to its batch, with draws in front where there are.
+        draws: Whether the first dim is that of draws.
+    """
+    return variable(site.name, there, site.plates, 0, draws=draws)
+
+
+def with_presence(
+    found: "Mapping[str, xarray.Variable]", present: "Mapping[str, xarray.Variable]", optional: Collection[str]
+) -> "dict[str, xarray.Variable]":
+    """Returns variables with one more, `<name>_present`, for each that is not always there, and NaN where it is not.
+
+    Whole numbers stay what they are: there is none among them that means nothing.
+
+    Args:
+        found: By site.
+        present: Whether each site is there.
+        optional: Sites that have such a variable even where all draws have them.
+
+    Raises:
+        NameClashError: There is a site of that name.
+    """
+    result = dict(found)
+    for name, there in present.items():
+        if name in optional or not there.values.all():
+            if f"{name}_present" in result:
+                raise NameClashError(
+                    f"'{name}_present' says of which draws latent '{name}' is, and is a site of the model, too.",
+                    hint="Rename the site.",
+                )
+            result[name], result[f"{name}_present"] = _nothing_elsewhere(found[name], there), there
+    return result
+
+
+def _nothing_elsewhere(values: "xarray.Variable", there: "xarray.Variable") -> "xarray.Variable":
+    import xarray
+
+    if values.dtype.kind != "f":
+        return values
+    where = there.values.reshape(there.shape + (1,) * (values.ndim - there.ndim)).astype(bool)
+    return xarray.Variable(values.dims, np.where(where, values.values, np.nan), values.attrs)
 
 
 def is_one_hot(support: Tensor) -> bool:

@@ -123,13 +123,13 @@ def global_auxiliary_guide(counts: Tensor) -> None:
 CALLS: tuple[Any, ...] = (COUNTS,)
 
 BRANCHING = {
-    "branch_in_model": Program(branch, args=CALLS, marginals=(("a",),)),
+    "branch_in_model": Program(branch, args=CALLS, marginals=(("a",), ("b",), ("b", "a"))),
     "branch_in_model_guided_above": Program(branch, guide_of_a, CALLS),
     "branch_in_both": Program(branch, branching_guide, CALLS),
     "branch_in_guide": Program(two_sites, guide_that_branches_on_values, CALLS),
-    "counted_loop": Program(counted_loop, args=CALLS, marginals=(("n",),)),
+    "counted_loop": Program(counted_loop, args=CALLS, marginals=(("n",), ("x_0",), ("x_0", "x_1"))),
     "counted_loop_guided": Program(counted_loop, counted_loop_guide, CALLS),
-    "two_branches": Program(two_branches, args=CALLS, marginals=(("a", "b"),)),
+    "two_branches": Program(two_branches, args=CALLS, marginals=(("a", "b"), ("c",), ("c", "a"))),
     "two_branches_guided": Program(two_branches, guide_of_a, CALLS),
     "branch_over_a_plate": Program(branch_over_a_plate, args=CALLS, marginals=(("g", "z"),)),
     "branch_over_a_plate_guided": Program(branch_over_a_plate, branch_over_a_plate_guide, CALLS),
