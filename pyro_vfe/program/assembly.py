@@ -83,7 +83,7 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     whole = _enumeration(factors, sites, supports, last.subsamples, optional, lost, rescored, layout)
     whole = replace(whole, own_scores=_scores(runs, layout, supports, sites))
     if last.portioned is None:
-        check_absences(whole.guided, sites, whole.factors.values(), layout)
+        check_absences(whole.guided, sites, whole.factors, layout)
         return replace(whole, paths=tuple(run.sites for run in runs.values()))
     return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
 

@@ -18,6 +18,7 @@ from pyro_vfe.program.cost import fits_at_once, within_limit
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout, Program, lay_out
+from pyro_vfe.program.masks import warn_of_priors
 from pyro_vfe.program.parameters import nan_parameters, stale_parameter
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
@@ -161,6 +162,7 @@ class Programs:
             raise
         except Exception as error:
             raise (_explained(error, call) or _cannot_broadcast(error)) from error
+        warn_of_priors(enumeration, layout)
         self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide), shares)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)

@@ -18,7 +18,7 @@ from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
+from pyro_vfe.program.masks import Absent, absences, mask_draws, masked_alone, masked_below, unread
 from pyro_vfe.program.portions import PortionedRun, withheld
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -148,15 +148,16 @@ class _Runner:
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
-    ) -> tuple[dict[SiteKey, Factor], dict[str, Tensor | bool]]:
+    ) -> tuple[dict[SiteKey, Factor], Absent]:
         """The factors of some of the sites, and where latents do not exist."""
-        absent = absences(sites, alone=self.pin_masked)
+        absent, alone = absences(sites), masked_alone(sites)
         wanted = {key: site for key, site in sites.items() if key in keys}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             factors = labeller.factors(wanted, absent)
-            while read := read_where_masked(absent, sites, factors, self.layout):
-                absent = {name: where for name, where in absent.items() if name not in read}
-                factors |= labeller.factors({key: site for key, site in wanted.items() if key[1] in read}, absent)
+            out = alone if self.pin_masked else masked_below(absent, alone, factors)
+            if out:
+                absent |= unread(out, sites, factors, self.layout)[0]
+                factors |= labeller.factors({key: site for key, site in wanted.items() if key[1] in out}, absent)
         return factors, absent
 
     def _scores(self, labeller: Labeller, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Factor]:

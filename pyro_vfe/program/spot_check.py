@@ -19,7 +19,7 @@ from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
-from pyro_vfe.program.masks import absences
+from pyro_vfe.program.masks import absences, masked_alone, masked_below
 from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -112,6 +112,7 @@ class _Round(NamedTuple):
 def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
     assignment, ordinary, log_probs = run
     absent = absences(ordinary)
+    absent |= masked_below(absent, masked_alone(ordinary), enumeration.factors)
     for key, site in ordinary.items():
         counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
@@ -123,7 +124,7 @@ def _compare(enumeration: Enumeration, run: _Round, nesting: int) -> None:
         if site.kind == "sampled" and site.role == "guide" and counterpart in ordinary:
             expected = masked(expected, unmasked(ordinary[counterpart])[1])  # The model's mask decides.
         if site.name in absent and enumerated is not None:
-            present = ~torch.as_tensor(absent[site.name])
+            present = ~absent[site.name]
             enumerated, expected = masked(enumerated, present), masked(expected, present)
         if enumerated is None or not agree(enumerated, expected):
             raise _difference(site, enumerated, expected)
