@@ -9,6 +9,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Site, record_both
 from pyro_vfe.program.supports import is_enumerable
@@ -67,7 +68,7 @@ def ordinary_sites(
         subsamples: Subsample indices by plate name, to use instead of new ones.
     """
     first, second = record_both(
-        model, guide, args, kwargs, lambda name, role, fn, plates: fn.sample(), subsamples=subsamples
+        model, guide, args, kwargs, lambda name, role, fn, plates: fn.sample(), subsamples=subsamples, look=own_value
     )
     return first.sites, second.sites
 

@@ -17,6 +17,7 @@ from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import fits_at_once, within_limit
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.escapes import StructureChanged
+from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.masks import warn_of_priors
 from pyro_vfe.program.parameters import nan_parameters, stale_parameter
@@ -295,7 +296,7 @@ def ordinary_draws(
         value: Tensor = fn.sample()
         return value
 
-    sites = Recorder("guide", draw, subsamples=subsamples).run(guide, args, kwargs)
+    sites = Recorder("guide", draw, subsamples=subsamples, look=own_value).run(guide, args, kwargs)
     return {name: site.value for name, site in sites.items() if site.kind == "sampled"}
 
 

@@ -4,6 +4,7 @@ One run of each program makes all tables; where the programs branch on a latent 
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -109,18 +110,19 @@ class _Runner:
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""
-        first, second = record_both(
-            model,
-            guide,
-            args,
-            kwargs,
-            self._latent_value,
-            given=self.given,
-            subsamples=self.subsamples,
-            sequential=self.layout.sequential,
-            unread=self.layout.unread,
-            provenance=self.provenance,
-        )
+        with self.provenance.kept.saving() if self.layout.overwrites_saved else nullcontext():
+            first, second = record_both(
+                model,
+                guide,
+                args,
+                kwargs,
+                self._latent_value,
+                given=self.given,
+                subsamples=self.subsamples,
+                sequential=self.layout.sequential,
+                unread=self.layout.unread,
+                provenance=self.provenance,
+            )
         sites: dict[SiteKey, Site] = {
             (site.role, site.name): site
             for site in (*first.sites.values(), *second.sites.values())
@@ -201,7 +203,7 @@ class _Runner:
         with untracked():
             if name in self.layout.sequential:
                 support = self.supports[name] = finite_support(fn, name)
-                return support[self.paths.choose(name, len(support))]
+                return support[self.paths.choose(name, len(support))].clone()
             dim = self.layout.dims.get(name)
             if dim is None:
                 raise StructureChanged(f"latent '{name}' is new")
@@ -220,7 +222,8 @@ class _Runner:
             if kind is not None:
                 self.values[kind, dim] = known
         self.supports[name] = known[0]
-        return known[1] if kind is None else self.provenance.lent(known[1])
+        # The program may write into a value, and the support stays what it is.
+        return known[1].clone() if kind is None else self.provenance.lent(known[1])
 
     def _check_unread(self, sites: Mapping[SiteKey, Site]) -> None:
         for site in sites.values() if self.layout.unread else ():

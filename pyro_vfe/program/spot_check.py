@@ -16,6 +16,7 @@ from pyro_vfe.engine.factors import Table
 from pyro_vfe.engine.lookup import read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
@@ -183,15 +184,15 @@ def _ordinary_run(
     layout: Layout,
     subsamples: Mapping[str, Tensor],
 ) -> tuple[dict[tuple[Role, str], Site], dict[tuple[Role, str], Tensor]]:
-    """The sites of an ordinary run, and what each said of its value when it was reached.
-
-    A program may change a mask, a parameter or data in place after the statement that they were for.
-    """
+    """The sites of an ordinary run, and what each said of its value when it was reached."""
     log_probs: dict[tuple[Role, str], Tensor] = {}
 
     def look(site: Site) -> None:
         if site.kind != "unread":
             log_probs[site.role, site.name] = _ordinary_log_prob(site)
+        site.fn, mask = unmasked(site)
+        site.mask, site.scale = replaced((mask, site.scale), Tensor.clone)
+        own_value(site)
 
     def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         index = over_dims(assignment[name], plates)
@@ -257,10 +258,10 @@ def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> Spot
         f"Site '{site.name}' of the {site.role} has log-probability {_shown(expected)} in an ordinary run and "
         f"{_shown(enumerated)} when enumerated, at the same values of all latents.",
         hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
-        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0. Or it "
-        "changes a tensor in place that the site was given (write `mask = mask | new`, not `mask |= new`), or uses "
-        "random numbers of NumPy or Python, or passes a latent through torch.nn.Dropout (call .eval() on the network). "
-        "If you are sure, pass check=False.",
+        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0. Or NumPy "
+        "or a compiled function changes in place what the site was given (give it a copy of it), or it "
+        "uses random numbers of NumPy or Python, or passes a latent through torch.nn.Dropout (call .eval() on the "
+        "network). If you are sure, pass check=False.",
     )
 
 
