@@ -19,6 +19,9 @@ import pyro_vfe as vfe
 
 close = np.testing.assert_allclose
 
+pytestmark = pytest.mark.filterwarnings("ignore:Latent site 'z' is masked out:pyro_vfe.errors.VFEWarning")
+"""Some cases mask a latent that something reads."""
+
 DIRECT = pytest.mark.parametrize("kind", ["masked", "selected"])
 
 

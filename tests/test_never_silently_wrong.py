@@ -147,28 +147,6 @@ def test_reading_other_elements_of_a_plate_is_refused_however_far_they_are(reade
         loss_of(model)
 
 
-@pytest.mark.parametrize("changed", ["mask", "rates", "data"])
-def test_what_a_site_was_given_may_not_change_in_place_after_it(changed: str) -> None:
-    def model(in_place: bool) -> None:
-        given = {"mask": torch.tensor([True, False, True]), "rates": tensor([1.0, 4.0]), "data": torch.ones(3)}
-        with pyro.plate("data", 3):
-            for step in range(2):
-                z = categorical(f"z_{step}", tensor([0.7, 0.3]))
-                with pyro.poutine.mask(mask=given["mask"]):
-                    pyro.sample(f"u_{step}", dist.Poisson(given["rates"][z]), obs=given["data"])
-                if in_place:
-                    given[changed].logical_not_() if changed == "mask" else given[changed].add_(1)
-                else:
-                    given[changed] = ~given[changed] if changed == "mask" else given[changed] + 1
-
-    assert vfe.FreeEnergy().loss(model, empty, False) > 0
-    if changed == "rates":  # `rates[z]` is a new tensor
-        assert vfe.FreeEnergy().loss(model, empty, True) == vfe.FreeEnergy().loss(model, empty, False)
-        return
-    with pytest.raises(VFEError, match=r"'u_\d'.*in place"):
-        vfe.FreeEnergy().loss(model, empty, True)
-
-
 def test_a_path_that_arguments_open_later_is_looked_at_anew() -> None:
     def model(u: Tensor) -> None:
         z = categorical("z", tensor([0.2, 0.3, 0.5]))

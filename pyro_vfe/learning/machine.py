@@ -17,7 +17,8 @@ from torch import Tensor
 from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.errors import NotFiniteError
 from pyro_vfe.program.data import Reads
-from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, log_prob_of, run_guide, run_model
+from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, Look, log_prob_of, run_guide, run_model
+from pyro_vfe.program.keeping import AsGiven
 from pyro_vfe.program.layout import Program, lay_out
 from pyro_vfe.program.masks import mask_draws
 from pyro_vfe.program.parameters import Strangers, stored_tensors, two_of_one_name
@@ -60,6 +61,8 @@ class Machine:
         self.reads: Reads = {}
         """What the log-probability of each site depends on."""
         self.programs = Programs(check=check, max_bytes=max_bytes)
+        self.as_given = AsGiven()
+        """Runs the programs where nothing is enumerated."""
         self._drawing = Drawing(on_cost)
         self._enumerates: bool | None = None
         self._unread: frozenset[str] = frozenset()
@@ -142,8 +145,12 @@ class Machine:
             args: Arguments of both programs.
             kwargs: Keyword arguments of both.
         """
-        first = run_guide(guide, args, kwargs)
-        second = run_model(self.model, args, kwargs, first, self._unread)
+
+        def both(look: Look) -> tuple[Recorder, Recorder]:
+            first = run_guide(guide, args, kwargs, look)
+            return first, run_model(self.model, args, kwargs, first, self._unread, look)
+
+        first, second = self.as_given.run(both)
         for name, site in first.sites.items():
             if site.follows_model and name in second.sites:
                 site.scale = second.sites[name].scale

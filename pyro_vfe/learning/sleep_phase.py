@@ -74,8 +74,15 @@ class Sleep:
             NotFiniteError: The guide gives the dream probability zero.
         """
         try:
-            run = run_guide_at(
-                self._machine.guide_at_dreams, made_up.args, made_up.kwargs, made_up.latents, made_up.subsamples
+            run = self._machine.as_given.run(
+                lambda look: run_guide_at(
+                    self._machine.guide_at_dreams,
+                    made_up.args,
+                    made_up.kwargs,
+                    made_up.latents,
+                    made_up.subsamples,
+                    look,
+                )
             )
         except IsEnumerable:
             return self._with_own_latents_summed(made_up)

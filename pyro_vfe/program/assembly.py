@@ -103,7 +103,7 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     )
     if last.portioned is None:
         masked = {key for run in runs.values() for key in run.presence if key[1] in whole.guided}
-        check_absences({key: presence[key] for key in masked & presence.keys()}, sites, whole.factors.values())
+        check_absences({key: presence[key] for key in masked & presence.keys()}, sites, whole.factors, layout)
         return replace(whole, paths=tuple(run.sites for run in runs.values()))
     return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
 

@@ -83,24 +83,34 @@ class _Handler(Messenger):
             msg["value"], msg["done"] = msg["fn"].sample(), True
 
 
-def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recorder:
+Look = Callable[[Site], None]
+"""Is called with each site at its statement."""
+
+
+def run_guide(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], look: Look) -> Recorder:
     """Returns an ordinary run of a guide.
 
     Args:
         guide: The guide.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        look: What looks at each site at its statement.
 
     Raises:
         IsEnumerable: The guide has a latent that is to be enumerated.
     """
-    run = Recorder("guide", _refused)
+    run = Recorder("guide", _refused, look=look)
     run.run(guide, args, kwargs)
     return run
 
 
 def run_model(
-    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], guide: Recorder, unread: frozenset[str]
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    guide: Recorder,
+    unread: frozenset[str],
+    look: Look,
 ) -> Recorder:
     """Returns an ordinary run of a model at what a guide has drawn.
 
@@ -110,13 +120,14 @@ def run_model(
         kwargs: Its keyword arguments.
         guide: A run of the guide at the same arguments.
         unread: Latents that the model may sample though the guide lacks them, because nothing reads them.
+        look: What looks at each site at its statement.
 
     Raises:
         IsEnumerable: The model has a latent of its own that is to be enumerated.
         MissingGuideSiteError: It has one that cannot be.
     """
     given = {name: site.value for name, site in guide.sites.items() if site.kind != "observed"}
-    run = Recorder("model", _refused, given=given, subsamples=guide.subsamples, unread=unread)
+    run = Recorder("model", _refused, given=given, subsamples=guide.subsamples, unread=unread, look=look)
     run.run(model, args, kwargs)
     return run
 
@@ -127,6 +138,7 @@ def run_guide_at(
     kwargs: Mapping[str, Any],
     given: Mapping[str, Tensor],
     subsamples: Mapping[str, Tensor],
+    look: Look,
 ) -> Recorder:
     """Returns an ordinary run of a guide at given values of its latents.
 
@@ -136,11 +148,12 @@ def run_guide_at(
         kwargs: Its keyword arguments.
         given: Values by site name.
         subsamples: The elements of each plate that are present.
+        look: What looks at each site at its statement.
 
     Raises:
         IsEnumerable: The guide has a latent of finite support that is not given.
     """
-    run = Recorder("guide", _refused, given=given, subsamples=subsamples)
+    run = Recorder("guide", _refused, given=given, subsamples=subsamples, look=look)
     run.run(guide, args, kwargs)
     return run
 

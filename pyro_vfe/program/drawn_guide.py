@@ -11,6 +11,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Recorder, Site, record_both
 from pyro_vfe.program.supports import is_enumerable
@@ -69,7 +70,7 @@ def ordinary_sites(
         subsamples: Subsample indices by plate name, to use instead of new ones.
     """
     first, second = record_both(
-        model, guide, args, kwargs, lambda name, role, fn, plates: fn.sample(), subsamples=subsamples
+        model, guide, args, kwargs, lambda name, role, fn, plates: fn.sample(), subsamples=subsamples, look=own_value
     )
     return first.sites, second.sites
 

@@ -153,11 +153,11 @@ class _Dreamer(Messenger):
         elif name in self._data:
             self.observed[name] = _observation(msg, self._data[name])
         elif not is_computed(msg):
-            self.latents[name] = value
+            self.latents[name] = value.clone()  # The model may change it, or the mask, in place.
             site = Site(name, "model", "sampled", msg["fn"], value, 1.0, msg["mask"], plates_around(msg))
             mask = unmasked(site)[1]
             if mask is not None:
-                self.masks[name] = mask
+                self.masks[name] = mask.clone() if isinstance(mask, Tensor) else mask
 
 
 def _drawn(fn: Any, data: Tensor) -> Tensor:
@@ -171,11 +171,11 @@ def _drawn(fn: Any, data: Tensor) -> Tensor:
 def _observation(msg: Any, data: Tensor) -> DreamtSite:
     """A dreamt observation; where a mask hides an entry there is none, and the data stay."""
     site = Site(msg["name"], "model", "observed", msg["fn"], msg["value"], 1.0, msg["mask"], plates_around(msg))
-    (fn, mask), value = unmasked(site), site.value
+    (fn, mask), value = unmasked(site), site.value.clone()  # The model may change either in place.
     if mask is False:
         value = data
     elif mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = torch.as_tensor(mask).clone()
         shown = mask.reshape(mask.shape + (1,) * len(fn.event_shape))
         value = torch.where(shown, value.to(data.dtype), data)
     return DreamtSite(value, data, len(fn.event_shape), mask, site.plates)

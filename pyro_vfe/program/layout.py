@@ -15,10 +15,12 @@ from pyro_vfe.program.chain_sites import check_observed, time_plate
 from pyro_vfe.program.colouring import enumeration_dims
 from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
+from pyro_vfe.program.lasting import ran_twice
 from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.provenance import Provenance
+from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
@@ -98,6 +100,8 @@ class Layout:
     """Which plate is summed in portions; None where all tables fit whole."""
     room: float = math.inf
     """How many times more elements the plates may have before the tables have to be looked at again."""
+    overwrites_saved: bool = False
+    """Whether the programs change in place what the gradients of their own operations need."""
 
     @cached_property
     def plate_sizes(self) -> dict[str, int]:
@@ -122,6 +126,7 @@ class _Findings:
     sites: dict[tuple[Role, str], SiteStructure] = field(default_factory=dict)
     meetings: dict[Sites, str] = field(default_factory=dict)
     plates: dict[str, tuple[Plate, ...]] = field(default_factory=dict)
+    overwrites_saved: bool = False
 
     def met(self, sites: Sites, operation: str) -> None:
         """Notes that an operation joined these sites in one tensor."""
@@ -208,28 +213,39 @@ def _ordinary_run(
 ) -> None:
     """Runs the guide and the model against it once, with sampled values."""
     families: dict[str, Any] = {}
-    provenance = Provenance(on_union=findings.met, follows=True)
+    chosen: dict[str, Tensor] = {}
+    state = random_state()
 
     def draw(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         findings.plates[name] = plates
         families[name] = fn
-        if name in sequential:
-            return finite_support(fn, name)[paths.choose(name, support_size(fn))]
-        value: Tensor = fn.sample()
-        return value
+        if name not in sequential:
+            value: Tensor = fn.sample()
+            return value
+        if name not in chosen:
+            chosen[name] = finite_support(fn, name)[paths.choose(name, support_size(fn))]
+        return chosen[name].clone()
 
-    first, second = record_both(
-        model,
-        guide,
-        args,
-        kwargs,
-        draw,
-        sequential=sequential,
-        check_given=lambda name, fn: check_same_support(name, fn, families[name]),
-        provenance=provenance,
+    def run(provenance: Provenance) -> dict[tuple[Role, str], Site]:
+        set_random_state(state)
+        both = record_both(
+            model,
+            guide,
+            args,
+            kwargs,
+            draw,
+            sequential=sequential,
+            check_given=lambda name, fn: check_same_support(name, fn, families[name]),
+            provenance=provenance,
+        )
+        return {(site.role, site.name): site for record in both for site in record.sites.values()}
+
+    sites, provenance, overwrites_saved = ran_twice(
+        run, lambda: Provenance(on_union=findings.met, follows=True), (args, kwargs)
     )
-    for site in (*first.sites.values(), *second.sites.values()):
-        findings.sites.setdefault((site.role, site.name), _structure(site, provenance))
+    findings.overwrites_saved |= overwrites_saved
+    for key, site in sites.items():
+        findings.sites.setdefault(key, _structure(site, provenance))
         if site.kind != "unread" and model is not no_guide:  # A look at the latents alone calls the model a guide.
             check_batch_dims(site)
             check_observed(site)
@@ -289,6 +305,7 @@ def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int,
         sequential=sequential,
         unread=unread,
         sites=sites,
+        overwrites_saved=findings.overwrites_saved,
     )
 
 

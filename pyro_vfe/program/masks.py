@@ -1,55 +1,89 @@
 """Latents that a mask removes from guide and model.
 
 Where the model masks a latent that the guide has, the latent does not exist: in both programs it is pinned to its first
-value at no cost. A masked latent that only the model has keeps its prior, which sums to one. Either way the element
-adds nothing to F.
+value at no cost. A masked latent that only one program has keeps its prior, which sums to one; below a latent that does
+not exist there is no prior, and neither does it exist. Either way the element adds nothing to F.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.engine.structure import previous
-from pyro_vfe.errors import ScaleError, StructureError
+from pyro_vfe.errors import ScaleError, StructureError, VFEWarning
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
-from pyro_vfe.program.enumeration import SiteKey
-from pyro_vfe.program.escapes import Sites
+from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masking import Pin, unmasked
 from pyro_vfe.program.recorder import Kind, Role, Site
-from pyro_vfe.program.tables import Labeller
+from pyro_vfe.program.tables import Labeller, over_dims
+
+Sites = Mapping[SiteKey, Site]
+
+Absent = dict[str, Tensor]
+"""Where latents are masked out, by name: booleans that broadcast to the site's batch."""
 
 
-def absences(
-    sites: Mapping[SiteKey, Site], *, alone: bool = False, kind: Kind = "enumerated"
-) -> dict[str, Tensor | bool]:
+def absences(sites: Sites, *, kind: Kind = "enumerated") -> Absent:
     """Returns where each latent of both programs is masked out.
 
     Args:
         sites: The sites of both programs.
-        alone: Whether to say it of the latents that only the model has, too.
         kind: Of which latents to say it.
 
     Raises:
         ScaleError: The guide masks the latent and the model does not, or they mask it differently.
     """
-    result: dict[str, Tensor | bool] = {}
+    result: Absent = {}
     for (role, name), site in sites.items():
         guide_site = sites.get(("guide", name))
-        if role != "model" or site.kind != kind or (guide_site is None and not alone):
+        if role != "model" or site.kind != kind or guide_site is None:
             continue
-        mask, guide_mask = unmasked(site)[1], None if guide_site is None else unmasked(guide_site)[1]
+        mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
             raise _masked_differently(name)
-        if mask is None:
-            continue
-        result[name] = ~mask if isinstance(mask, Tensor) else not mask
+        if mask is not None:
+            result[name] = ~torch.as_tensor(mask)
     return result
 
 
-def pins(absent: Mapping[str, Tensor | bool], sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Pin]:
+def masked_alone(sites: Sites) -> Absent:
+    """Returns where each latent that only one of the programs has is masked out.
+
+    Args:
+        sites: The sites of both programs.
+    """
+    result: Absent = {}
+    for (role, name), site in sites.items():
+        if site.kind == "enumerated" and ("guide" if role == "model" else "model", name) not in sites:
+            mask = unmasked(site)[1]
+            if mask is not None:
+                result[name] = ~torch.as_tensor(mask)
+    return result
+
+
+def masked_below(absent: Absent, alone: Absent, factors: Mapping[SiteKey, Factor]) -> Absent:
+    """Returns where latents of one program alone are masked out and read a latent that does not exist there.
+
+    Args:
+        absent: Where latents do not exist.
+        alone: Where latents that only one program has are masked out.
+        factors: The factors of the sites, in the order of the programs.
+    """
+    found: Absent = {}
+    for factor in factors.values() if absent and alone else ():
+        for parent in factor.axes if factor.name in alone else ():
+            gone = found.get(parent, absent.get(parent)) if parent != factor.name else None
+            if gone is not None:
+                where = alone[factor.name] & gone.to(alone[factor.name].device)
+                found[factor.name] = found[factor.name] | where if factor.name in found else where
+    return found
+
+
+def pins(absent: Absent, sites: Sites) -> dict[SiteKey, Pin]:
     """Returns where each latent has a given value: its first where it is absent; in the guide, what the data reveal.
 
     Args:
@@ -116,9 +150,7 @@ def _masked_differently(name: str) -> ScaleError:
     )
 
 
-def presences(
-    absent: Mapping[str, Tensor | bool], sites: Mapping[SiteKey, Site], layout: Layout
-) -> dict[SiteKey, Table]:
+def presences(absent: Absent, sites: Sites, layout: Layout) -> dict[SiteKey, Table]:
     """Returns where latents of the model exist: over their plates, and the latents that their masks read.
 
     Args:
@@ -126,101 +158,189 @@ def presences(
         sites: The sites of both programs.
         layout: Where each latent went.
     """
+    own = {name: ~where for name, where in absent.items() if ("model", name) in sites}
+    return {("model", name): table for name, table in _labelled(own, sites, layout).items()}
+
+
+def _labelled(where: Absent, sites: Sites, layout: Layout) -> dict[str, Table]:
     homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
     labeller = Labeller(layout, None, homes, {})
-    result: dict[SiteKey, Table] = {}
-    for name, where in absent.items():
-        site = sites["model", name]
-        there = ~torch.as_tensor(where, device=site.value.device)
-        result["model", name] = labeller.labelled(there, site, _scope(layout, name))
+    result = {}
+    for name, values in where.items():
+        site = _site(name, sites)
+        known = layout.sites.get((site.role, name))  # The mask may depend on latents.
+        scope = None if known is None else known.scope
+        result[name] = labeller.labelled(values.to(site.value.device), site, scope)
     return result
 
 
-def check_absences(presence: Mapping[SiteKey, Table], sites: Mapping[SiteKey, Site], factors: Iterable[Factor]) -> None:
+def _site(name: str, sites: Sites) -> Site:
+    return sites.get(("model", name)) or sites["guide", name]
+
+
+def check_absences(
+    presence: Mapping[SiteKey, Table], sites: Sites, factors: Mapping[SiteKey, Factor], layout: Layout
+) -> None:
     """Checks that nothing reads a latent where it does not exist.
 
     Args:
         presence: Where masked latents of both programs exist.
         sites: The sites of both programs.
         factors: Their factors.
+        layout: Where each latent went.
 
     Raises:
         ScaleError: A site that is present reads a latent that is masked out.
     """
-    for name, reader in _read_where_absent(presence, sites, factors):
+    gone = {name: Table(~table.values, table.axes) for (_, name), table in presence.items()}
+    for name, reader, _ in _Masked(sites, factors, gone).readings():
         if name == reader:
             raise ScaleError(
                 f"Latent site '{name}' is a chain that is masked out at a step of plate "
                 f"'{time_plate(sites['model', name])}' and goes on after it.",
                 hint="Mask the tail of a sequence only; for a missing observation mask the observation alone.",
             )
+        present = read_where_masked(sites, factors, layout).get(reader, reader)
+        between = f" '{reader}' is masked out too, but '{present}' reads it." if present != reader else ""
         raise ScaleError(
-            f"Latent site '{name}' is masked out where site '{reader}' still reads it.",
-            hint=f"Mask '{reader}' there as well, or unmask '{name}'; to skip a missing observation mask "
-            "the observation alone.",
+            f"Latent site '{name}' is masked out where site '{reader}' still reads it.{between}",
+            hint=f"Mask '{present}' there as well, and what reads it; or unmask '{name}' in both programs; to skip a "
+            "missing observation mask the observation alone.",
         )
 
 
-def read_where_masked(
-    absent: Mapping[str, Tensor | bool],
-    sites: Mapping[SiteKey, Site],
-    factors: Mapping[SiteKey, Factor],
-    layout: Layout,
-) -> set[str]:
-    """Returns the latents of the model alone that something present reads where they are masked out.
+def read_where_masked(sites: Sites, factors: Mapping[SiteKey, Factor], layout: Layout) -> dict[str, str]:
+    """Returns the latents of one program alone that something present reads where they are masked out, and what does.
 
     Args:
-        absent: Where latents are masked out.
         sites: The sites of both programs.
-        factors: Their factors, with absent latents pinned.
+        factors: Their factors.
         layout: Where each latent went.
     """
-    alone = {name: where for name, where in absent.items() if ("guide", name) not in sites}
-    return {name for name, _ in _read_where_absent(presences(alone, sites, layout), sites, factors.values())}
+    return unread(masked_alone(sites), sites, factors, layout)[1]
 
 
-def _read_where_absent(
-    where: Mapping[SiteKey, Table], sites: Mapping[SiteKey, Site], factors: Iterable[Factor]
-) -> Iterator[tuple[str, str]]:
-    """Yields latents that are read where they are masked out, each with its reader: itself, if it is a chain."""
-    presence = {name: table for (_, name), table in where.items()}
-    for factor in factors if presence else ():
-        site = sites.get(("model", factor.name))
-        time = None if site is None or factor.first is None else time_plate(site)
-        if time is not None and factor.name in presence and _goes_on(factor, time, presence[factor.name]):
-            yield factor.name, factor.name
-        for name in presence.keys() & set(factor.axes) - {factor.name}:
-            beside = _beside(factor, presence[name], time)
-            if any(_varies(table, name, there) for table, there in beside if name in table.axes):
-                yield name, factor.name
+def warn_of_priors(run: Enumeration, layout: Layout) -> None:
+    """Says of a latent that is masked out, and read there by what is present, that it has its prior.
+
+    Args:
+        run: An enumerated run.
+        layout: Where each latent went.
+    """
+    for part in run.parts if masked_alone(run.sites) else ():
+        # A chain that is observed in part goes on for who reads it, and nobody wrote its mask.
+        revealed = {site.reveals for site in part.sites.values()}
+        for name, reader in read_where_masked(part.sites, part.factors, layout).items():
+            if name in revealed:
+                continue
+            who, value = f"site '{reader}'", f"; for some value there write {name} = torch.where(mask, {name}, value)"
+            if reader == name:
+                who, value = "its own next step", ""
+            below = name in masked_below(absences(part.sites), masked_alone(part.sites), part.factors)
+            less = f"'{name}' masked only where what it reads is" if below else f"no mask around '{name}'"
+            warnings.warn(
+                f"Latent site '{name}' is masked out where {who} reads it, and keeps its prior there, as in Pyro: F is "
+                f"what it is with {less} (write it so, and this is not said). If {who} shall not count there, put it "
+                f"under the mask too{value}.",
+                VFEWarning,
+                stacklevel=2,
+            )
+            return
 
 
-def _beside(factor: Factor, presence: Table, time: str | None) -> Iterator[tuple[Table, Table]]:
-    """The tables of a factor, each with where something exists at the elements that it is of."""
-    if factor.first is None or time not in presence.axes:
-        yield from ((table, presence) for table in factor.tables)
-    else:
-        yield factor.table, presence.narrowed(time, 1, presence.sizes[time] - 1)
-        yield factor.first, presence.selected(time, 0)
+def unread(
+    where: Absent, sites: Sites, factors: Mapping[SiteKey, Factor], layout: Layout
+) -> tuple[Absent, dict[str, str]]:
+    """Returns those of the elements that nothing present reads, and for each latent something that reads others of its.
+
+    A latent at an element that nothing present reads is not present itself.
+
+    Args:
+        where: Elements at which latents that only one program has are masked out, in the order of the programs.
+        sites: The sites of both programs.
+        factors: Their factors.
+        layout: Where each latent went.
+    """
+    absent, readers = dict(where), dict[str, str]()
+    masked = _Masked(sites, factors, _labelled(where, sites, layout))
+    for name in reversed(where):
+        for _, reader, read in masked.readings_of(name):
+            readers[name] = reader
+            absent[name] = absent[name] & ~over_dims(read, _site(name, sites).plates)
+            masked.gone[name] = _but(masked.gone[name], read)
+    return absent, readers
 
 
-def _scope(layout: Layout, name: str) -> Sites | None:
-    """The latents that a latent of the model reads, its mask included."""
-    known = layout.sites.get(("model", name))
-    return None if known is None else known.scope
+class _Masked:
+    """Latents that are masked out, and what reads them."""
+
+    def __init__(self, sites: Sites, factors: Mapping[SiteKey, Factor], gone: Mapping[str, Table]) -> None:
+        """Args:
+        sites: The sites of both programs.
+        factors: Their factors.
+        gone: Where latents are masked out.
+        """
+        self.sites, self.gone = sites, dict(gone)
+        self._readers: dict[str, list[Factor]] = {}
+        for factor in factors.values() if gone else ():
+            for name in gone.keys() & set(factor.axes):
+                self._readers.setdefault(name, []).append(factor)
+
+    def readings(self) -> Iterator[tuple[str, str, Table]]:
+        """Yields latents that are read where they are masked out, what reads them, and at which elements."""
+        return (reading for name in self.gone for reading in self.readings_of(name))
+
+    def readings_of(self, name: str) -> Iterator[tuple[str, str, Table]]:
+        """The same for one latent; a chain that goes on after such an element reads all of itself."""
+        for factor in self._readers.get(name, ()):
+            for parts in self._parts(factor, name) if factor.name != name else ():
+                read = _elements(*parts, name, _site(name, self.sites).plate_names)
+                if bool(read.values.any()):
+                    yield name, factor.name, read
+        for factor in self._readers.get(name, ()):
+            if factor.name == name and self._goes_on(factor):
+                yield name, name, Table(self.gone[name].values.new_ones(()), ())
+
+    def _gone(self, name: str, factor: Factor) -> Table:
+        """Where a latent is absent; nowhere, for a site that is present."""
+        nowhere = Table(torch.zeros((), dtype=torch.bool, device=factor.table.values.device), ())
+        return self.gone.get(name, nowhere)
+
+    def _parts(self, factor: Factor, name: str) -> Iterator[tuple[Table, Table, Table]]:
+        """A factor's tables, each with where a latent is absent, and where the factor's own is."""
+        gone, own = self._gone(name, factor), self._gone(factor.name, factor)
+        if factor.first is None:
+            yield factor.table, gone, own
+            return
+        time = time_plate(_site(factor.name, self.sites))
+        assert time is not None
+        yield factor.first, gone.selected(time, 0), own.selected(time, 0)
+        gone, own = (where.narrowed(time, 1, where.sizes.get(time, 2) - 1) for where in (gone, own))
+        yield factor.table, gone, own
+
+    def _goes_on(self, factor: Factor) -> bool:
+        """Whether a chain goes on after a step at which it is masked."""
+        if factor.first is None or previous(factor.name) not in factor.table.axes:
+            return False
+        time, gone = time_plate(_site(factor.name, self.sites)), self._gone(factor.name, factor)
+        assert time is not None
+        before, own = (gone.narrowed(time, start, gone.sizes.get(time, 1) - 1) for start in (0, 1))
+        return bool(_elements(factor.table, before, own, previous(factor.name), frozenset()).values.any())
 
 
-def _goes_on(factor: Factor, time: str, presence: Table) -> bool:
-    """Whether a chain goes on after a step at which it is masked."""
-    before = presence.narrowed(time, 0, presence.sizes.get(time, 1) - 1)
-    return previous(factor.name) in factor.table.axes and _varies(factor.table, previous(factor.name), before)
-
-
-def _varies(table: Table, axis: str, presence: Table) -> bool:
-    """Whether the table varies along `axis` anywhere that what the axis is of does not exist."""
-    axes = (axis, *dict.fromkeys((*(a for a in table.axes if a != axis), *presence.axes)))
+def _elements(table: Table, gone: Table, own: Table, axis: str, plates: frozenset[str]) -> Table:
+    """At which elements of some plates a table varies along `axis`, where that is gone and the table's own is not."""
+    axes = (axis, *dict.fromkeys(other for part in (table, gone, own) for other in part.axes if other != axis))
     values = table.aligned(axes)
-    return bool(((values != values[:1]) & ~presence.aligned(axes)).any())
+    varies = (values != values[:1]) & gone.aligned(axes) & ~own.aligned(axes)
+    others = [dim for dim, other in enumerate(axes) if other not in plates]
+    return Table(varies.any(others), tuple(other for other in axes if other in plates))
+
+
+def _but(gone: Table, read: Table) -> Table:
+    """Where a latent is masked out and not read."""
+    axes = tuple(dict.fromkeys((*gone.axes, *read.axes)))
+    return Table(gone.aligned(axes) & ~read.aligned(axes), axes)
 
 
 def _same_mask(one: Tensor | bool | None, other: Tensor | bool | None) -> bool:

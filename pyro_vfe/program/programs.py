@@ -20,7 +20,9 @@ from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import fits_at_once, within_limit
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
+from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
+from pyro_vfe.program.masks import warn_of_priors
 from pyro_vfe.program.parameters import nan_parameters, stale_parameter
 from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
@@ -199,6 +201,7 @@ class Programs:
             raise
         except Exception as error:
             raise (_explained(error, call) or _cannot_broadcast(error)) from error
+        warn_of_priors(enumeration, layout)
         self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide), shares)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
@@ -353,7 +356,7 @@ def ordinary_draws(
         value: Tensor = fn.sample()
         return value
 
-    sites = Recorder("guide", draw, subsamples=subsamples).run(guide, args, kwargs)
+    sites = Recorder("guide", draw, subsamples=subsamples, look=own_value).run(guide, args, kwargs)
     return {name: site.value for name, site in sites.items() if site.kind == "sampled"}
 
 

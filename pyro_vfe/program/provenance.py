@@ -21,15 +21,19 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from pyro_vfe.program.escapes import ESCAPES, INTEGER_ARGUMENTS, NO_SITES, Escaped, Sites, by_the_program, user_line
+from pyro_vfe.program.keeping import Kept
+from pyro_vfe.program.log_prob import slim
 from pyro_vfe.program.sharing import (
     FAMILIES,
+    KEEPS_NUMBERS,
     PURE,
     Shared,
     can_be_shared,
     circumstances,
     constant,
     held_tensors,
-    writes,
+    memories_of,
+    written_by,
 )
 
 _INERT = frozenset(
@@ -85,6 +89,8 @@ class Provenance(TorchFunctionMode):
         self.on_union = on_union
         self.shared = Shared() if share else None
         """The results that later computations may take over."""
+        self.kept = Kept(self.copied)
+        """What the run's statements were given."""
         self.watched: set[str] = set()
         """Sites whose values may not leave torch: those that are enumerated along a dim, or not in the guide."""
         self.draws: set[str] = set()
@@ -145,6 +151,13 @@ class Provenance(TorchFunctionMode):
         tensor._vfe_sites = (self, sites, original)  # type: ignore[attr-defined]
         return tensor
 
+    def copied(self, tensor: Tensor) -> Tensor:
+        """A copy with memory of its own, computed from the same sites; what `expand` repeated stays repeated."""
+        with torch.enable_grad():  # A program may write without gradients into what it wants gradients of.
+            copy = slim(tensor, 0).clone().expand(tensor.shape)
+        self.mark(copy, self.of(tensor))
+        return copy
+
     def lent(self, original: Tensor) -> Tensor:
         """A tensor of its own with the numbers of `original`, which may not be written to from now on."""
         if self.shared is not None:
@@ -152,7 +165,8 @@ class Provenance(TorchFunctionMode):
         return self.alias(original, NO_SITES)
 
     def finish(self) -> None:
-        """Forgets what was shared: tensors that outlive the run shall not keep all others alive."""
+        """Forgets what was shared or kept: tensors that outlive the run shall not keep all others alive."""
+        self.kept = Kept(self.copied)
         if self.shared is not None:
             self.shared.finish()
 
@@ -210,14 +224,18 @@ class Provenance(TorchFunctionMode):
             if isinstance(result, Tensor):
                 self._mark_all(result, self.of(args[0]), ())
             return result
-        if self.shared is not None and name in PURE and "out" not in kwargs:
+        if self.shared is not None and name in PURE and not ("out" in kwargs or kwargs.get("inplace")):
             return self._pure(func, name, args, kwargs)
         sites = self._gather(args)
         if kwargs:
             sites = sites | self._gather(kwargs.values())
-        written = writes(name)
-        if self.shared is not None and (written or "out" in kwargs):
-            self.shared.written(kwargs.get("out", args[0] if args else None))
+        written = written_by(name, args, kwargs)
+        if written is not None:
+            memories = memories_of(written)
+            if self.shared is not None:
+                self.shared.written(memories)
+            if name not in KEEPS_NUMBERS:
+                self.kept.written(memories)
         if not sites:
             return func(*args, **kwargs)
         if self._escapes(name, args) and by_the_program():
@@ -227,8 +245,8 @@ class Provenance(TorchFunctionMode):
             self._unions.add(sites)
             self.on_union(sites, name)
         self._mark_all(result, sites, args)
-        if written:
-            self._mark_written(args[0], sites)
+        if written is not None:
+            self._mark_written(written, sites)
         return result
 
     def _pure(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:

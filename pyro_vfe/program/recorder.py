@@ -180,9 +180,11 @@ class Recorder(Messenger):
             if self.check_given is not None and name in self.enumerated:
                 self.check_given(name, fn)
             msg["value"], msg["done"] = self.given[name], True
-            if self.provenance is not None and self.role == "guide":
+            if self.role == "guide" or self.provenance is None:
+                msg["value"] = self.given[name].clone()  # It is another run's, and the program may write into it.
+            if self.role == "guide" and self.provenance is not None:
                 # A draw of an earlier run may hold one value per value of the latents it was made from.
-                self.provenance.mark(self.given[name], self.provenance.of_distribution(fn))
+                self.provenance.mark(msg["value"], self.provenance.of_distribution(fn))
         elif msg["value"] is None and is_summed(msg):
             value = self.latent_value(name, self.role, fn, self._around(msg)[0])
             msg["value"], msg["done"] = value, True
@@ -234,6 +236,8 @@ class Recorder(Messenger):
             follows_model=bool(infer.get(FOLLOWS_MODEL)),
             reveals=infer.get(REVEALS),
         )
+        if self.provenance is not None:
+            self.provenance.kept.add(self.sites[name])
         if self.look is not None:
             self.look(self.sites[name])
 

@@ -5,7 +5,7 @@ Where a model does not take them so, it runs once per draw.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class _Replayer(Messenger):
         if not _is_random(msg):
             return
         if msg["name"] in self.given:
-            msg["value"], msg["done"] = self.given[msg["name"]], True
+            msg["value"], msg["done"] = self.given[msg["name"]].clone(), True
         elif msg["is_observed"]:
             self.observed.add(msg["name"])
             if self.simulate:
@@ -70,7 +70,7 @@ class _Replayer(Messenger):
         if name in self.given or msg["is_observed"]:
             self._add(site)
         if _is_random(msg):
-            self.sites[name] = site
+            self.sites[name] = replace(site, value=site.value.clone())  # The model may change it in place.
 
     def _add(self, site: Site) -> None:
         fn, mask = unmasked(site)

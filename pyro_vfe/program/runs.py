@@ -4,6 +4,7 @@ One run of each program makes all tables; where the programs branch on a latent 
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -20,7 +21,7 @@ from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masking import unmasked
-from pyro_vfe.program.masks import absences, mask_draws, pins, presences, read_where_masked
+from pyro_vfe.program.masks import Absent, absences, mask_draws, masked_alone, masked_below, pins, presences, unread
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -148,18 +149,19 @@ class _Runner:
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""
-        first, second = record_both(
-            model,
-            guide,
-            args,
-            kwargs,
-            self._latent_value,
-            given=self.given,
-            subsamples=self.subsamples,
-            sequential=self.layout.sequential,
-            unread=self.layout.unread,
-            provenance=self.provenance,
-        )
+        with self.provenance.kept.saving() if self.layout.overwrites_saved else nullcontext():
+            first, second = record_both(
+                model,
+                guide,
+                args,
+                kwargs,
+                self._latent_value,
+                given=self.given,
+                subsamples=self.subsamples,
+                sequential=self.layout.sequential,
+                unread=self.layout.unread,
+                provenance=self.provenance,
+            )
         sites: dict[SiteKey, Site] = {
             (site.role, site.name): site
             for site in (*first.sites.values(), *second.sites.values())
@@ -169,6 +171,7 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
+        undrawn = absences(sites, kind="sampled")
         mask_draws(sites)
         self._close_chains(sites)
         self._check_unread(sites)
@@ -187,7 +190,7 @@ class _Runner:
             return replace(labeller, scorer=scorer).factors(some, pinned)
 
         own = self._scores(labeller, sites)
-        presence = presences({**absent, **absences(sites, kind="sampled")}, sites, self.layout)
+        presence = presences({**absent, **undrawn}, sites, self.layout)
         self.provenance.finish()
         lost = frozenset(labeller.lost)
         return Run(
@@ -210,15 +213,16 @@ class _Runner:
 
     def _factors(
         self, labeller: Labeller, keys: Collection[SiteKey], sites: Mapping[SiteKey, Site]
-    ) -> tuple[dict[SiteKey, Factor], dict[str, Tensor | bool]]:
+    ) -> tuple[dict[SiteKey, Factor], Absent]:
         """The factors of some of the sites, and where latents do not exist."""
-        absent = absences(sites, alone=self.pin_masked)
+        absent, alone = absences(sites), masked_alone(sites)
         wanted = {key: site for key, site in sites.items() if key in keys}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             factors = labeller.factors(wanted, pins(absent, sites))
-            while read := read_where_masked(absent, sites, factors, self.layout):
-                absent = {name: where for name, where in absent.items() if name not in read}
-                again = {key: site for key, site in wanted.items() if key[1] in read}
+            out = alone if self.pin_masked else masked_below(absent, alone, factors)
+            if out:
+                absent |= unread(out, sites, factors, self.layout)[0]
+                again = {key: site for key, site in wanted.items() if key[1] in out}
                 factors |= labeller.factors(again, pins(absent, sites))
         return factors, absent
 
@@ -263,7 +267,7 @@ class _Runner:
         with untracked():
             if name in self.layout.sequential:
                 support = self.supports[name] = self._own_values(name, fn)
-                return support[self.paths.choose(name, len(support))]
+                return support[self.paths.choose(name, len(support))].clone()
             dim = self.layout.dims.get(name)
             if dim is None:
                 raise StructureChanged(f"latent '{name}' is new")
@@ -282,7 +286,8 @@ class _Runner:
             if kind is not None:
                 self.values[kind, dim] = known
         self.supports[name] = known[0]
-        return known[1] if kind is None else self.provenance.lent(known[1])
+        # The program may write into a value, and the support stays what it is.
+        return known[1].clone() if kind is None else self.provenance.lent(known[1])
 
     def _own_values(self, name: str, fn: Any) -> Tensor:
         """The values that a latent takes: its support, or one of it."""

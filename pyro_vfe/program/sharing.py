@@ -8,7 +8,7 @@ handed out as a tensor of its own, which carries its own provenance and remember
 may be written to: a program that does so is run again without sharing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,12 @@ FAMILIES = frozenset(
 _WRITING = frozenset(
     """
     __setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__
-    __ixor__ register_hook retain_grad register_post_accumulate_grad_hook
+    __ixor__ __ilshift__ __irshift__
     """.split()  # noqa: SIM905
 )
+
+KEEPS_NUMBERS = frozenset(["register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_"])
+"""Operations that change of their first argument what its gradient does, and not its numbers."""
 
 _PLAIN = (bool, int, float, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 
@@ -61,9 +64,13 @@ class Unshareable(Exception):
     """The program writes into a tensor that others share, or hooks it: it has to be run without sharing."""
 
 
-def writes(name: str) -> bool:
-    """Whether an operation of this name changes its first argument."""
-    return name in _WRITING or (name[-1:] == "_" and name[-2:] != "__")
+def written_by(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
+    """What an operation changes: its first argument, or `out=`; None where it changes nothing."""
+    if "out" in kwargs:
+        return kwargs["out"]
+    if name in _WRITING or name in KEEPS_NUMBERS or (name[-1:] == "_" and name[-2:] != "__") or kwargs.get("inplace"):
+        return args[0] if args else next(iter(kwargs.values()), None)
+    return None
 
 
 @dataclass(eq=False, slots=True)
@@ -114,28 +121,24 @@ class Shared:
 
     def protect(self, tensor: Tensor) -> None:
         """Forbids writes into the memory of a tensor that others stand for."""
-        self._protected.add(_memory(tensor))
+        self._protected |= memories_of(tensor)
 
-    def written(self, target: object) -> None:
-        """Takes note of an operation that changes `target`: what was computed from its memory is no longer known.
+    def written(self, memories: set[int]) -> None:
+        """Takes note of an operation that changes memories: what was computed from them is no longer known.
 
         Raises:
-            Unshareable: Others share the memory.
+            Unshareable: Others share them.
         """
-        if isinstance(target, (list, tuple)):
-            for part in target:
-                self.written(part)
-        if not isinstance(target, Tensor) or target.layout is not torch.strided or not target.numel():
-            return
-        memory = _memory(target)
-        if memory in self._protected:
+        if not memories.isdisjoint(self._protected):
             raise Unshareable
         for key in self._new:
             for argument, _ in self._results[key].arguments:
-                self._read.setdefault(_memory(argument), []).append(key)
+                for memory in memories_of(argument):
+                    self._read.setdefault(memory, []).append(key)
         self._new = []
-        for key in self._read.pop(memory, ()):
-            self._results.pop(key, None)
+        for memory in memories:
+            for key in self._read.pop(memory, ()):
+                self._results.pop(key, None)
 
     def finish(self) -> None:
         """Checks that nothing that was shared has been written to, and forgets it.
@@ -153,8 +156,13 @@ def _versions(tensors: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:
     return tuple([(tensor, tensor._version) for tensor in tensors])
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def memories_of(target: object) -> set[int]:
+    """Where the numbers lie of a tensor, or of several: views of one tensor have one memory."""
+    if isinstance(target, (list, tuple)):
+        return set().union(*map(memories_of, target))
+    if not isinstance(target, Tensor) or target.layout is not torch.strided or is_functorch_wrapped_tensor(target):
+        return set()
+    return {target.untyped_storage().data_ptr()} if target.numel() else set()
 
 
 def can_be_shared(tensor: Tensor) -> bool:

@@ -18,10 +18,11 @@ from pyro_vfe.engine.lookup import read, read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
-from pyro_vfe.program.masks import absences, mask_draws, pins
+from pyro_vfe.program.masks import absences, mask_draws, masked_alone, masked_below, pins
 from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -113,7 +114,9 @@ class _Round(NamedTuple):
 
 def _compare(enumeration: Enumeration, run: _Round) -> None:
     assignment, ordinary, log_probs = run
-    pinned = pins(absences(ordinary), ordinary)
+    absent = absences(ordinary)
+    absent |= masked_below(absent, masked_alone(ordinary), enumeration.factors)
+    pinned = pins(absent, ordinary)
     for key, site in ordinary.items():
         counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
@@ -184,15 +187,15 @@ def _ordinary_run(
     layout: Layout,
     subsamples: Mapping[str, Tensor],
 ) -> tuple[dict[tuple[Role, str], Site], dict[tuple[Role, str], Tensor]]:
-    """The sites of an ordinary run, and what each said of its value when it was reached.
-
-    A program may change a mask, a parameter or data in place after the statement that they were for.
-    """
+    """The sites of an ordinary run, and what each said of its value when it was reached."""
     log_probs: dict[tuple[Role, str], Tensor] = {}
 
     def look(site: Site) -> None:
         if site.kind != "unread":
             log_probs[site.role, site.name] = _ordinary_log_prob(site)
+        site.fn, mask = unmasked(site)
+        site.mask, site.scale = replaced((mask, site.scale), Tensor.clone)
+        own_value(site)
 
     def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         index = over_dims(assignment[name], plates)
@@ -268,10 +271,10 @@ def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> Spot
         f"Site '{site.name}' of the {site.role} has log-probability {_shown(expected)} in an ordinary run and "
         f"{_shown(enumerated)} when enumerated, at the same values of all latents.",
         hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
-        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0. Or it "
-        "changes a tensor in place that the site was given (write `mask = mask | new`, not `mask |= new`), or uses "
-        "random numbers of NumPy or Python, or passes a latent through torch.nn.Dropout (call .eval() on the network). "
-        "If you are sure, pass check=False.",
+        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0. Or NumPy "
+        "or a compiled function changes in place what the site was given (give it a copy of it), or it "
+        "uses random numbers of NumPy or Python, or passes a latent through torch.nn.Dropout (call .eval() on the "
+        "network). If you are sure, pass check=False.",
     )
 
 
