@@ -17,7 +17,7 @@ from pyro_vfe.energy.portioned import NO_PLATES, HasExpectation, PortionedParts
 from pyro_vfe.engine.elimination import eliminate
 from pyro_vfe.engine.execution import without_plates
 from pyro_vfe.engine.expectation import Expectation, expected
-from pyro_vfe.engine.factors import Factor, FactorGraph, Table, Variable
+from pyro_vfe.engine.factors import Factor, FactorGraph, Scale, Table, Variable
 from pyro_vfe.engine.logspace import log_sum_exp
 from pyro_vfe.engine.scales import applied, same_scale
 from pyro_vfe.engine.structure import Unrolling, tied_inside, unrolled
@@ -126,13 +126,21 @@ def guide_graph(enumeration: Enumeration) -> FactorGraph:
 
 
 def unweighted(graph: FactorGraph) -> FactorGraph:
-    """The graph as one sum, in which weights are powers: impossible where the weighted one is, whose sum may be none.
+    """The graph without its weights, but for those of zero: for what can be at all, which weights do not change.
 
     Args:
         graph: The factors.
     """
+    factors = tuple(applied(replace(factor, scale=_counts(factor.scale))) for factor in graph.factors)
     variables = {name: replace(variable, scale=1.0) for name, variable in graph.variables.items()}
-    return replace(graph, factors=tuple(map(applied, graph.factors)), variables=variables, subsampled={})
+    return replace(graph, factors=factors, variables=variables, subsampled={})
+
+
+def _counts(scale: Scale) -> Scale:
+    """One where something counts at all, zero elsewhere."""
+    if not isinstance(scale, Table):
+        return float(scale != 0)
+    return Table((scale.values != 0).to(scale.values.dtype), scale.axes)
 
 
 def free_energy_parts(
