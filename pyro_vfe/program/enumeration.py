@@ -28,14 +28,9 @@ PARTICLES = "num_particles_vectorized"
 """The plate of particles."""
 
 
-def not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
-    """What stands in for the making of other tables where runs, or whole tables, are not kept: nothing may ask for it.
-
-    Args:
-        keys: The sites.
-        scorer: What would make their numbers.
-    """
-    raise AssertionError("statistics are taken where programs have been run and their tables made whole")
+def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
+    """What stands in for `rescored` where the runs are not kept: statistics are taken before."""
+    raise AssertionError("factors were to be made again from a result, which holds numbers and no runs")
 
 
 def is_random(site: Site) -> bool:
@@ -114,7 +109,7 @@ class Enumeration:
         parameters = {name: value.detach() for name, value in self.parameters.items()}
         return {
             **self.__dict__,
-            "rescored": not_here,
+            "rescored": _not_here,
             "parameters": parameters,
             "own_scores": {},
             "scores": {},
@@ -149,7 +144,7 @@ class Enumeration:
     def numbers(self) -> "Enumeration":
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
-        return replace(self, paths=(), rescored=not_here, parameters={}, own_scores={}, scores={}, portions=portions)
+        return replace(self, paths=(), rescored=_not_here, parameters={}, own_scores={}, scores={}, portions=portions)
 
     @property
     def parts(self) -> "Iterable[Enumeration]":
