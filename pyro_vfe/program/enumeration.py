@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Variable
-from pyro_vfe.errors import PlateError
+from pyro_vfe.errors import PlateError, StructureError
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import unwrapped
 
@@ -29,8 +29,15 @@ PARTICLES = "num_particles_vectorized"
 
 
 def _not_here(keys: Collection[SiteKey], scorer: Any) -> dict[SiteKey, Factor]:
-    """What stands in for `rescored` where the runs are not kept: statistics are taken before."""
-    raise AssertionError("factors were to be made again from a result, which holds numbers and no runs")
+    """What stands in for `rescored` where the runs are not kept.
+
+    Raises:
+        StructureError: Always.
+    """
+    raise StructureError(
+        f"The factors of {len(keys)} sites were to be made again from a result, which holds numbers and no runs.",
+        hint="Run the programs where the statistics are wanted.",
+    )
 
 
 def is_random(site: Site) -> bool:

@@ -19,7 +19,7 @@ from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masks import absences, mask_draws, read_where_masked
-from pyro_vfe.program.portions import PortionedRun
+from pyro_vfe.program.portions import PortionedRun, withheld
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -70,14 +70,18 @@ def enumerate_programs(
             runner = _Runner(layout, paths, given or {}, subsamples or {}, share, differentiable, pin_masked)
             run = runner.run(model, guide, args, kwargs)
         except Escaped as escape:
-            raise StructureChanged(f"latent '{min(escape.sites)}' leaves torch by {escape}") from escape
+            raise StructureChanged(str(escape)) from escape
         runs[paths.assignment()] = run
     return assembled(runs, layout)
 
 
 def _withheld(some: Mapping[SiteKey, Site], scorer: Scorer) -> dict[SiteKey, Factor]:
-    """What stands in for the making of other tables where those of log-probabilities are withheld, and raise before."""
-    raise AssertionError("statistics were to be taken of tables that are made in portions")
+    """What stands in for the making of other tables where even those of log-probabilities are withheld.
+
+    Raises:
+        CostError: Always.
+    """
+    raise withheld([name for _, name in some])
 
 
 class _Runner:
