@@ -439,7 +439,7 @@ REFUSALS: dict[str, Refusal] = {
     "an escape that only enumeration meets": (
         lambda: loss_of(branching_when_enumerated),
         StructureError,
-        "structure of the programs changes.*'z' leaves torch by item",
+        "structure of the programs changes.*item at test_refusals",
     ),
     "a scale along a chain of the program": (
         lambda: loss_of(chain_scaled_by_step),

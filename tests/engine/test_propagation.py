@@ -157,7 +157,7 @@ def test_tables_that_span_too_much_are_left_to_sums_in_logs(tables: list[list[fl
     "tables",
     [
         pytest.param(
-            {"a": [-500.0, 0.0], "ab": [[-600.0, 0.0], [0.0, -660.0]], "b": [0.0, 0.0]}, id="a derivative underflows"
+            {"b": [-500.0, 0.0], "ba": [[-600.0, 0.0], [0.0, -660.0]], "a": [0.0, 0.0]}, id="a derivative underflows"
         ),
         pytest.param({"a": [-660.0, 0.0], "ba": [[0.0, -INF], [-600.0, -INF]]}, id="what remains is faint"),
     ],
