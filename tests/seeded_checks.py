@@ -134,9 +134,13 @@ def _of_the_terms(expected: Expected, model: Any, guide: Any) -> list[Finding]:
             return
         for name, value in terms.items():
             number = getattr(found, name)
-            if name in ("surprise", "gap") and without:
-                verdict = "right" if number.isnan() else "wrong"
-                yield Finding(name, verdict, str(number.item()), f"a refusal, or NaN: {without}")
+            if name in ("surprise", "gap") and (without or found.unsplit is not None):
+                # An infinite F is all of it the guide's: that much is known without the surprise.
+                is_marked = number.isnan() or (
+                    name == "gap" and bool(number.isposinf() & terms["free_energy"].isposinf())
+                )
+                verdict = "wrong" if not is_marked else "right" if without else "refused"
+                yield Finding(name, verdict, found.unsplit or str(number.item()), without or "an answer")
             elif value.isfinite() or name != "accuracy":  # complexity - F is inf - inf there
                 yield _compared(name, number, value.detach())
         if not without and terms["free_energy"].isfinite():

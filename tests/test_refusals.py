@@ -458,7 +458,7 @@ REFUSALS: dict[str, Refusal] = {
     "a scale of another plate": (
         lambda: FactorGraph((), {"a": Variable("a", 2, NOWHERE, BY_STEP)}, {"time": 3}).check(),
         VFEError,
-        "'a' has a scale over .'time',. and is in the plates",
+        "'a' has a scale that varies with 'time'",
     ),
     "a scale along a chain": (lambda: log_normalizer(scaled_by_step()), VFEError, "'z' is a chain.*its scale varies"),
 }
