@@ -137,6 +137,8 @@ def _of_the_terms(expected: Expected, model: Any, guide: Any) -> list[Finding]:
             if name in ("surprise", "gap") and without:
                 verdict = "right" if number.isnan() else "wrong"
                 yield Finding(name, verdict, str(number.item()), f"a refusal, or NaN: {without}")
+            elif name in ("surprise", "gap") and number.isnan():
+                yield Finding(name, "refused", f"marked as NaN: {found}", str(value.item()))
             elif value.isfinite() or name != "accuracy":  # complexity - F is inf - inf there
                 yield _compared(name, number, value.detach())
         if not without and terms["free_energy"].isfinite():
