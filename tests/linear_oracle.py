@@ -21,6 +21,10 @@ from seeded_programs import SIZES, ProgramSpec, SiteSpec
 from torch import Tensor
 
 RELATIVE = 1e-8
+"""To which an answer has to be right."""
+
+ROUNDING = 1e-11
+"""To which sums in different orders agree where there is one answer."""
 
 
 class Expected:
@@ -172,14 +176,14 @@ def _finite_log(values: Tensor) -> Tensor:
 
 
 def _agree(numbers: list[Tensor]) -> bool:
-    return all(close(number, numbers[0]) for number in numbers[1:])
+    return all(close(number, numbers[0], ROUNDING) for number in numbers[1:])
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor, relative: float = RELATIVE) -> bool:
     """Whether numbers are equal to rounding, infinite ones included."""
     found = torch.as_tensor(found).detach().to(expected.dtype)
     if found.shape != expected.shape:
         return False
     same = found == expected
-    near = (found - expected).abs() <= RELATIVE * expected.abs().where(expected.isfinite(), 0.0).clamp(min=1.0)
+    near = (found - expected).abs() <= relative * expected.abs().where(expected.isfinite(), 0.0).clamp(min=1.0)
     return bool((same | near).all())
