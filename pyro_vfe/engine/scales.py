@@ -35,7 +35,7 @@ def _slim(scale: Scale) -> Scale:
         first = scale.selected(axis, 0)
         if bool((scale.values == first.aligned(scale.axes)).all()):
             scale = first
-    return scale if scale.axes else float(scale.values)
+    return scale if scale.axes else scale.values.item()
 
 
 def _is_learned(scale: Scale) -> bool:
