@@ -64,6 +64,18 @@ class Gaps(Messenger):
         self.is_drawn = is_drawn
         self._paths: dict[str, _Path] = {}
 
+    def _process_message(self, msg: Any) -> None:
+        # At every statement: most programs have no such chain, and pay for a look at what is observed under a mask.
+        if msg["type"] != "sample":
+            return
+        masked = msg["mask"] is not None or type(msg["fn"]).__name__ == "MaskedDistribution"
+        if self._paths or (masked and msg["is_observed"]):
+            self._pyro_sample(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if self._paths and msg["type"] == "sample":
+            self._pyro_post_sample(msg)
+
     def _pyro_sample(self, msg: Any) -> None:
         chain, mask = without_mask(msg["fn"], msg["mask"])
         if isinstance(chain, MarkovChain) and isinstance(mask, Tensor) and msg["is_observed"]:

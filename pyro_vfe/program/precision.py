@@ -21,6 +21,8 @@ _CACHED = ("_inv", "_cached_x_y")
 
 _PLAIN = frozenset([type(None), bool, int, float, str, torch.Size])
 
+_WIDE = frozenset([torch.float32, torch.float64, torch.int64, torch.bool])
+
 
 def widened_distribution(fn: Any) -> Any:
     """The distribution with the numbers it holds widened; itself where none of them is narrow.
@@ -29,8 +31,16 @@ def widened_distribution(fn: Any) -> Any:
         fn: A distribution of torch or Pyro.
     """
     with untracked():
-        is_wide = not _holds_narrow(fn)
+        is_wide = _is_plainly_wide(fn) or not _holds_narrow(fn)
     return fn if is_wide else _widened(fn, {})
+
+
+def _is_plainly_wide(fn: Any) -> bool:
+    """Whether a distribution holds numbers and wide tensors alone: asked of every site of every run."""
+    for held in vars(fn).values():
+        if type(held) not in _PLAIN and (type(held) is not Tensor or held.dtype not in _WIDE):
+            return False
+    return True
 
 
 def _holds_narrow(part: Any) -> bool:
@@ -42,10 +52,7 @@ def _holds_narrow(part: Any) -> bool:
         return _holds_narrow(part.inv)
     if not isinstance(part, (Distribution, Transform)):
         return False
-    for name, held in part.__dict__.items():  # of every site of every run: what holds no tensor is not asked
-        if type(held) not in _PLAIN and name not in _CACHED and _holds_narrow(held):
-            return True
-    return False
+    return any(_holds_narrow(held) for name, held in vars(part).items() if name not in _CACHED)
 
 
 def _widened(part: Any, made: dict[int, Any]) -> Any:
