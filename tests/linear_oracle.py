@@ -94,7 +94,7 @@ class Expected:
         """Why F must be refused; empty where it may not be."""
         if self.model.read_where_absent:
             return "a latent is read where it is masked out"
-        if self._above_a_subsample(self.hidden):
+        if self._above_a_subsample(self.model, self.hidden):
             return "a latent is summed out of the model above a subsample"
         ways = orders(self.spec, self.model, self.hidden)
         given = orders(self.spec, self.model, self.guided)
@@ -119,7 +119,7 @@ class Expected:
     def _no_evidence(self, table: Table) -> str:
         if table.read_where_absent:
             return "a latent is read where it is masked out"
-        if self._above_a_subsample(list(table.weights)):
+        if self._above_a_subsample(table, list(table.weights)):
             return "a latent is summed above a subsample"
         return "" if _agree(self.evidences(table)) else "the sums depend on their order"
 
@@ -128,16 +128,17 @@ class Expected:
         left = multiplied(summed(self.model.blocks, way, self.model.weights), Weight())
         return _finite_log(left.values.detach()).sum()
 
-    def _above_a_subsample(self, elements: list[Element]) -> bool:
-        """Whether something that lies in a subsample reads one of the elements outside of it."""
-        subsampled = {plate.name for plate in self.spec.plates if plate.weight != 1}
-        inside = {site.name: set(site.plates) for site in self.spec.model}
-        return any(
-            subsampled & inside[block.site] - inside[axis[0]] and varies(block, axis)
-            for block in self.model.blocks
-            for axis in block.axes
-            if axis in elements
-        )
+    def _above_a_subsample(self, table: Table, elements: list[Element]) -> bool:
+        """Whether what lies in a subsample depends on an element outside of it, when what is inside has been summed."""
+        inside = {site.name: site.plates for site in self.spec.model}
+        for plate in (plate.name for plate in self.spec.plates if plate.weight != 1):
+            blocks = [block for block in table.blocks if plate in inside[block.site]]
+            own = [element for element in elements if plate in inside[element[0]]]
+            (order, *_) = orders(self.spec, table, own)
+            for block in summed(blocks, order, table.weights):
+                if any(axis in elements and varies(block, axis) for axis in block.axes):
+                    return True
+        return False
 
     @cached_property
     def posterior(self) -> Block:

@@ -120,7 +120,7 @@ class Table:
 def varies(block: Block, axis: Element) -> bool:
     """Whether the values differ along an axis."""
     values = block.values.detach().movedim(block.axes.index(axis), 0)
-    return bool((values != values[:1]).any())
+    return not torch.allclose(values, values[:1], rtol=1e-12, atol=0.0)
 
 
 class Tables:

@@ -4,7 +4,7 @@ r"""Expectations under chains of the guide: forward marginals, then one contract
     E[f]       =  sum_s q_0(s) f_0(s)  +  sum_t sum_{r,s} q_{t-1}(r) Q_t(s | r) f_t(r, s)
 
 Variables are tied where some conditional or cost reads a previous value; they form one state with what their
-conditionals read inside the plate.
+conditionals read inside the plate, and what that is read from there: all of it changes from step to step.
 
 References:
     Saul and Jordan (1996), Exploiting tractable substructures in intractable networks (chains as guides).
@@ -137,12 +137,23 @@ def tied_groups(
         plate = graph.variables[name].chain
         if previous(name) not in read or plate is None:
             continue
-        for parent in graph.scope(by_name[name]):
-            if parent in by_name and plate in graph.variables[parent].plates:
-                _merge(group_of, name, parent)
+        for parent in _read_inside(plate, name, by_name, graph):
+            _merge(group_of, name, parent)
     return [
         [by_name[name] for name in by_name if group_of[name] is group] for group in _sorted(group_of, by_name, graph)
     ]
+
+
+def _read_inside(plate: str, name: str, by_name: dict[str, Factor], graph: FactorGraph) -> list[str]:
+    """What a variable's conditional reads inside a plate, and what these read there, and so on; itself first."""
+    found = {name: None}
+    queue = [name]
+    while queue:
+        read = graph.scope(by_name[queue.pop()])
+        fresh = [v for v in read if v in by_name and v not in found and plate in graph.variables[v].plates]
+        found |= dict.fromkeys(fresh)
+        queue += fresh
+    return list(found)
 
 
 def _merge(group_of: dict[str, list[str]], one: str, other: str) -> None:

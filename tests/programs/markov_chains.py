@@ -225,6 +225,26 @@ def transitions_by_step(counts: Tensor) -> None:
         pyro.sample("u", dist.Poisson(rates[z] + w), obs=counts)
 
 
+def two_chains(counts: Tensor) -> None:
+    rates = positive("rates", 2, 2, seed=2)
+    with pyro.plate("time", len(counts)):
+        a = pyro.sample("a", vfe.MarkovChain(simplex("a_0", 2), simplex("a_step", 2, 2, seed=1)))
+        w = categorical("w", simplex("weights", 2, seed=3))
+        b = pyro.sample("b", vfe.MarkovChain(simplex("b_0", 2, seed=4), simplex("b_step", 2, 2, seed=5)))
+        pyro.sample("u", dist.Poisson(rates[a, b] + w), obs=counts)
+
+
+def guide_of_a_chain_by_way_of_a_latent(counts: Tensor, is_chain: bool = True) -> None:
+    with pyro.plate("time", len(counts)):
+        a = pyro.sample("a", vfe.MarkovChain(simplex("q_a", 2, seed=6), simplex("q_a_step", 2, 2, seed=7)))
+        w = categorical("w", simplex("q_w", 2, 2, seed=8)[a])
+        if is_chain:
+            steps = simplex("q_b_step", 2, 2, 2, seed=9)[w]
+            pyro.sample("b", vfe.MarkovChain(simplex("q_b", 2, seed=10), steps, num_steps=len(counts)))
+        else:
+            categorical("b", simplex("q_b", 2, 2, seed=10)[w])
+
+
 def wide_emissions(table: Tensor) -> None:
     rates = positive("rates", 2, 2, seed=2)
     with pyro.plate("time", table.shape[-1], dim=-1):
@@ -284,5 +304,11 @@ MARKOV_CHAINS: dict[str, Program] = {
     "markov_chain_with_transitions_by_step_and_guide_of_the_chain": Program(
         transitions_by_step, guide_of_the_chain, args=(COUNTS,)
     ),
+    **{
+        f"two_markov_chains_and_{what}_by_way_of_a_latent_in_the_guide": Program(
+            two_chains, partial(guide_of_a_chain_by_way_of_a_latent, is_chain=is_chain), args=(COUNTS[:3],)
+        )
+        for what, is_chain in (("a_chain", True), ("a_mean_field", False))
+    },
     "markov_chain_with_wide_emissions": Program(wide_emissions, args=(TABLE,), marginals=(("z",),)),
 }
