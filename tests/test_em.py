@@ -561,11 +561,6 @@ REFUSED: dict[str, tuple[Callable[[], "vfe.EM"], type[VFEError], str]] = {
     "unknown floor": (lambda: vfe.EM(mixture, floor={"rate": 1.0}), VFEError, r"floor= names 'rate'"),
     "negative floor": (lambda: vfe.EM(mixture, floor=-1.0), VFEError, r"floor -1\..*positive"),
     "floor of NaN": (lambda: vfe.EM(mixture, floor={"rates": float("nan")}), VFEError, r"floor nan for 'rates'"),
-    "floor in a search": (
-        lambda: vfe.EM(mixture, m_phase=vfe.Numerical(), floor=0.1),
-        VFEError,
-        r"Numerical, which holds no floor.*greater_than",
-    ),
     "guide beside an exact posterior": (
         lambda: vfe.EM(mixture, vfe.AutoMeanField(mixture), e_phase=vfe.Hard()),
         StructureError,
@@ -593,16 +588,6 @@ def test_a_start_below_the_floor_is_raised_to_it_without_a_report() -> None:
     assert run.history.d_free_energy[2] > 0
     assert not any("raised F" in note for note in run.notes)
     torch.testing.assert_close(run.params["rates"].min(), tensor(8.0))
-
-
-def test_a_floor_that_a_search_does_not_hold_is_told_of() -> None:
-    def model(counts: Tensor) -> None:
-        slope = pyro.param("slope", tensor(1.0), constraint=constraints.positive)
-        with pyro.plate("data", len(counts)):
-            pyro.sample("u", dist.Poisson((1 + slope).log1p()), obs=counts)
-
-    run = quiet(vfe.EM(model, floor=1e-6), COUNTS)
-    assert any("floor is not held by the search: 'slope'" in note for note in run.notes)
 
 
 def test_a_single_m_phase_says_what_it_kept() -> None:

@@ -20,7 +20,6 @@ from torch.distributions import constraints
 
 import pyro_vfe as vfe
 from examples.earthquakes import COUNTS as EARTHQUAKES
-from pyro_vfe.errors import VFEError
 from pyro_vfe.program.parameters import unconstrained
 
 Model = Callable[..., None]
@@ -420,13 +419,6 @@ def test_a_parameter_that_later_data_use_out_of_sight_is_found() -> None:
     em = vfe.EM(model)
     assert em.m_phase(COUNTS, False).updates["rates"].startswith("closed form")
     assert "no closed form" in em.m_phase(COUNTS, True).updates["rates"]
-
-
-@pytest.mark.parametrize("floor", [{"probs": 0.2}, 0.2])
-def test_a_floor_that_the_search_would_not_hold_is_refused(floor: Any) -> None:
-    model = mixture(one(lambda z: dist.Bernoulli(unit()[z])))
-    with pytest.raises(VFEError, match="Numerical, which holds no floor"):
-        vfe.EM(model, floor=floor, m_phase=vfe.Numerical()).run(torch.zeros(3), progress_bar=False)
 
 
 def test_a_program_that_sees_nothing_keeps_its_parameters() -> None:

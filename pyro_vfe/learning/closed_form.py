@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.learning.closed_forms import Proposal, solve
-from pyro_vfe.learning.entries import floor_of
 from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import MPhase, Problem
@@ -26,7 +25,7 @@ from pyro_vfe.learning.pools import Pools
 from pyro_vfe.learning.prior_pools import prior_pools
 from pyro_vfe.learning.site_pools import data_pools
 from pyro_vfe.program.extraction import statistics_of
-from pyro_vfe.program.parameters import constraint_of, restore, snapshot, unconstrained, write
+from pyro_vfe.program.parameters import constraint_of, restore, restored_on_error, snapshot, unconstrained, write
 
 _FRACTION = 1e-6
 """How small a certified gradient is next to the one at the old parameters, in double precision."""
@@ -82,16 +81,14 @@ class ClosedForm(MPhase):
         if not new.isdisjoint(failed):
             self._uncertified |= {name: reason for name, reason in failed.items() if name in new}
             proposal = self._proposed(problem, data, priors)
-        write(proposal.values)
-        problem.notes.extend(proposal.notes)
         words = dict(proposal.words)
         rest = tuple(name for name in problem.names if name not in proposal.values)
-        if rest:
-            found = self.fallback.update(replace(problem, names=rest))
-            reasons = {**proposal.refused, **self._uncertified}
-            words |= {name: f"{how} (no closed form: {reasons.get(name, '')})" for name, how in found.items()}
-            problem.notes.extend(_floors_not_held(problem.pair, rest))
-        return words
+        with restored_on_error(snapshot(problem.names)):
+            write(proposal.values)
+            found = self.fallback.update(replace(problem, names=rest)) if rest else {}
+        problem.notes.extend(proposal.notes)
+        reasons = {**proposal.refused, **self._uncertified}
+        return words | {name: f"{how} (no closed form: {reasons.get(name, '')})" for name, how in found.items()}
 
     def pooled(self, problem: Problem) -> tuple[Pools, Pools]:
         """The statistics of a problem pooled by parameter: the data's, and the priors'.
@@ -162,14 +159,6 @@ def present_values(pair: Pair) -> dict[str, Tensor]:
         pair: The programs, which have run before.
     """
     return {name: pyro.get_param_store()[name].detach() for name in pair.parameters.readers}
-
-
-def _floors_not_held(pair: Pair, searched: Sequence[str]) -> list[str]:
-    """What to say of parameters that have a floor and no closed form, which alone holds it."""
-    names = ", ".join(f"'{name}'" for name in searched if floor_of(pair.floor, name) is not None)
-    if not names:
-        return []
-    return [f"The floor is not held by the search: {names}. A constraint with a lower bound holds one."]
 
 
 def _slopes(problem: Problem, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_vfe.learning.count_solutions import at_floor, best_counts, is_known, rounded_off, slope_of_counts
-from pyro_vfe.learning.entries import Floor, floor_of, named
+from pyro_vfe.learning.count_solutions import at_floor, best_counts, is_at_end, is_known, rounded_off, slope_of_counts
+from pyro_vfe.learning.entries import Floor, floor_of, is_named, named
 from pyro_vfe.learning.moments import summed_by
 from pyro_vfe.learning.normal_solutions import batch_shape, best_normals, covariance_of, is_weighed, slopes_of_normals
 from pyro_vfe.learning.pools import Pools
@@ -59,7 +59,8 @@ def solve(
         names: The parameters to change; the others are held.
         floor: The least value of scales, variances, rates and probabilities (of 1 and of 0), for all parameters or by
             name. For matrices: the least standard deviation in any direction (scale_tril) or the least variance
-            (covariance_matrix, precision_matrix). The solution is the best of those that respect it.
+            (covariance_matrix, precision_matrix). The solution is the best of those that respect it; entries that are
+            exactly 0 (a probability also exactly 1) stay.
         constraints: The parameters' constraints: a solution that violates its own is refused.
 
     Raises:
@@ -67,7 +68,8 @@ def solve(
         ProbabilityError: No probabilities respect the floor.
     """
     total = pools + priors
-    refused = without_closed_form(total, names, {})
+    located = [name for name, form in total.forms.items() if form.kind == "location" and is_named(floor, name)]
+    refused = without_closed_form(total, names, dict.fromkeys(located, "a location has no floor in closed form"))
     while True:
         accepted = [name for name in names if name not in refused]
         found, sweeps = _solutions(total, values, accepted, floor)
@@ -242,7 +244,8 @@ def _state(name: str, total: Pools, value: Tensor, floor: float | None) -> tuple
     probs = wide
     if form.given == "logits":
         probs = wide.softmax(-1) if form.kind == "simplex" else wide.sigmoid()
-    low = at_floor(torch.minimum(probs, 1 - probs) if form.kind == "unit" else probs, floor, value.dtype)
+    least = torch.minimum(probs, 1 - probs) if form.kind == "unit" else probs
+    low = at_floor(least, floor, value.dtype) & ~is_at_end(form, value)
     if form.kind == "simplex":
         return known[..., 0], low.any(-1), tuple(value.shape[:-1])
     return known, low, tuple(value.shape)

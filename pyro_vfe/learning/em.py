@@ -111,19 +111,20 @@ class EM:
             `AutoMeanField`, for other guides `Gradient` with 20 steps of Adam at a learning rate of 0.05.
         m_phase: How parameters are chosen; by default `ClosedForm()`, which searches where there is no closed form.
         fixed: Names of parameters that no phase may change.
-        floor: The least value of a scale, variance, rate or probability, for all parameters or by name.
+        floor: The least value of a scale, variance, rate or probability, for all parameters or by name. Entries that
+            start at exactly 0 stay there.
         check: When enumerated tables are compared with ordinary runs: at the first call, always, or never.
         max_bytes: The most memory that tables may take; half of what is free by default.
 
         Raises:
-            VFEError: A program cannot be called; a floor is no positive number, or the M-phase holds none.
+            VFEError: A program cannot be called, or a floor is no positive number.
         """
         own_guide = given_guide(model, guide)
         self.model = model
         self.guide = guide
         self._chosen_e_phase = e_phase
         self._m_phase = m_phase or ClosedForm()
-        check_floor(floor, self._m_phase)
+        check_floor(floor)
         self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
         self._floor = floor
         self._max_bytes = max_bytes

@@ -10,10 +10,8 @@ from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableE
 from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
 from pyro_vfe.learning.em_loop import updates_guide
 from pyro_vfe.learning.entries import Floor
-from pyro_vfe.learning.gradient import Gradient
-from pyro_vfe.learning.numerical import Numerical
 from pyro_vfe.learning.pair import Pair
-from pyro_vfe.learning.phases import EPhase, MPhase
+from pyro_vfe.learning.phases import EPhase
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site
@@ -93,27 +91,20 @@ def check_accelerable(e_phase: EPhase) -> None:
         )
 
 
-def check_floor(floor: Floor, m_phase: MPhase) -> None:
-    """Checks that floors are floors, and that an M-phase can hold them.
+def check_floor(floor: Floor) -> None:
+    """Checks that floors are floors.
 
     Args:
         floor: What EM was given.
-        m_phase: Its M-phase.
 
     Raises:
-        VFEError: A floor is no positive number, or the M-phase knows of none.
+        VFEError: A floor is no positive number.
     """
     floors = floor if isinstance(floor, Mapping) else {} if floor is None else {"": floor}
     for name, value in floors.items():
         if not 0 < value < inf:
             of = f" for '{name}'" if name else ""
             raise VFEError(f"EM was given the floor {value:g}{of}.", hint="Pass a positive number, such as 1e-3.")
-    if floors and isinstance(m_phase, (Numerical, Gradient)):
-        raise VFEError(
-            f"EM was given floor= and the M-phase {type(m_phase).__name__}, which holds no floor.",
-            hint="Leave m_phase out, as closed forms hold it, or give the parameters constraints with a lower bound, "
-            "constraints.greater_than(1e-3).",
-        )
 
 
 def check_e_phase(e_phase: EPhase, enumeration: Enumeration) -> None:
@@ -233,6 +224,12 @@ def _check_names(pair: Pair) -> None:
                 f"{option}= names '{unknown[0]}', which is no parameter of the programs.",
                 hint=f"Their parameters are: {_listed(pair.parameters.readers)}.",
             )
+    changed_by_q = [name for name in pair.recognition if name in floors]
+    if changed_by_q:
+        raise VFEError(
+            f"floor= names '{changed_by_q[0]}', which the E-phase changes: floors are held by the M-phase.",
+            hint="Give the guide's parameter a constraint with a lower bound, constraints.greater_than(1e-3).",
+        )
 
 
 def _nothing_to_learn(pair: Pair) -> None:

@@ -8,6 +8,9 @@ from torch import Tensor
 Floor = Mapping[str, float] | float | None
 """The least value of scales, variances, rates and probabilities: for all parameters, by name, or none."""
 
+ABOVE = 8
+"""A floor is held so many roundings above itself: none of those on the way to a program takes a value below it."""
+
 NAMED = 3
 """How many entries a message names; the others are counted."""
 
@@ -19,7 +22,18 @@ def floor_of(floor: Floor, name: str) -> float | None:
         floor: One number for all, or numbers by name.
         name: The parameter.
     """
-    return floor.get(name) if isinstance(floor, Mapping) else floor
+    own = floor.get(name) if isinstance(floor, Mapping) else floor
+    return None if own is None else own * (1 + ABOVE * torch.finfo(torch.float64).eps)
+
+
+def is_named(floor: Floor, name: str) -> bool:
+    """Whether a floor was given for a parameter by its name.
+
+    Args:
+        floor: One number for all, or numbers by name.
+        name: The parameter.
+    """
+    return isinstance(floor, Mapping) and name in floor
 
 
 def named(name: str, chosen: Tensor, shape: Sequence[int]) -> str:

@@ -104,6 +104,26 @@ def parameter_roles(enumeration: Enumeration, parameters: Parameters) -> tuple[t
     return learned, tuple(name for name in free if name in recognition - points)
 
 
+def slots_by_parameter(enumeration: Enumeration, parameters: Parameters) -> dict[str, set[tuple[str, int]]]:
+    """Returns what distributions of the model take parameters as: the names of their slots, and their event dims.
+
+    Args:
+        enumeration: A run with the graph from the parameters to the distributions.
+        parameters: What the programs read, and what was found of it in earlier runs.
+    """
+    origins = Origins(enumeration.parameters, parameters.known)
+    found: dict[str, set[tuple[str, int]]] = {}
+    for site in (site for path in enumeration.paths for site in path.values() if site.role == "model"):
+        fn, _ = unmasked(site)
+        form = form_of(fn)
+        slots = {} if form is None else _slots(fn, form, origins, site.name)
+        for name, slot in slots.items():
+            if form is not None and slot.selection is not None:
+                own = {"logits": "probs"}.get(name, "scale_tril" if name in _COVARIANCES else name)
+                found.setdefault(slot.selection.parameter, set()).add((name, form.family.parameters[own]))
+    return found
+
+
 def tensors_of(holder: object, around: tuple[object, ...] = ()) -> Iterable[Tensor]:
     """All tensors that a distribution holds, at any depth; a transform and its inverse hold each other."""
     if isinstance(holder, Tensor):
@@ -175,7 +195,7 @@ def _probed(
             for table, own, weight in zip(factor.tables, enumeration.factors[key].tables, weights[key], strict=True):
                 if table.values.requires_grad:  # what is masked altogether tells of nothing
                     tables.append(table.values)
-                    given.append(_rearranged(Table(weight, own.axes), table))
+                    given.append(rearranged(Table(weight, own.axes), table))
     leaves = [leaf for probe in prober.probes for leaf in probe.leaves]
     found = (
         torch.autograd.grad(tables, leaves, given, materialize_grads=True) if tables else map(torch.zeros_like, leaves)
@@ -184,8 +204,13 @@ def _probed(
     return tuple(_statistics(probe, [next(gradients) for _ in probe.leaves], origins) for probe in prober.probes)
 
 
-def _rearranged(weight: Table, like: Table) -> Tensor:
-    """Weights with the axes of another table of the same site, summed over those that it lacks."""
+def rearranged(weight: Table, like: Table) -> Tensor:
+    """Weights with the axes of another table of the same site, summed over those that it lacks.
+
+    Args:
+        weight: Q's expected entries.
+        like: The other table.
+    """
     if weight.axes == like.axes:
         return weight.values
     gone = [dim for dim, axis in enumerate(weight.axes) if axis not in like.axes]
