@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_vfe.learning.count_solutions import at_floor, best_counts, is_known, rounded_off, slope_of_counts
+from pyro_vfe.learning.count_solutions import at_floor, best_counts, is_at_end, is_known, rounded_off, slope_of_counts
 from pyro_vfe.learning.entries import Floor, floor_of, is_named, named
 from pyro_vfe.learning.moments import summed_by
 from pyro_vfe.learning.normal_solutions import batch_shape, best_normals, covariance_of, is_weighed, slopes_of_normals
@@ -245,7 +245,7 @@ def _state(name: str, total: Pools, value: Tensor, floor: float | None) -> tuple
     if form.given == "logits":
         probs = wide.softmax(-1) if form.kind == "simplex" else wide.sigmoid()
     least = torch.minimum(probs, 1 - probs) if form.kind == "unit" else probs
-    low = at_floor(least, floor, value.dtype) & (least > 0)
+    low = at_floor(least, floor, value.dtype) & ~is_at_end(form, value)
     if form.kind == "simplex":
         return known[..., 0], low.any(-1), tuple(value.shape[:-1])
     return known, low, tuple(value.shape)

@@ -2,7 +2,7 @@ r"""The best probabilities and rates given pooled counts.
 
     simplex   theta_k = a_k / sum a          unit   theta = a / (a + b)          rate   theta = a / b
 
-With a floor they are the best of those that respect it. What is exactly 0 (a probability also exactly 1) is held.
+With a floor they are the best of those that respect it. For what is exactly 0 (a probability also 1) it is none.
 """
 
 import torch
@@ -30,7 +30,7 @@ def best_counts(name: str, form: ObjectiveForm, coefficients: Tensor, value: Ten
         name: The parameter.
         form: Its form: simplex, unit or rate.
         coefficients: a, or a and b, `(1, entries)` or `(2, entries)`.
-        value: The old value; entries at the end of their range stay there, whatever the floor.
+        value: The old value; for entries at the end of their range the floor is none.
         floor: The least probability or rate.
 
     Raises:
@@ -39,25 +39,25 @@ def best_counts(name: str, form: ObjectiveForm, coefficients: Tensor, value: Ten
     """
     own, old = rounded_off(coefficients).reshape(-1, *value.shape), value.detach()
     held = is_at_end(form, old)
-    own = torch.where(held, 0.0, own)
+    known = is_known(form, own)
     if form.kind == "simplex":
         found = _best_simplex(name, own[0], held, floor)
     elif form.kind == "unit":
-        found = _best_unit(name, own[0], own[1], floor)
+        found = _best_unit(name, own[0], own[1], held, floor)
     else:
-        found = _best_rate(name, own[0], own[1], floor)
-    known = is_known(form, own) & ~held
+        known = known & ~held
+        found = _best_rate(name, own[0].where(known, 0.0), own[1].where(known, 0.0), floor)
     if form.given == "logits" and form.kind == "simplex":
         found = found.log()
     elif form.given == "logits":
-        infinite = known & ((found == 0) | (found == 1))
+        infinite = known & ~held & ((found == 0) | (found == 1))
         _refuse(name, infinite, value.shape, "Log-odds are infinite, as all their data agree")
         found = found.log() - torch.log1p(-found)
     return torch.where(known, found, old.to(found))
 
 
 def is_at_end(form: ObjectiveForm, value: Tensor) -> Tensor:
-    """Which entries are exactly at the end of their range: 0, a probability of one outcome also 1.
+    """Which entries are at the end of their range: 0, a probability of one outcome also 1, as near as it is stored.
 
     Such an entry is part of the model (a transition that is none), and no floor is meant for it.
 
@@ -67,7 +67,17 @@ def is_at_end(form: ObjectiveForm, value: Tensor) -> Tensor:
     """
     if form.given == "logits":
         return value.isneginf() if form.kind == "simplex" else value.isinf()
-    return (value == 0) | (value == 1) if form.kind == "unit" else value == 0
+    return probability_at_end(value) if form.kind == "unit" else value == 0
+
+
+def probability_at_end(value: Tensor) -> Tensor:
+    """Which probabilities are 0 or 1: torch keeps them a rounding away from either.
+
+    Args:
+        value: Probabilities, in the type that they are stored in.
+    """
+    kind = torch.finfo(value.dtype)
+    return (value <= kind.tiny) | (value >= 1 - kind.eps)
 
 
 def rounded_off(coefficients: Tensor) -> Tensor:
@@ -118,7 +128,7 @@ def _best_simplex(name: str, counts: Tensor, held: Tensor, floor: float | None) 
         free = free & ~below
 
 
-def _best_unit(name: str, successes: Tensor, failures: Tensor, floor: float | None) -> Tensor:
+def _best_unit(name: str, successes: Tensor, failures: Tensor, held: Tensor, floor: float | None) -> Tensor:
     total = successes + failures
     share = successes / total.where(total > 0, 1.0)
     if floor is None:
@@ -134,7 +144,7 @@ def _best_unit(name: str, successes: Tensor, failures: Tensor, floor: float | No
     inside = torch.where((successes >= 0) & (failures >= 0), share, floor).clamp(floor, 1 - floor)
     candidates = torch.stack([inside, torch.full_like(share, floor), torch.full_like(share, 1 - floor)])
     worth = torch.xlogy(successes, candidates) + torch.special.xlog1py(failures, -candidates)
-    return candidates.gather(0, worth.argmax(0, keepdim=True))[0]
+    return torch.where(held, share, candidates.gather(0, worth.argmax(0, keepdim=True))[0])
 
 
 def _best_rate(name: str, events: Tensor, exposure: Tensor, floor: float | None) -> Tensor:

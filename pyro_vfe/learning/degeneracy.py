@@ -1,7 +1,7 @@
 r"""Whether a search has an end: what shows that the best value of a parameter is none that it can have.
 
-    sharp      log p(u)  -  1/2 [ log p(u + d) + log p(u - d) ]  >  1/2          d: the rounding of the data
-    run off    theta goes on to move while the slope vanishes, and F falls beyond the end as well
+    sharp      log p(u)  -  1/2 [ log p(u + d) + log p(u - d) ]  >  1/20         d: the rounding of the data
+    run off    theta goes on to move while the slope vanishes, or F falls as it does from where it began
 
 A density that tells data apart from their own rounding has collapsed onto them: for a normal that is s < d, where the
 closed form calls a variance zero too. And where there is no minimum the slope vanishes like exp(-theta) or slower: its
@@ -22,6 +22,7 @@ from pyro_vfe.errors import DegenerateError
 from pyro_vfe.learning.belief import Weights
 from pyro_vfe.learning.count_solutions import CANCELLED
 from pyro_vfe.learning.entries import named
+from pyro_vfe.learning.floors import Chart
 from pyro_vfe.learning.phases import Problem
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
@@ -34,6 +35,9 @@ from pyro_vfe.program.tables import Scorer
 
 _SHARP = 0.05
 """Of a normal it is (d / s)^2 / 2: where the scale is a few roundings of the data."""
+
+_AT_A_HALT = 1e-2
+"""Where a search comes to a halt so much of it will do: a scale of some ten roundings more."""
 
 _BLAMED = 0.1
 """Entries that share so much of the largest effect are named with it."""
@@ -50,6 +54,9 @@ _RUNS = 2.0
 _HALFWAY = 0.1
 """More of the slope is left halfway to a minimum, half of it or so; less where it falls like exp(-theta)."""
 
+_SOON = 10.0
+"""Units of theta over which exp(-theta) is as good as gone."""
+
 _FAR = 1e30
 """Where a parameter that runs off is taken to be in the end; no finite value is as large as the root of its square."""
 
@@ -64,14 +71,13 @@ class Blur(Scorer):
     """How far the data of each site are moved, in unconstrained coordinates, `(*event)`."""
 
     def scored(self, site: Site, fn: Any) -> Tensor:
-        """The loss, of the shape of the site's log-probability; zero for counts.
+        """The loss, of the shape of the site's log-probability.
 
         Args:
             site: The site.
             fn: Its distribution.
         """
-        step = self.steps.get(site.name)
-        return torch.zeros(()) if step is None else _loss(fn, without_gaps(site), step)
+        return _loss(fn, without_gaps(site), self.steps[site.name])
 
     def stacked(self, sites: Sequence[Site]) -> Tensor | None:
         """The same for equal sites together.
@@ -79,8 +85,8 @@ class Blur(Scorer):
         Args:
             sites: Sites with equal distributions.
         """
-        step = self.steps.get(sites[0].name)
-        return None if step is None else stacked_log_prob(sites, lambda fn, value: _loss(fn, value, step))
+        step = self.steps[sites[0].name]
+        return stacked_log_prob(sites, lambda fn, value: _loss(fn, value, step))
 
 
 def _loss(fn: Any, value: Tensor, step: Tensor) -> Tensor:
@@ -113,6 +119,7 @@ def steps_of(enumeration: Enumeration) -> dict[SiteKey, Tensor]:
     """
     kinds: dict[object, list[SiteKey]] = {}
     places: dict[SiteKey, Tensor] = {}
+    found: dict[SiteKey, Tensor] = {}
     for key, site in enumeration.sites.items():
         fn, _ = unmasked(site)
         if key[0] != "model" or site.kind == "enumerated" or not isinstance(site.value, Tensor):
@@ -120,13 +127,12 @@ def steps_of(enumeration: Enumeration) -> dict[SiteKey, Tensor]:
         transform = _unconstraining(fn)
         if transform is None or not site.value.is_floating_point() or not site.value.numel():
             continue
-        places[key] = transform.inv(without_gaps(site).detach())
-        kinds.setdefault((type(transform), places[key].dtype, tuple(fn.event_shape), site.kind), []).append(key)
-    found = {}
+        place = transform.inv(without_gaps(site).detach())
+        event = place.shape[place.dim() - transform.domain.event_dim :]
+        places[key] = place.reshape(math.prod(place.shape[: place.dim() - len(event)]), *event)
+        kinds.setdefault((type(transform), place.dtype, event, site.kind), []).append(key)
     for keys in kinds.values():
-        event_dim = len(unmasked(enumeration.sites[keys[0]])[0].event_shape)
-        step = _step([places[key] for key in keys], event_dim)
-        found.update(dict.fromkeys(keys, step))
+        found.update(dict.fromkeys(keys, _step(torch.cat([places[key] for key in keys]))))
     return found
 
 
@@ -138,13 +144,7 @@ def _unconstraining(fn: Any) -> Any:
         return None
 
 
-def _step(places: Sequence[Tensor], event_dim: int) -> Tensor:
-    values = torch.cat(
-        [
-            place.reshape(place.shape[: place.dim() - event_dim].numel(), *place.shape[place.dim() - event_dim :])
-            for place in places
-        ]
-    )
+def _step(values: Tensor) -> Tensor:
     known = values.isfinite()
     count = known.sum(0).clamp(min=1)
     mean = values.where(known, 0.0).sum(0) / count
@@ -156,12 +156,13 @@ def _step(places: Sequence[Tensor], event_dim: int) -> Tensor:
     return torch.maximum(math.sqrt(relative) * scale, rounding * size)
 
 
-def sharpness(enumeration: Enumeration, weights: Weights) -> Tensor:
+def sharpness(enumeration: Enumeration, weights: Weights, least: float) -> Tensor:
     """How much expected log-probability data lose by being moved, where a density tells them from their rounding; nats.
 
     Args:
         enumeration: A run with the graph from the parameters to the distributions.
         weights: Q's expected tables.
+        least: What a datum has to lose to be counted.
     """
     steps = steps_of(enumeration)
     total = torch.zeros(())
@@ -170,42 +171,44 @@ def sharpness(enumeration: Enumeration, weights: Weights) -> Tensor:
         for key, factor in losses.items():
             for table, own, weight in zip(factor.tables, enumeration.factors[key].tables, weights[key], strict=True):
                 there = rearranged(Table(weight, own.axes), table)
-                total = total + torch.where((there > 0) & (table.values > _SHARP), there * table.values, 0.0).sum()
+                total = total + torch.where((there > 0) & (table.values > least), there * table.values, 0.0).sum()
     return total
 
 
-def check_sharpness(problem: Problem, names: Sequence[str], low: Mapping[str, Tensor]) -> None:
+def check_sharpness(problem: Problem, names: Sequence[str], charts: Mapping[str, Chart], *, halted: bool) -> None:
     """Checks that no density has collapsed onto its data at the present parameters.
 
     Args:
         problem: What is searched for.
         names: The parameters that are searched.
-        low: Which of their entries are at a floor that they were given, and may be as sharp as they are.
+        charts: Of those that have a floor, which ends their way down.
+        halted: Whether the search has come to a halt with F falling: rounding shows a little before.
 
     Raises:
         DegenerateError: One has, by entries of the parameters that are free to move on.
     """
     weights = problem.belief.learned_from
-    sharp = sharpness(problem.pair.enumerate(), weights)
+    least = _SHARP * (_AT_A_HALT if halted else 1.0)
+    sharp = sharpness(problem.pair.enumerate(), weights, least)
     size = float(sharp.detach())
     if not size > 0 or not sharp.requires_grad:
         return
     leaves = [unconstrained(name) for name in names]
     found = torch.autograd.grad(sharp, leaves, allow_unused=True, materialize_grads=True)
     slopes = {
-        name: slope.masked_fill(low[name], 0.0) if name in low else slope
+        name: charts[name].unbounded(slope) if name in charts else slope
         for name, slope in zip(names, found, strict=True)
     }
     moving = {name: slope for name, slope in slopes.items() if float(slope.abs().max()) > _NEGLIGIBLE * size}
-    if moving:
-        # A location off its data changes the sharpness too, but cannot raise it by going on.
-        causes = {name: slope for name, slope in moving.items() if _raises(problem, name, slope, size)}
+    # A location off its data changes the sharpness too, but cannot raise it by going on.
+    causes = {name: slope for name, slope in moving.items() if _raises(problem, name, slope, size, least)}
+    if causes or (moving and not charts):
         raise _degenerate(
             "F has no lower bound, as a density has collapsed onto its data: it falls as long as", causes or moving
         )
 
 
-def _raises(problem: Problem, name: str, slope: Tensor, sharp: float) -> bool:
+def _raises(problem: Problem, name: str, slope: Tensor, sharp: float, least: float) -> bool:
     """Whether a parameter that goes on along a slope makes densities sharper still; a covariance always may."""
     if constraint_of(name).event_dim == 2:
         return True
@@ -214,7 +217,9 @@ def _raises(problem: Problem, name: str, slope: Tensor, sharp: float) -> bool:
     try:
         with torch.no_grad():
             leaf.add_(_foremost(slope).sign())
-        return float(sharpness(problem.pair.enumerate(), problem.belief.learned_from).detach()) > _SHARPER * sharp
+        return (
+            float(sharpness(problem.pair.enumerate(), problem.belief.learned_from, least).detach()) > _SHARPER * sharp
+        )
     except ValueError:
         return False
     finally:
@@ -230,19 +235,17 @@ def _foremost(direction: Tensor) -> Tensor:
     return direction.where(size >= _BLAMED * size.max(), 0.0)
 
 
-def check_run_off(
-    start: Mapping[str, Tensor],
-    end: Mapping[str, Tensor],
-    slope_at: Callable[[float, Mapping[str, Tensor]], float | None],
-    *,
-    vanished: bool,
-) -> None:
+Slopes = Callable[[float, Mapping[str, Tensor]], Mapping[str, Tensor] | None]
+"""Of F along each entry's own step from the end of a search, at a multiple of the steps; None where F has none."""
+
+
+def check_run_off(start: Mapping[str, Tensor], end: Mapping[str, Tensor], slopes: Slopes, *, vanished: bool) -> None:
     """Checks that a search has come to a minimum.
 
     Args:
         start: Unconstrained parameters where the slope was far larger than at the end.
         end: Those at the end.
-        slope_at: The slope of F along a step from the end, at a multiple of it; None where it cannot be had.
+        slopes: F along steps from there.
         vanished: Whether the slope is gone at the end. Then F has a limit, and a parameter may be at the end of its
             range where it has a value there: a probability at 0.
 
@@ -250,22 +253,44 @@ def check_run_off(
         DegenerateError: Parameters run to where they have no value, with F falling.
     """
     runs = {name: torch.where(last.isfinite(), last - start[name], 0.0) for name, last in end.items()}
-    if vanished:
-        ended = {name: run.masked_fill(~_at_end(name, end[name], run), 0.0) for name, run in runs.items()}
-        runs = {name: run.masked_fill(_has_end(name, end[name], run), 0.0) for name, run in runs.items()}
-        if _is_far(runs):  # On the way to a minimum half of the slope is left halfway.
-            first, halfway = slope_at(-1.0, runs), slope_at(-0.5, runs)
-            if first is not None and halfway is not None and _HALFWAY * first < halfway <= 0:
-                raise _degenerate("F has no minimum: it falls as long as", runs)
-        runs = ended
-    if _is_far(runs):
-        first, halfway, beyond = slope_at(-1.0, runs), slope_at(-0.5, runs), slope_at(1.0, runs)
-        if first is not None and halfway is not None and halfway <= first / 2 < 0 and (beyond is None or beyond <= 0):
-            raise _degenerate("F has no lower bound: it falls as long as", runs)
+    if not vanished:
+        now = slopes(0.0, runs)
+        _check_falling(
+            runs if now is None else {name: run.where(now[name] < 0, 0.0) for name, run in runs.items()}, slopes
+        )
+        return
+    to_no_value = _leading({name: run.masked_fill(_has_end(name, end[name], run), 0.0) for name, run in runs.items()})
+    if _farthest(to_no_value) >= _RUNS:  # On the way to a minimum half of the slope is left halfway.
+        first, halfway = (_total(slopes(factor, to_no_value)) for factor in (-1.0, -0.5))
+        if _HALFWAY * first < halfway <= 0:
+            raise _degenerate("F has no minimum: it falls as long as", to_no_value)
+    _check_falling({name: run.where(_at_end(name, end[name], run), 0.0) for name, run in runs.items()}, slopes)
 
 
-def _is_far(runs: Mapping[str, Tensor]) -> bool:
-    return any(float(run.abs().max()) >= _RUNS for run in runs.values() if run.numel())
+def _check_falling(runs: Mapping[str, Tensor], slopes: Slopes) -> None:
+    """Checks that F does not fall without end: on the way to an end of its range a parameter soon has no slope left."""
+    runs, far = _leading(runs), _farthest(runs)
+    if far < _RUNS:
+        return
+    first, later = (_total(slopes(factor, runs)) for factor in (-1.0, min(0.5, _SOON / far) - 1.0))
+    beyond = _total(slopes(1.0, runs))
+    if later <= first / 2 < 0 and not beyond > 0:
+        raise _degenerate("F has no lower bound: it falls as long as", runs)
+
+
+def _leading(runs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The longest of runs; zero for the others."""
+    far = _farthest(runs)
+    return {name: run.where(run.abs() >= _BLAMED * far, 0.0) for name, run in runs.items()}
+
+
+def _farthest(runs: Mapping[str, Tensor]) -> float:
+    return max((float(run.abs().max()) for run in runs.values() if run.numel()), default=0.0)
+
+
+def _total(slopes: Mapping[str, Tensor] | None) -> float:
+    """The slope along all steps together; NaN, of which nothing is true, where there is none."""
+    return math.nan if slopes is None else sum(float(own.sum()) for own in slopes.values())
 
 
 def _limit(name: str, end: Tensor, run: Tensor) -> Tensor:

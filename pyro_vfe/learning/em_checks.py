@@ -222,6 +222,12 @@ def _check_names(pair: Pair) -> None:
                 f"{option}= names '{unknown[0]}', which is no parameter of the programs.",
                 hint=f"Their parameters are: {_listed(pair.parameters.readers)}.",
             )
+    changed_by_q = [name for name in pair.recognition if name in floors]
+    if changed_by_q:
+        raise VFEError(
+            f"floor= names '{changed_by_q[0]}', which the E-phase changes: floors are held by the M-phase.",
+            hint="Give the guide's parameter a constraint with a lower bound, constraints.greater_than(1e-3).",
+        )
 
 
 def _nothing_to_learn(pair: Pair) -> None:

@@ -196,9 +196,9 @@ class Loop:
         if after is None:
             after = self._e_step_after_m_step(state)
             moved = row_after_m_step(state.belief, after.enumeration, after.belief.surprise, iteration)
-            self._check_fall("M", self._m_phase_lowers(state), moved.free_energy, after)
+            self._check_fall("M", self._m_phase_lowers(state), moved.free_energy, after, state)
             self._record(moved)
-            self._check_fall("E", self.e_phase.monotone, after.free_energy, after)
+            self._check_fall("E", self.e_phase.monotone, after.free_energy, after, state)
         self._record(row_of(after.belief, iteration, "E"))
         return after
 
@@ -266,12 +266,12 @@ class Loop:
         above_floor = self.pair.floor is None or state.iteration > 0
         return self.m_phase.monotone and state.belief.sampled is None and above_floor
 
-    def _check_fall(self, phase: str, monotone: bool, free_energy: float, after: State) -> None:
-        """Reports, once, a phase that should not raise F and did so beyond rounding."""
+    def _check_fall(self, phase: str, monotone: bool, free_energy: float, after: State, before: State) -> None:
+        """Reports, once, a phase that should not raise F and did so beyond rounding, that of what F was before too."""
         rise = free_energy - self.rows[-1].free_energy
         if not monotone or not rise > 0 or self.rounding.reported:
             return
-        if self.rounding.includes(rise, after.belief, after.enumeration):
+        if any(self.rounding.includes(rise, state.belief, state.enumeration) for state in (after, before)):
             return
         if not self.rounding.probed:
             self.rounding.probe(after.belief)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_vfe.errors import ProbabilityError, VFEError
-from pyro_vfe.learning.count_solutions import CANCELLED, check_room
+from pyro_vfe.learning.count_solutions import CANCELLED, check_room, probability_at_end
 from pyro_vfe.learning.entries import floor_of, is_named
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.program.enumeration import Enumeration
@@ -75,6 +75,14 @@ class Chart(ABC):
             w: What `coordinates` gives.
         """
 
+    def unbounded(self, direction: Tensor) -> Tensor:
+        """A direction of theta with zeros where the floor is in the way.
+
+        Args:
+            direction: Of each entry.
+        """
+        return torch.zeros_like(direction)
+
 
 def _is_zero(w: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return w.square() <= CANCELLED * torch.finfo(w.dtype).eps * scale
@@ -82,11 +90,15 @@ def _is_zero(w: Tensor, scale: Tensor | float = 1.0) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Entries(Chart):
-    """Numbers between bounds; what is not finite, exactly at the end of its range, is not touched."""
+    """Numbers between bounds; what is at the end of its range already is not touched."""
 
     low: Tensor
     high: Tensor
     """Of theta; infinite for none."""
+    held: Tensor
+    """Which entries are not touched."""
+    start: Tensor
+    """Theta, for those."""
 
     def coordinates(self, theta: Tensor) -> Tensor:
         """The root of the distance from the bound, or the angle between the two."""
@@ -94,23 +106,27 @@ class Entries(Chart):
         w = (inside - self.low).sqrt()
         if not self._is_one_sided:
             w = (w / (self.high - self.low).sqrt()).asin()
-        return torch.where(theta.isfinite(), w, theta)
+        return w.masked_fill(self.held, math.inf)
 
     def theta(self, w: Tensor) -> Tensor:
         """The bound, and the square of w or of its sine."""
-        inside = w.where(w.isfinite(), 0.0)
+        inside = w.masked_fill(self.held, 0.0)
         square = inside.square() if self._is_one_sided else (self.high - self.low) * inside.sin().square()
-        return torch.where(w.isfinite(), self.low + square, w)
+        return torch.where(self.held, self.start, self.low + square)
 
     def opened(self, w: Tensor) -> Tensor:
         """Not below a tenth, nor as near to the other bound."""
         most = math.inf if self._is_one_sided else math.pi / 2 - _OPENED
-        return torch.where(w.isfinite(), w.clamp(_OPENED, most), w)
+        return torch.where(self.held, w, w.clamp(_OPENED, most))
 
     def is_low(self, w: Tensor) -> Tensor:
         """Entries without distance from a bound."""
         low = _is_zero(w) if self._is_one_sided else _is_zero(w.sin()) | _is_zero(w.cos())
-        return w.isfinite() & low
+        return ~self.held & low
+
+    def unbounded(self, direction: Tensor) -> Tensor:
+        """Upwards only, if there is no other bound."""
+        return direction.clamp(min=0) if self._is_one_sided else torch.zeros_like(direction)
 
     @property
     def _is_one_sided(self) -> bool:
@@ -224,6 +240,10 @@ class Inverses(Chart):
         """None."""
         return torch.zeros(w.shape[:-2], dtype=torch.bool)
 
+    def unbounded(self, direction: Tensor) -> Tensor:
+        """All of it."""
+        return direction
+
 
 def covariance_given(value: Tensor, given: Given) -> Tensor:
     """Covariances of which a parameter is the Cholesky factor, themselves or the inverse.
@@ -277,20 +297,18 @@ def charts_of(pair: Pair, names: Collection[str], enumeration: Enumeration) -> d
 
 
 def _chart(name: str, least: float, enumeration: Enumeration, parameters: Parameters) -> Chart | None:
-    constraint = constraint_of(name)
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
+    constraint = _inner(constraint_of(name))
     theta = unconstrained(name).detach().double().cpu()
     if isinstance(constraint, type(constraints.simplex)):
         return _rows(name, theta, least)
     if isinstance(constraint, type(constraints.lower_cholesky)):
         return _matrices(theta, least * least, "scale_tril", constraint)
     if hasattr(constraint, "lower_bound"):
-        return _entries(name, constraint, least)
+        return _entries(name, least)
     slots = slots_by_parameter(enumeration, parameters).get(name, set())
     if ("logits", 0) in slots:
         end = torch.tensor(math.log1p(-least) - math.log(least), dtype=torch.float64)
-        return Entries(-end, end)
+        return Entries(-end, end, theta.isinf(), theta)
     if ("logits", 1) in slots:
         return _rows(name, theta, least)
     if isinstance(constraint, type(constraints.positive_definite)):
@@ -301,14 +319,25 @@ def _chart(name: str, least: float, enumeration: Enumeration, parameters: Parame
     return None
 
 
+def _inner(constraint: constraints.Constraint) -> constraints.Constraint:
+    """What holds for each entry, row or matrix of a parameter."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
 def _is_precision(name: str, enumeration: Enumeration, parameters: Parameters) -> bool:
     if not isinstance(constraint_of(name), type(constraints.positive_definite)):
         return False
     return ("precision_matrix", 2) in slots_by_parameter(enumeration, parameters).get(name, set())
 
 
-def _entries(name: str, constraint: Any, least: float) -> Entries | None:
+def _entries(name: str, least: float) -> Entries | None:
     """Bounds on numbers that have a least value of their own, and on probabilities from above too."""
+    leaf = unconstrained(name).detach()
+    constraint: Any = _inner(constraint_of(name))
+    value = transform_to(constraint)(leaf)
+    held = value == 0
     below, above = (
         torch.as_tensor(getattr(constraint, side, end), dtype=torch.float64)
         for side, end in (("lower_bound", 0.0), ("upper_bound", math.inf))
@@ -316,6 +345,7 @@ def _entries(name: str, constraint: Any, least: float) -> Entries | None:
     low, high = below.clamp(min=least), above
     if bool((below >= 0).all() and (above <= 1).all()):
         high = above.clamp(max=1 - least)
+        held = probability_at_end(value)
     if bool((low >= high).any()):
         raise ProbabilityError(
             f"The floor {least:g} of '{name}' leaves nothing of its constraint, {constraint}.",
@@ -326,7 +356,8 @@ def _entries(name: str, constraint: Any, least: float) -> Entries | None:
     transform = transform_to(constraint)
     # A bound of the constraint's own is where rounding makes it the end of the range.
     ends = torch.where(low == below, -_END, transform.inv(low)), torch.where(high == above, _END, transform.inv(high))
-    return Entries(ends[0], ends[1] if bool(high.isfinite().all()) else high)
+    ends = ends[0], ends[1] if bool(high.isfinite().all()) else high
+    return Entries(*ends, held.cpu(), leaf.double().cpu())
 
 
 def _rows(name: str, theta: Tensor, least: float) -> Rows:

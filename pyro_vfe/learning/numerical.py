@@ -82,6 +82,8 @@ class _Run:
         self.best = objective.at_start
         self.left = max_iter
         """How many iterations are left."""
+        self.expected = 0.0
+        """What F would fall by, in nats, were it a parabola where the search came to a halt."""
 
     def search(self) -> None:
         """Writes the best point found, and checks that it is one.
@@ -93,12 +95,15 @@ class _Run:
         self.best = objective.opened()
         self._descend()
         for _ in range(_RESCALINGS):
-            if self.left <= 0 or self.best.steepest <= STEEP * objective.tolerance:
+            self.expected = objective.expected(self.best)
+            if self.left <= 0 or self.expected <= _WORTH:
                 break
             before = self.best
-            self.best, expected = objective.rescaled(before)
-            if expected > _WORTH:
-                self._descend()
+            self.best = objective.rescaled(before)
+            self.expected = objective.expected(self.best)
+            if self.expected <= _WORTH:
+                break
+            self._descend()
             if not self._is_below(before):
                 self.best = objective.stepped(self.best)
             if not self._is_below(before):
@@ -111,7 +116,7 @@ class _Run:
 
     def halt(self) -> list[str]:
         """What is to be said of a search that found no way down although F is not flat."""
-        if self.left <= 0 or self.best.steepest <= STEEP * self.objective.tolerance:
+        if self.left <= 0 or self.expected <= _WORTH:
             return []
         names = ", ".join(f"'{name}'" for name in self.objective.names)
         return [
@@ -143,15 +148,16 @@ class _Run:
     def _check(self) -> None:
         """Checks the end of a search, which was not cut short."""
         self._check_sharpness()
-        objective, slope = self.objective, self.best.steepest
+        objective, slope = self.objective, self.objective.slope(self.best)
         end = objective.thetas(self.best.place)
-        steep = [power for power in objective.trail if 10.0**power > STEEP * max(slope, objective.tolerance)]
-        vanished = bool(steep) or slope <= STEEP * objective.tolerance
+        steep = [power for power in objective.trail if 10.0**power > STEEP * max(slope, objective.vanished)]
+        vanished = bool(steep) or slope <= STEEP * objective.vanished
         if self.left > 0 and (steep or not vanished):
             start = objective.trail[min(steep)] if steep else objective.at_start.place / objective.scale
-            along = partial(objective.slope_along, end)
-            check_run_off(objective.thetas_of(start), end, along, vanished=vanished)
+            slopes = partial(objective.slopes_along, end)
+            check_run_off(objective.thetas_of(start), end, slopes, vanished=vanished)
 
     def _check_sharpness(self) -> None:
         self.objective.write(self.best.place)
-        check_sharpness(self.objective.problem, self.objective.names, self.objective.low(self.best.place))
+        objective = self.objective
+        check_sharpness(objective.problem, objective.names, objective.charts, halted=self.expected > _WORTH)

@@ -79,8 +79,10 @@ class Objective:
         self.stretch = math.sqrt(self.num_terms / UNIT)
         self.scale = torch.full((self.size,), self.stretch, dtype=torch.float64)
         self.eps = max((torch.finfo(leaf.dtype).eps for leaf in self.leaves), default=0.0)
-        self.tolerance = max(tolerance_grad, 4 * self.eps) * self.stretch
-        """The slope that has vanished, of f in z."""
+        self.vanished = max(tolerance_grad, 4 * self.eps)
+        """The slope that has vanished, in nats per term and unit of w."""
+        self.tolerance = self.vanished * self.stretch
+        """The same, of f in z."""
         self.trail: dict[int, Tensor] = {}
         """The coordinates w of the lowest point so far, by the power of ten of its slope."""
         self._lowest = math.inf
@@ -100,6 +102,7 @@ class Objective:
                 hint="Start them where every value that Q finds possible has a positive probability.",
             )
         self.at_start = self.last = Point(place, value, gradient)
+        self._leave_trail(self.last)
 
     def opened(self) -> Point:
         """The start, moved off the floors."""
@@ -123,15 +126,11 @@ class Objective:
             }
 
     def at_floor(self, place: Tensor) -> list[str]:
-        """What is to be said of the entries that are at a floor."""
-        low = self.low(place)
+        """What is to be said of the entries that are at a floor, rows and matrices together."""
+        parts = self._split(place / self.scale)
+        low = {name: chart.is_low(parts[name]) for name, chart in self.charts.items()}
         texts = [named(name, mask, mask.shape) for name, mask in low.items() if bool(mask.any())]
         return [f"At the floor: {text}." for text in texts]
-
-    def low(self, place: Tensor) -> dict[str, Tensor]:
-        """Which entries of the parameters that have a floor are at it; rows and matrices together."""
-        parts = self._split(place / self.scale)
-        return {name: chart.is_low(parts[name]) for name, chart in self.charts.items()}
 
     def write(self, place: Tensor) -> None:
         """Sets the parameters to a point."""
@@ -143,28 +142,31 @@ class Objective:
             for name, leaf in zip(self.names, self.leaves, strict=True):
                 leaf.copy_(thetas[name])
 
-    def slope_along(self, thetas: Mapping[str, Tensor], factor: float, steps: Mapping[str, Tensor]) -> float | None:
-        """The derivative of f along a step of the unconstrained parameters; None where it has none.
+    def slopes_along(
+        self, thetas: Mapping[str, Tensor], factor: float, steps: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """The derivatives of F along each entry's own step, by parameter in nats; None where F has none.
 
         Args:
-            thetas: Where the step begins.
-            factor: Where on the way it is wanted, 1 at the end of the step.
+            thetas: Unconstrained parameters where the steps begin.
+            factor: Where on the way they are wanted, 1 at the end of the steps.
             steps: By parameter.
         """
-        self.set({name: theta + factor * steps[name] for name, theta in thetas.items()})
         try:
+            self.set({name: theta + factor * steps[name] for name, theta in thetas.items()})
             value, gradients = self._differentiated()
         except (ValueError, ArithmeticError, RuntimeError):
             return None
-        slope = sum(float((gradient * step).sum()) for gradient, step in zip(gradients, steps.values(), strict=True))
-        return slope if math.isfinite(value) and math.isfinite(slope) else None
+        slopes = {name: gradient * steps[name] for name, gradient in zip(self.names, gradients, strict=True)}
+        finite = math.isfinite(value) and all(bool(slope.isfinite().all()) for slope in slopes.values())
+        return slopes if finite else None
 
-    def rescaled(self, best: Point) -> tuple[Point, float]:
-        """Takes coordinates in which curvatures are about one at a point, and returns it in them.
+    def expected(self, point: Point) -> float:
+        """How much F would fall from a point, in nats, were it a parabola of curvature one along each coordinate."""
+        return float(point.gradient.square().sum()) * UNIT / 2
 
-        Returns:
-            The point, and how much f would fall if it were a parabola along each coordinate by itself, in nats.
-        """
+    def rescaled(self, best: Point) -> Point:
+        """Takes coordinates in which curvatures are about one at a point, or less, and returns it in them."""
         w, slope = best.place / self.scale, best.gradient * self.scale * UNIT
         nudge = _NUDGE * self.eps * w.abs().clamp(min=1.0)
         signs = torch.where(torch.arange(self.size) % 2 == 0, 1.0, -1.0).double()
@@ -178,7 +180,7 @@ class Objective:
             Point(point.place / old * self.scale, point.value, point.gradient * old / self.scale)
             for point in (self.at_start, best)
         )
-        return self.last, float((slope.square() / curvature).sum() / 2)
+        return self.last
 
     def __call__(self, place: Tensor) -> Point:
         """Value and gradient at a point; one that the programs refuse is far worse than the start, and flat."""
@@ -193,9 +195,17 @@ class Objective:
             start = self.at_start.value
             value, gradient = start + _REFUSED * max(1.0, abs(start)), torch.zeros_like(place)
         self.last = Point(place.clone(), value, gradient)
-        if value < self._lowest and self.last.steepest > 0:
-            self._lowest, self.trail[round(math.log10(self.last.steepest))] = value, place / self.scale
+        self._leave_trail(self.last)
         return self.last
+
+    def _leave_trail(self, point: Point) -> None:
+        slope = self.slope(point)
+        if point.value < self._lowest and slope > 0:
+            self._lowest, self.trail[round(math.log10(slope))] = point.value, point.place / self.scale
+
+    def slope(self, point: Point) -> float:
+        """The largest entry of the gradient at a point, in nats per term and unit of w, whatever the scale of z."""
+        return float((point.gradient * self.scale).abs().max()) * UNIT / self.num_terms
 
     def stepped(self, best: Point) -> Point:
         """The best point that is a slope away in one coordinate, of those with the largest slopes, or in all."""

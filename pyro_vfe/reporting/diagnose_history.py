@@ -29,7 +29,7 @@ _RISEN = 10.0
 """F has risen if it did by so many times what counts as flat."""
 
 _RISES = (
-    "Exact phases never raise F. Annealed, Hard, MonteCarlo and Gradient E-phases, numerical M-phases and floors may. "
+    "Exact phases never raise F. Annealed, Hard, MonteCarlo and Gradient phases, and a start below a floor, may. "
     "Without one of those, look for a parameter that the program detaches or changes itself, and for data that change "
     "from call to call."
 )
