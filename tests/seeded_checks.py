@@ -79,28 +79,33 @@ def _asked(
         refusal: Why there is no answer; empty where there is one.
         judge: What to make of an answer.
     """
+    findings: list[Finding] = []
     try:
-        answer = ask()
+        for finding in judge(ask()):
+            findings.append(finding)
     except VFEError as error:
-        said = f"{type(error).__name__}: {error}"
-        wanted = (NotFiniteError, ImpossibleDataError) if refusal == INFINITE else ScaleError
-        if refusal and isinstance(error, wanted):
-            return [Finding(quantity, "right")]
-        if refusal and type(error) is VFEError:
-            return [Finding(f"class of the refusal of {quantity}", "wrong", said, refusal)]
-        return [Finding(quantity, "refused", said, refusal or "an answer")]
+        findings.append(_of_a_refusal(quantity, error, refusal if not findings else ""))
     except Exception as error:
-        return [Finding(quantity, "wrong", f"{type(error).__name__}: {error}", refusal or "an answer")]
-    try:
-        return list(judge(answer))
-    except VFEError as error:
-        return [Finding(quantity, "refused", f"{type(error).__name__}: {error}", "an answer")]
+        findings.append(Finding(quantity, "wrong", f"{type(error).__name__}: {error}", refusal or "an answer"))
+    return findings
+
+
+def _of_a_refusal(quantity: str, error: VFEError, reason: str) -> Finding:
+    said = f"{type(error).__name__}: {error}"
+    wanted = (NotFiniteError, ImpossibleDataError) if reason == INFINITE else ScaleError
+    if reason and isinstance(error, wanted):
+        return Finding(quantity, "right")
+    if reason and type(error) is VFEError:
+        return Finding(f"class of the refusal of {quantity}", "wrong", said, reason)
+    return Finding(quantity, "refused", said, reason or "an answer")
 
 
 def _compared(quantity: str, found: Any, expected: Tensor) -> Finding:
     found = torch.as_tensor(found).detach()
     if close(found, expected):
         return Finding(quantity, "right")
+    if quantity.startswith(("surprise", "gap")) and bool(found.isnan()):  # The mark of an F that does not split
+        return Finding(quantity, "refused", "marked as NaN", str(expected.tolist()))
     return Finding(quantity, "wrong", str(found.tolist()), str(expected.tolist()))
 
 

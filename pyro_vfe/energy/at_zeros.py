@@ -22,6 +22,9 @@ from pyro_vfe.program.zeros import filled_zeros, tiny
 _SAME = 1e-6
 """How much of itself F may change where zeros are filled, in the precision of its tables at the least."""
 
+_ROUNDING = 1e3
+"""How many units of rounding a probability's derivative may have and still be none."""
+
 Estimate = Callable[[Sequence[Sequence[Enumeration]]], Tensor]
 
 
@@ -73,7 +76,7 @@ def _moved_zeros(run: Enumeration) -> dict[SiteKey, Factor]:
     keys = frozenset(key for key, factor in own.items() if any(map(_has_zeros, factor.tables)))
     with filled_zeros():
         factors = run.rescored(keys, Scorer())
-    moved = {key: factor for key, factor in factors.items() if _moves(factor, run.factors[key])}
+    moved = {key: factor for key, factor in factors.items() if _moves(factor, run.factors[key], key[0])}
     for role, name in moved:
         if role == "guide":
             raise NotFiniteError(
@@ -89,8 +92,12 @@ def _has_zeros(table: Table) -> bool:
     return table.values.requires_grad and bool(table.values.isneginf().any())
 
 
-def _moves(filled: Factor, exact: Factor) -> bool:
-    """Whether the parameters move entries that are impossible; what is not finite is not for them to say."""
+def _moves(filled: Factor, exact: Factor, role: str) -> bool:
+    """Whether the parameters move entries that are impossible; what is not finite is not for them to say.
+
+    The model's are filled wherever they may move, which changes no number; the guide's must move by more than rounding
+    (p / p has a derivative of 1e-17), for they are refused.
+    """
     pairs = [
         (own.values, table.values.isneginf().reshape(own.values.shape) & own.values.detach().isfinite())
         for own, table in zip(filled.tables, exact.tables, strict=True)
@@ -99,4 +106,5 @@ def _moves(filled: Factor, exact: Factor) -> bool:
     tables, generator = [own for own, _ in pairs], torch.Generator().manual_seed(0)
     weights = [tiny(own.dtype) * torch.rand(own.shape, generator=generator).to(own) * zero for own, zero in pairs]
     found = torch.autograd.grad(tables, leaves_of(tables), weights, retain_graph=True, allow_unused=True)
-    return any(bool((gradient != 0).any()) for gradient in found if gradient is not None)
+    least = _ROUNDING * torch.finfo(tables[0].dtype).eps if role == "guide" and tables else 0.0
+    return any(bool((gradient.abs() > least).any()) for gradient in found if gradient is not None)
