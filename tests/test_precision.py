@@ -160,7 +160,7 @@ def test_what_is_drawn_in_half_precision_is_scored_in_full() -> None:
         pyro.sample("b", dist.Bernoulli(logits=tensor([0.3, -2.0]).half()).to_event(1))
 
     given = {"n": tensor(250.0).half(), "b": tensor([1.0, 0.0]).half()}
-    sites = run_guide_at(guide, (), {}, given, {}).sites
+    sites = run_guide_at(guide, (), {}, given, {}, lambda *_: None).sites
     bits = dist.Bernoulli(logits=tensor([0.3, -2.0]).half().double()).log_prob(given["b"].double()).sum()
     expected = dist.Poisson(tensor(200.0)).log_prob(tensor(250.0)) + bits
     torch.testing.assert_close(total_log_prob(sites.values()), expected)
