@@ -91,7 +91,9 @@ def test_another_plate_that_fits_is_offered() -> None:
     assert terms.by("groups").surprise.sum() == pytest.approx(terms.surprise.item(), rel=1e-12)
 
 
-COUPLED_CHAINS = [name for name in GUIDED if name.startswith(("factorial_markov", "chain_on_chain"))]
+COUPLED_CHAINS = [
+    name for name in GUIDED if name.startswith(("factorial_markov", "chain_on_chain", "two_markov_chains_and"))
+]
 """Summing one chain given another takes the whole path of the other at once."""
 
 

@@ -35,6 +35,10 @@ from pyro_vfe.guides import exact as exact_guides
 REFUSED: dict[str, tuple[type[VFEError], str]] = {
     "factorial_markov_chain": (PlateError, "ties latent 'b' to latent 'a' at every step"),
     "chain_on_chain": (PlateError, "ties latent 'b' to latent 'a' at every step"),
+    "two_markov_chains_and_a_chain_by_way_of_a_latent_in_the_guide": (
+        PlateError,
+        "ties latent 'b' to latent 'a' at every step",
+    ),
     "markov_chain_with_transitions_by_step": (PlateError, "ties latent 'w' to latent 'z' at two steps"),
     "crossing": (PlateError, "ties latent 'b' to latent 'a' at all elements of plate 'i'"),
     "missing_labels": (ScaleError, "'x_unobserved' is masked out where site 'y' still reads it"),
