@@ -125,8 +125,10 @@ def _over_its_scales(factor: Factor, graph: FactorGraph) -> Factor:
 
 def rescaled(factor: Factor, scale: Scale) -> Factor:
     """Returns the factor with the exponent it has relative to a common scale."""
+    if factor.scale is scale:
+        return factor
     learned = _is_learned(factor.scale) or _is_learned(scale)
-    if factor.scale is scale or (not learned and same_scale(factor.scale, scale)):
+    if not learned and same_scale(factor.scale, scale):
         return factor
     ratio = _ratio(factor.scale, scale)
     return replace(factor.mapped(lambda table: weighted(table, ratio)), scale=scale)

@@ -158,12 +158,6 @@ class Provenance(TorchFunctionMode):
         self.mark(copy, self.of(tensor))
         return copy
 
-    def lent(self, original: Tensor) -> Tensor:
-        """A tensor of its own with the numbers of `original`, which may not be written to from now on."""
-        if self.shared is not None:
-            self.shared.protect(original)
-        return self.alias(original, NO_SITES)
-
     def finish(self) -> None:
         """Forgets what was shared or kept: tensors that outlive the run shall not keep all others alive."""
         self.kept = Kept(self.copied)

@@ -18,7 +18,7 @@ from pyro_vfe.program.assembly import Run, assembled, joined_runs
 from pyro_vfe.program.branches import Assignment, Paths
 from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
-from pyro_vfe.program.escapes import Escaped, StructureChanged
+from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.masks import Absent, absences, mask_draws, masked_alone, masked_below, pins, presences, unread
@@ -278,16 +278,18 @@ class _Runner:
     def _all_values(self, name: str, fn: Any, dim: int) -> Tensor:
         """The support along batch dim `dim`: one tensor for all latents with the same values there, where equal steps
         are shared."""
-        kind = common_support(fn) if self.provenance.shared is not None else None
+        shared = self.provenance.shared
+        kind = common_support(fn) if shared is not None else None
         known = self.values.get((kind, dim))
         if known is None:
             support = self._own_values(name, fn)
             known = support, support.reshape(support.shape[:1] + (1,) * (-dim - 1) + support.shape[1:])
-            if kind is not None:
+            if shared is not None and kind is not None:
                 self.values[kind, dim] = known
+                shared.protect(known[1])
         self.supports[name] = known[0]
         # The program may write into a value, and the support stays what it is.
-        return known[1].clone() if kind is None else self.provenance.lent(known[1])
+        return known[1].clone() if kind is None else self.provenance.alias(known[1], NO_SITES)
 
     def _own_values(self, name: str, fn: Any) -> Tensor:
         """The values that a latent takes: its support, or one of it."""
