@@ -1,5 +1,6 @@
 """Masked latents that only one program has: below a latent that does not exist, and read by what is present."""
 
+import math
 import warnings
 from collections.abc import Callable
 from itertools import combinations
@@ -13,7 +14,7 @@ from programs.case import bernoulli, categorical, empty, noise, simplex, tensor
 from torch import Tensor
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import ScaleError, VFEWarning
+from pyro_vfe.errors import ScaleError, StructureError, VFEWarning
 
 U = tensor([0.1, 1.2])
 SEEN, OTHER = torch.tensor([True, False]), torch.tensor([False, True])
@@ -267,3 +268,41 @@ def test_em_counts_a_masked_element_where_it_is_read_and_no_other() -> None:
     with pytest.warns(VFEWarning, match="stopped at max_iter|'z' is masked out"):
         vfe.EM(model).run(max_iter=1, progress_bar=False)
     torch.testing.assert_close(pyro.param("weights").detach(), (joint / joint.sum(-1, keepdim=True)).mean(0))
+
+
+def masked_by_a_latent() -> None:
+    a = pyro.sample("a", dist.Bernoulli(tensor(0.3)))
+    with masked(a.bool()):
+        b = pyro.sample("b", dist.Bernoulli(tensor(0.6)))
+        pyro.sample("o", dist.Normal(b + a, 1.0), obs=tensor(0.4))
+    pyro.sample("w", dist.Normal(a, 1.0), obs=tensor(0.1))
+
+
+@pytest.mark.parametrize("masks_too", [False, True])
+def test_the_guide_has_a_latent_where_the_model_says_though_a_latent_decides(masks_too: bool) -> None:
+    def guide() -> None:
+        a = pyro.sample("a", dist.Bernoulli(tensor(0.5)))
+        with masked(a.bool() if masks_too else True):
+            pyro.sample("b", dist.Bernoulli(tensor(0.2)))
+
+    def normal(value: float, mean: float) -> float:
+        return -0.5 * (value - mean) ** 2 - 0.5 * math.log(2 * math.pi)
+
+    without = math.log(0.5 / 0.7) - normal(0.1, 0)
+    with_b = 0.2 * (math.log(0.2 / 0.6) - normal(0.4, 2)) + 0.8 * (math.log(0.8 / 0.4) - normal(0.4, 1))
+    expected = 0.5 * without + 0.5 * (math.log(0.5 / 0.3) - normal(0.1, 1) + with_b)
+    terms = vfe.FreeEnergy().decompose(masked_by_a_latent, guide)
+    assert terms.free_energy.item() == pytest.approx(expected, abs=1e-12)
+    torch.testing.assert_close(terms.q_marginals()["b"], tensor([0.4, 0.1]))
+
+
+@pytest.mark.parametrize("draw", [{}, {"enumerate": None}])
+def test_a_guide_that_lacks_what_decides_whether_its_latent_exists_is_told_so(draw: dict[str, None]) -> None:
+    def guide(with_a: bool = False) -> None:
+        if with_a:
+            pyro.sample("a", dist.Bernoulli(tensor(0.5)))
+        pyro.sample("b", dist.Bernoulli(tensor(0.2)), infer=dict(draw))
+
+    with pytest.raises(StructureError, match=r"masks latent 'b' by the value of 'a'.*Give the guide a site 'a' too"):
+        vfe.FreeEnergy().loss(lambda with_a: masked_by_a_latent(), guide, False)
+    assert math.isfinite(vfe.FreeEnergy().loss(lambda with_a: masked_by_a_latent(), guide, True))

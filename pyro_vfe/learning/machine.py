@@ -20,7 +20,7 @@ from pyro_vfe.program.data import Reads
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, Look, log_prob_of, run_guide, run_model
 from pyro_vfe.program.keeping import AsGiven
 from pyro_vfe.program.layout import Program, lay_out
-from pyro_vfe.program.masks import mask_draws
+from pyro_vfe.program.masks import mask_guide
 from pyro_vfe.program.parameters import Strangers, stored_tensors, two_of_one_name
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
@@ -154,7 +154,7 @@ class Machine:
         for name, site in first.sites.items():
             if site.follows_model and name in second.sites:
                 site.scale = second.sites[name].scale
-        mask_draws({(site.role, site.name): site for run in (first, second) for site in run.sites.values()})
+        mask_guide({(site.role, site.name): site for run in (first, second) for site in run.sites.values()})
         return first, second
 
 

@@ -17,7 +17,7 @@ from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
 from pyro_vfe.program.lasting import ran_twice
 from pyro_vfe.program.log_prob import is_listed
-from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.masking import hand_over_masks, unmasked
 from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -238,7 +238,9 @@ def _ordinary_run(
             check_given=lambda name, fn: check_same_support(name, fn, families[name]),
             provenance=provenance,
         )
-        return {(site.role, site.name): site for record in both for site in record.sites.values()}
+        sites = {(site.role, site.name): site for record in both for site in record.sites.values()}
+        hand_over_masks(sites)
+        return sites
 
     sites, provenance, overwrites_saved = ran_twice(
         run, lambda: Provenance(on_union=findings.met, follows=True), (args, kwargs)
@@ -290,6 +292,7 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
 def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
     sites = findings.sites
     _check_plates(sites)
+    _check_masks(sites)
     _check_guide_only(sites)
     unread = _unread(sites)
     nesting = max((-plate.dim for site in sites.values() for plate in site.plates), default=0)
@@ -316,6 +319,17 @@ def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
         for name in sorted(site.scope & unread.keys() - {site.name}):
             raise missing_guide_site(name, unread[name].family, unread[name].support is not None)
     return frozenset(unread)
+
+
+def _check_masks(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
+    """A mask of the model's around a latent of the guide may read latents that the guide has."""
+    for site in sites.values():
+        lacking = sorted(name for name in site.scope if ("guide", name) not in sites)
+        if site.role == "guide" and lacking:
+            raise StructureError(
+                f"The model masks latent '{site.name}' by the value of '{lacking[0]}', which the guide lacks.",
+                hint=f"Give the guide a site '{lacking[0]}' too: it decides whether '{site.name}' exists.",
+            )
 
 
 def _check_guide_only(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:

@@ -3,6 +3,7 @@
 masked(log p, m)  =  log p where m holds, 0 elsewhere
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch.distributions import transform_to
 from pyro_vfe.engine.shapes import broadcast_shapes
 
 if TYPE_CHECKING:
-    from pyro_vfe.program.recorder import Site
+    from pyro_vfe.program.recorder import Role, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,20 @@ def without_mask(fn: Any, mask: Tensor | bool | None) -> tuple[Any, Tensor | boo
         mask = own if mask is None or mask is True else mask & own if not isinstance(mask, bool) else False
         fn = fn.base_dist
     return fn, None if mask is True else mask
+
+
+def hand_over_masks(sites: "Mapping[tuple[Role, str], Site]") -> None:
+    """Gives latents of the guide the masks that the model alone has around them: where they hold, both exist.
+
+    Args:
+        sites: The sites of both programs.
+    """
+    for (role, name), site in sites.items():
+        guide_site = sites.get(("guide", name))
+        if role == "model" and site.kind in ("enumerated", "sampled") and guide_site is not None:
+            mask = unmasked(site)[1]
+            if mask is not None and unmasked(guide_site)[1] is None:
+                guide_site.mask = mask
 
 
 def masked(values: Tensor, mask: Tensor | bool | None) -> Tensor:

@@ -17,7 +17,7 @@ from pyro_vfe.errors import ScaleError, StructureError, VFEWarning
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout
-from pyro_vfe.program.masking import Pin, unmasked
+from pyro_vfe.program.masking import Pin, hand_over_masks, unmasked
 from pyro_vfe.program.recorder import Kind, Role, Site
 from pyro_vfe.program.tables import Labeller, over_dims
 
@@ -103,8 +103,8 @@ def _revealing(sites: Mapping[SiteKey, Site]) -> list[Site]:
     return [site for (role, _), site in sites.items() if role == "model" and ("guide", site.reveals) in sites]
 
 
-def mask_draws(sites: Mapping[SiteKey, Site]) -> None:
-    """Takes over the model's mask for each draw of the guide: where the model masks it, it does not exist.
+def mask_guide(sites: Mapping[SiteKey, Site]) -> None:
+    """Takes over the model's mask for each latent of the guide: where the model masks it, it does not exist.
 
     What the data reveal of a draw is drawn no more.
 
@@ -119,15 +119,14 @@ def mask_draws(sites: Mapping[SiteKey, Site]) -> None:
         mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
             raise _masked_differently(name)
-        if mask is None or guide_mask is not None:
-            continue
-        if type(guide_site.fn).__name__ == "Delta" and any(s.auxiliary and s.role == "guide" for s in sites.values()):
+        is_made = type(guide_site.fn).__name__ == "Delta" and mask is not None and guide_mask is None
+        if is_made and any(s.auxiliary and s.role == "guide" for s in sites.values()):
             raise ScaleError(
                 f"Site '{name}' is masked in the model, and the guide makes it from an auxiliary site, whose density "
                 "would count where the site does not exist.",
                 hint=f"Give the guide a site '{name}' with a distribution of its own.",
             )
-        guide_site.mask = mask
+    hand_over_masks(sites)
     for site in _revealing(sites):
         drawn = sites["guide", str(site.reveals)]
         if drawn.kind != "sampled":

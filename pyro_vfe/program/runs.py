@@ -21,7 +21,7 @@ from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masking import unmasked
-from pyro_vfe.program.masks import Absent, absences, mask_draws, masked_alone, masked_below, pins, presences, unread
+from pyro_vfe.program.masks import Absent, absences, mask_guide, masked_alone, masked_below, pins, presences, unread
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -172,7 +172,7 @@ class _Runner:
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
         undrawn = absences(sites, kind="sampled")
-        mask_draws(sites)
+        mask_guide(sites)
         self._close_chains(sites)
         self._check_unread(sites)
         self._check_room(sites)

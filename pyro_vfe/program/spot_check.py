@@ -22,7 +22,7 @@ from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
-from pyro_vfe.program.masks import absences, mask_draws, masked_alone, masked_below, pins
+from pyro_vfe.program.masks import absences, mask_guide, masked_alone, masked_below, pins
 from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -206,7 +206,7 @@ def _ordinary_run(
     first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples, look=look)
     every = (*first.sites.values(), *second.sites.values())
     sites: dict[SiteKey, Site] = {(site.role, site.name): site for site in every if site.kind != "unread"}
-    mask_draws(sites)
+    mask_guide(sites)
     return sites, log_probs
 
 
