@@ -1,5 +1,6 @@
 """Every program against its oracle, and against Pyro where Pyro can."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import pyro_vfe as vfe
 from pyro_vfe.errors import VFEError
+from pyro_vfe.program.provenance import Provenance
 
 TABLED = {name: program for name, program in PROGRAMS.items() if program.expected is None}
 PLATED = [(name, plate) for name, program in TABLED.items() for plate in program.plates]
@@ -200,3 +202,18 @@ def test_bad_input_names_the_site_and_the_way_out(name: str) -> None:
 @given(program_specs())
 def test_random_programs(spec: ProgramSpec) -> None:
     check_random_program(spec)
+
+
+def test_nothing_of_a_run_outlives_its_numbers() -> None:
+    left = []
+    gc.collect()
+    gc.freeze()  # what other tests left is none of this one's
+    try:
+        for name, program in TABLED.items():
+            pyro.clear_param_store()
+            vfe.FreeEnergy().decompose(program.model, program.guide, *program.args, **program.kwargs)
+            gc.collect()
+            left += [name for found in gc.get_objects() if isinstance(found, Provenance)]
+    finally:
+        gc.unfreeze()
+    assert left == []

@@ -85,6 +85,10 @@ class Kept:
         """Keeps what an object's attributes hold at present."""
         self._new.append(holder)
 
+    def forget(self) -> None:
+        """Lets go of all holders: autograd, which no collector looks into, may keep what `saving` gave it."""
+        self._new, self._holders = [], {}
+
     def saving(self) -> saved_tensors_hooks:
         """A context in which what autograd saves is kept too, where torch would refuse the gradient."""
         return saved_tensors_hooks(self._saved, lambda saved: saved.tensor)

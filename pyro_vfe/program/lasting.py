@@ -42,6 +42,7 @@ def ran_twice(run: Callable[[Provenance], Sites], provenance: Callable[[], Prove
         state = random_state()
         with torch.enable_grad(), second.kept.saving():
             again = run(second)
+        second.finish()
         changed = [site for key, site in sites.items() if key not in again or not _given_the_same(site, again[key])]
         if not changed:
             break

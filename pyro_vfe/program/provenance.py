@@ -86,6 +86,8 @@ class Provenance(TorchFunctionMode):
         follows: Tell who reads a draw of the guide also where its gradient needs no score function.
         """
         super().__init__()
+        self.run = object()
+        """What tensors carry, to tell runs apart. It holds nothing: what autograd keeps, no collector sees."""
         self.on_union = on_union
         self.shared = Shared() if share else None
         """The results that later computations may take over."""
@@ -116,39 +118,39 @@ class Provenance(TorchFunctionMode):
     def mark(self, tensor: Tensor, sites: Sites) -> None:
         """Adds `sites` to what `tensor` was computed from."""
         mark = getattr(tensor, "_vfe_sites", None)
-        if mark is None or mark[0] is not self:
+        if mark is None or mark[0] is not self.run:
             if sites:
-                tensor._vfe_sites = (self, sites, None)  # type: ignore[attr-defined]
+                tensor._vfe_sites = (self.run, sites, None)  # type: ignore[attr-defined]
         elif mark[1] is not sites and not sites <= mark[1]:
-            tensor._vfe_sites = (self, mark[1] | sites, mark[2])  # type: ignore[attr-defined]
+            tensor._vfe_sites = (self.run, mark[1] | sites, mark[2])  # type: ignore[attr-defined]
 
     def originate(self, tensor: Tensor, site: str) -> None:
         """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
         original = self.original(tensor)
         shown = original if original is not tensor else None
-        tensor._vfe_sites = (self, frozenset((site,)), shown)  # type: ignore[attr-defined]
+        tensor._vfe_sites = (self.run, frozenset((site,)), shown)  # type: ignore[attr-defined]
         self.watched.add(site)
 
     def follow(self, tensor: Tensor, site: str) -> None:
         """Marks a draw for its readers: they do not read what it was itself drawn from."""
         if self.followed is not None:
             self.followed.add(site)
-            tensor._vfe_sites = (self, (self.of(tensor) - self.followed) | {site}, None)  # type: ignore[attr-defined]
+            tensor._vfe_sites = (self.run, (self.of(tensor) - self.followed) | {site}, None)  # type: ignore[attr-defined]
 
     def of(self, tensor: object) -> Sites:
         """The sites that `tensor` was computed from, in this run."""
         mark = getattr(tensor, "_vfe_sites", None)
-        return mark[1] if mark is not None and mark[0] is self else NO_SITES
+        return mark[1] if mark is not None and mark[0] is self.run else NO_SITES
 
     def original(self, tensor: Tensor) -> Tensor:
         """The tensor whose numbers `tensor` was handed out for: equal computations have the same."""
         mark = getattr(tensor, "_vfe_sites", None)
-        return mark[2] if mark is not None and mark[0] is self and mark[2] is not None else tensor
+        return mark[2] if mark is not None and mark[0] is self.run and mark[2] is not None else tensor
 
     def alias(self, original: Tensor, sites: Sites) -> Tensor:
         """A tensor of its own with the numbers of `original`, computed from `sites`."""
         tensor = original.view_as(original)
-        tensor._vfe_sites = (self, sites, original)  # type: ignore[attr-defined]
+        tensor._vfe_sites = (self.run, sites, original)  # type: ignore[attr-defined]
         return tensor
 
     def copied(self, tensor: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class Provenance(TorchFunctionMode):
 
     def finish(self) -> None:
         """Forgets what was shared or kept: tensors that outlive the run shall not keep all others alive."""
-        self.kept = Kept(self.copied)
+        self.kept.forget()
         if self.shared is not None:
             self.shared.finish()
 
@@ -179,7 +181,7 @@ class Provenance(TorchFunctionMode):
         for name, value in fn.__dict__.items():
             if isinstance(value, Tensor):
                 mark = getattr(value, "_vfe_sites", None)
-                if mark is not None and mark[0] is self:
+                if mark is not None and mark[0] is self.run:
                     if mark[1] is not sites:
                         sites = sites | mark[1] if sites else mark[1]
                     value = value if mark[2] is None else mark[2]
@@ -314,7 +316,7 @@ class Provenance(TorchFunctionMode):
         for value in values:
             if isinstance(value, Tensor):
                 mark = getattr(value, "_vfe_sites", None)
-                if mark is not None and mark[0] is self:
+                if mark is not None and mark[0] is self.run:
                     if mark[1] is not sites:
                         sites = sites | mark[1] if sites else mark[1]
                     value = value if mark[2] is None else mark[2]
@@ -338,7 +340,7 @@ class Provenance(TorchFunctionMode):
         for value in values:
             if isinstance(value, Tensor):
                 mark = getattr(value, "_vfe_sites", None)
-                if mark is not None and mark[0] is self and mark[1] is not sites:
+                if mark is not None and mark[0] is self.run and mark[1] is not sites:
                     sites = sites | mark[1] if sites else mark[1]
             elif isinstance(value, (list, tuple)):
                 sites = sites | self._gather(value)
