@@ -7,8 +7,12 @@ from contextlib import contextmanager
 class VFEError(ValueError):
     """A program or graph that cannot be served: the fact, then the way out."""
 
-    def __init__(self, problem: str, *, hint: str) -> None:
-        super().__init__(f"{problem} {hint}")
+    def __init__(self, problem: str, *, hint: str = "") -> None:
+        """Args:
+        problem: The fact.
+        hint: The way out; nothing where Pyro's traces make an error anew of all that it said.
+        """
+        super().__init__(f"{problem} {hint}".rstrip())
         self.problem = problem
 
 

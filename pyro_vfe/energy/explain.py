@@ -1,7 +1,7 @@
 """What the engine sees in a pair of programs, before any table is made."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, pre
 from pyro_vfe.errors import CostError
 from pyro_vfe.program.cost import table_entries, varying_plates, within_limit
 from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
@@ -68,7 +69,12 @@ _HEADER = ("site", "program", "values", "plates", "handled", "reads")
 
 
 def explain(
-    model: Program, guide: Program | None, *args: Any, max_bytes: float | None = None, **kwargs: Any
+    model: Program,
+    guide: Program | None,
+    *args: Any,
+    max_bytes: float | None = None,
+    params: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """Returns what enumeration would do with a pair of programs: sites, supports, plates, order and cost.
 
@@ -79,15 +85,18 @@ def explain(
         guide: The guide; None for one without sites.
         *args: Arguments of both programs.
         max_bytes: The limit to hold the costs against; by default half of what is free.
+        params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+            Pyro's store, which stays as it is. Names that the programs do not read are left aside.
         **kwargs: Keyword arguments of both programs.
 
     Raises:
         VFEError: The programs cannot be enumerated. One that would merely not fit is explained.
     """
     own = given_guide(model, guide)
-    layout = Programs(check=False, max_bytes=math.inf).layout(model, own, args, kwargs)
-    with undisturbed_randomness():
-        layout = with_variations(layout, model, own, args, kwargs)
+    with reading(params, args, kwargs):
+        layout = Programs(check=False, max_bytes=math.inf).layout(model, own, args, kwargs)
+        with undisturbed_randomness():
+            layout = with_variations(layout, model, own, args, kwargs)
     with suppress(CostError):
         layout = within_limit(layout, max_bytes)
     return Explanation(layout, outline(_structure(layout)), table_limit(max_bytes))

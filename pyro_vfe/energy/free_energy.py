@@ -33,6 +33,7 @@ from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_r
 from pyro_vfe.errors import NotFiniteGradientError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.singular import parameter_leaves
@@ -127,20 +128,29 @@ class FreeEnergy(ELBO):
             check=check, max_bytes=max_bytes, min_nesting=0 if math.isinf(nesting) else int(nesting)
         )
 
-    def loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> float:
+    def loss(
+        self,
+        model: Program,
+        guide: Program | None,
+        *args: Any,
+        params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> float:
         """Returns F in nats, an average over particles where something is sampled.
 
         Args:
             model: The generative model.
             guide: The guide; None for one without sites.
             *args: Arguments of both programs.
+            params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+                Pyro's store, which stays as it is. Names that the programs do not read are left aside.
             **kwargs: Keyword arguments of both programs.
 
         Raises:
             VFEError: The programs cannot be enumerated, or F is not finite; the message says which site and the way
             out.
         """
-        with torch.no_grad():
+        with reading(params, args, kwargs), torch.no_grad():
             return float(self._finite_loss(model, guide, args, kwargs)[0])
 
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -175,13 +185,22 @@ class FreeEnergy(ELBO):
         except NotFiniteGradientError:  # A parameter has come to where it is not: the programs are looked at again.
             return self._backward(model, guide, args, kwargs)
 
-    def decompose(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Decomposition:
+    def decompose(
+        self,
+        model: Program,
+        guide: Program | None,
+        *args: Any,
+        params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Decomposition:
         """Returns F taken apart into the model's share and the guide's, in float64 and without gradients.
 
         Args:
             model: The generative model.
             guide: The guide; None for the exact posterior, which makes F the surprise.
             *args: Arguments of both programs.
+            params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+                Pyro's store, which stays as it is. Names that the programs do not read are left aside.
             **kwargs: Keyword arguments of both programs.
 
         Raises:
@@ -191,7 +210,7 @@ class FreeEnergy(ELBO):
         References:
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
-        with torch.no_grad():
+        with reading(params, args, kwargs), torch.no_grad():
 
             def decomposed(own: Program) -> Decomposition:
                 count = range(self.num_particles)
@@ -201,7 +220,12 @@ class FreeEnergy(ELBO):
             return self._drawing(decomposed, model, given_guide(model, guide), args, kwargs, purpose="decompose")
 
     def compute_marginals(
-        self, model: Program, guide: Program | None, *args: Any, **kwargs: Any
+        self,
+        model: Program,
+        guide: Program | None,
+        *args: Any,
+        params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> "OrderedDict[str, torch.distributions.Distribution]":
         """Returns the posterior marginal of each discrete latent that only the model has, by site name.
 
@@ -212,20 +236,33 @@ class FreeEnergy(ELBO):
             model: The generative model.
             guide: The guide; None for one without sites.
             *args: Arguments of both programs.
+            params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+                Pyro's store, which stays as it is. Names that the programs do not read are left aside.
             **kwargs: Keyword arguments of both programs.
         """
-        return marginal_distributions(self._one_run(model, guide, args, kwargs, "compute_marginals"))
+        with reading(params, args, kwargs):
+            return marginal_distributions(self._one_run(model, guide, args, kwargs, "compute_marginals"))
 
-    def sample_posterior(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Any:
+    def sample_posterior(
+        self,
+        model: Program,
+        guide: Program | None,
+        *args: Any,
+        params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Returns what the model returns when its discrete latents are drawn from their joint posterior.
 
         Args:
             model: The generative model.
             guide: The guide; None for one without sites.
             *args: Arguments of both programs.
+            params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+                Pyro's store, which stays as it is. Names that the programs do not read are left aside.
             **kwargs: Keyword arguments of both programs.
         """
-        return posterior_run(self._one_run(model, guide, args, kwargs, "sample_posterior"), model, args, kwargs)
+        with reading(params, args, kwargs):
+            return posterior_run(self._one_run(model, guide, args, kwargs, "sample_posterior"), model, args, kwargs)
 
     def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("FreeEnergy makes factor graphs, not traces.")

@@ -24,13 +24,19 @@ from pyro_vfe.engine.inference import evidence, expected_tables
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.tables import batch_axes
 
 
 def posterior(
-    model: Program, *args: Any, check: Check = "first", max_bytes: float | None = None, **kwargs: Any
+    model: Program,
+    *args: Any,
+    check: Check = "first",
+    max_bytes: float | None = None,
+    params: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> "Posterior":
     """Returns the exact posterior of the model's discrete latents given its observations.
 
@@ -39,21 +45,24 @@ def posterior(
         *args: Arguments of the model.
         check: Whether to compare the enumerated tables with an ordinary run.
         max_bytes: The most memory that tables may take; by default half of what is free.
+        params: Values of the model's parameters by name, all of them, such as `run.params`, in place of those in Pyro's
+            store, which stays as it is. Names that the model does not read are left aside.
         **kwargs: Keyword arguments of the model.
 
     Raises:
         MissingGuideSiteError: A latent is not discrete.
         ImpossibleDataError: The data have probability zero.
         CostError: The elimination would not fit.
+        VFEError: `params` are not the model's parameters.
     """
     programs = Programs(check=check, max_bytes=max_bytes)
     try:
-        with torch.no_grad():
+        with reading(params, args, kwargs), torch.no_grad():
             enumeration = programs.enumerate(model, given_guide(model, None), args, kwargs)
+            return Posterior(enumeration, max_bytes=max_bytes)
     except MissingGuideSiteError as error:
         hint = _GIVEN_A_VALUE.replace("{name}", error.site)
         raise MissingGuideSiteError(error.latent, site=error.site, hint=hint) from error
-    return Posterior(enumeration, max_bytes=max_bytes)
 
 
 _GIVEN_A_VALUE = (

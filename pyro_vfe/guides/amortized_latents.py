@@ -18,7 +18,7 @@ from torch.distributions import Independent
 
 from pyro_vfe.guides.positions import COUNTED, ONE_HOT, position
 from pyro_vfe.program.finite import Finite
-from pyro_vfe.program.layout import discrete_latents
+from pyro_vfe.program.layout import latents_and_branches
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.provenance import untracked
 from pyro_vfe.program.recorder import Plate, plates_around
@@ -126,7 +126,7 @@ def latents_of(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         with look:
             return program(*args, **kwargs)
 
-    structures = discrete_latents(watched, args, kwargs)
+    structures, _ = latents_and_branches(watched, args, kwargs)
     reads = {name: structure.scope - {name} for name, structure in structures.items()}
     return {name: replace(latent, reads=reads.get(name, frozenset())) for name, latent in look.found.items()}
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_vfe.errors import StructureError, VFEWarning
 from pyro_vfe.guides.tables import attribute
-from pyro_vfe.program.parameters import other_shape
+from pyro_vfe.program.left_over import other_shape
 
 
 def registered(network: nn.Module | Mapping[str, nn.Module]) -> nn.Module:

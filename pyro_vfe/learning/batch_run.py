@@ -11,6 +11,7 @@ from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.em_loop import params_and_updates
 from pyro_vfe.learning.em_run import counted, parameter_table
 from pyro_vfe.learning.history import History
+from pyro_vfe.learning.start import Start
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +56,13 @@ class BatchRun:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def batch_run(loop: BatchLoop, looked: bool) -> BatchRun:
+def batch_run(loop: BatchLoop, looked: bool, origin: Start) -> BatchRun:
     """Returns the result of a run, and warns of what a user will not expect.
 
     Args:
         loop: The run, at its end.
         looked: Whether the last row is of a last look at all batches.
+        origin: What it started from.
     """
     assert loop.pair is not None and loop.e_phase is not None
     warned = _warnings(loop)
@@ -79,7 +81,7 @@ def batch_run(loop: BatchLoop, looked: bool) -> BatchRun:
         history=History(tuple(loop.rows), round(loop.last.num_data)),
         params=params,
         updates=updates,
-        notes=tuple(notes),
+        notes=(*notes, *origin.notes(params)),
     )
 
 

@@ -54,6 +54,7 @@ from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.learning.rounding import Rounding, resolution
 from pyro_vfe.learning.squarem import Squarem
+from pyro_vfe.learning.start import Start
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
@@ -147,6 +148,8 @@ class EM:
         callback: Callback | None = None,
         seed: int = 0,
         acceleration: Acceleration | None = None,
+        params: Mapping[str, Any] | None = None,
+        fresh: bool = False,
         **kwargs: Any,
     ) -> EMRun:
         """Returns the end of E, M, E, M, ..., E and the way there; the parameters in Pyro's store are those of the end.
@@ -163,6 +166,11 @@ class EM:
             seed: Of the random starts, which leave the global random state alone; `MonteCarlo` draws from that.
             acceleration: "squarem" for jumps along the path, which are taken where F falls. The history has one row for
                 a jump and its E-phase, and none for the M-phase before.
+            params: Values of parameters by name to start from, such as `run.params` of another run, in place of those
+                in Pyro's store; parameters that it lacks start from the programs' own values.
+            fresh: Whether all parameters that the programs read start from the programs' own values, not from Pyro's
+                store. What a module holds (a `PyroModule`, a guide that has been called) is its own value. With either
+                option an error leaves the store as it was before the run.
             **kwargs: The programs' keyword arguments.
 
         Raises:
@@ -173,24 +181,27 @@ class EM:
             EM algorithm.
         """
         check_run_options(max_iter, tol, n_init, acceleration)
-        self._last = None
-        pair, first = self._looked_at(args, kwargs)
-        e_phase = self._e_phase_for(first)
-        if acceleration is not None:
-            check_accelerable(e_phase)
-        rounding, num_data = Rounding(pair, resolution(first)), number_of_data(first)
+        self._forget()
+        origin = Start(params, fresh)
+        with origin.undone_on_error():
+            with origin.first():
+                pair, first = self._looked_at(args, kwargs)
+            e_phase = self._e_phase_for(first)
+            if acceleration is not None:
+                check_accelerable(e_phase)
+            rounding, num_data = Rounding(pair, resolution(first)), number_of_data(first)
 
-        def new_loop(start: int) -> Loop:
-            watch = report.of(start)
-            jumps = None if acceleration is None else Squarem()
-            return Loop(pair, e_phase, self._m_phase, tol, max_iter, rounding, num_data, watch, jumps)
+            def new_loop(start: int) -> Loop:
+                watch = report.of(start)
+                jumps = None if acceleration is None else Squarem()
+                return Loop(pair, e_phase, self._m_phase, tol, max_iter, rounding, num_data, watch, jumps)
 
-        with Report(max_iter, n_init, progress_bar, callback) as report:
-            starts = Starts(pair, new_loop)
-            end = starts.run(n_init, seed)
+            with Report(max_iter, n_init, progress_bar, callback) as report:
+                starts = Starts(pair, new_loop)
+                end = starts.run(n_init, seed)
         if not end.loop.converged and not end.loop.stopped:
-            warnings.warn(_not_converged(end, max_iter, tol), VFEWarning, stacklevel=2)
-        return _run_of(end, starts, pair, e_phase)
+            warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=2)
+        return _run_of(end, starts, pair, e_phase, origin)
 
     def run_batches(
         self,
@@ -202,6 +213,8 @@ class EM:
         num_data: int | None = None,
         progress_bar: bool = True,
         callback: Callback | None = None,
+        params: Mapping[str, Any] | None = None,
+        fresh: bool = False,
     ) -> BatchRun:
         """Returns the end of EM that sees one batch of data at a time; the parameters in Pyro's store are those of it.
 
@@ -222,6 +235,8 @@ class EM:
             progress_bar: Whether to show one.
             callback: Called after each batch and each epoch, as in `run`; phase is 'batch' (F of its data alone, each
                 counted once) or 'epoch', iteration the number of the epoch. Where it returns True the run ends.
+            params: Values of parameters to start from, as in `run`.
+            fresh: Whether to start from the programs' own values, as in `run`.
 
         Raises:
             VFEError: The programs are not for EM on batches, or a phase failed; the parameters are those before the
@@ -233,20 +248,22 @@ class EM:
         """
 
         def look(pair: Pair) -> tuple[Enumeration, EPhase]:
-            first = first_enumeration(pair)
+            with origin.first():
+                first = first_enumeration(pair)
             check_programs(pair, first, whole=False)
             return first, self._e_phase_for(first)
 
         check_options(self._m_phase, num_epochs, tol, num_data)
-        self._last = None
+        self._forget()
+        origin = Start(params, fresh)
         again = check_batches(batches, num_epochs)
         chosen = method or Incremental()
-        with Report(num_epochs, 1, progress_bar, callback) as report:
+        with origin.undone_on_error(), Report(num_epochs, 1, progress_bar, callback) as report:
             loop = BatchLoop(self._pair, look, chosen, tol, num_data, report.of(0))
             loop.run(batches, num_epochs)
             if again:
                 loop.look_once_more(batches)
-        return batch_run(loop, again)
+        return batch_run(loop, again, origin)
 
     def e_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single E-phase and returns where it led.
@@ -285,6 +302,11 @@ class EM:
         self._m_phases += 1
         last.state = replace(state, iteration=self._m_phases, enumeration=after)
         return _result(row, updates, tuple(notes))
+
+    def _forget(self) -> None:
+        """Forgets the data of single phases, and what the programs read at others."""
+        self._last = None
+        self._parameters.readers.clear()
 
     def _pair(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pair:
         return Pair(
@@ -350,22 +372,13 @@ def _result(row: Row, updates: Mapping[str, str], notes: tuple[str, ...] = ()) -
     return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates, notes)
 
 
-def _not_converged(end: End, max_iter: int, tol: float) -> str:
-    per_datum = end.loop.last_decrease / end.loop.num_data
-    moved = "lowered" if per_datum > 0 else "raised"
-    last = f"its last iteration {moved} F by {abs(per_datum):.3g} nats per datum, more than tol={tol:g}"
-    return (
-        f"EM stopped at max_iter={max_iter} before it had converged{': ' + last if max_iter else ''}. Pass a larger "
-        "max_iter (or call run again: it goes on from here), a larger tol, or acceleration='squarem'."
-    )
-
-
-def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase) -> EMRun:
+def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase, origin: Start) -> EMRun:
     """The result of the best start; the parameters in the store are its own."""
     params, updates = params_and_updates(pair, e_phase, end.loop.updates)
     alike = alike_components(end.state.enumeration)
     rises = () if end.loop.rounding.reported is None else (end.loop.rounding.reported,)
-    notes = (*rises, *end.loop.remarks, *alike, *(("stopped by the callback",) if end.loop.stopped else ()))
+    stopped = ("stopped by the callback",) if end.loop.stopped else ()
+    notes = (*rises, *end.loop.remarks, *alike, *stopped, *origin.notes(params))
     return EMRun(
         converged=end.loop.converged,
         n_iter=end.state.iteration,

@@ -23,6 +23,21 @@ class End:
     loop: Loop
     state: State
 
+    def not_converged(self, max_iter: int, tol: float) -> str:
+        """What is said of an end that came too early.
+
+        Args:
+            max_iter: The most iterations.
+            tol: The tolerance.
+        """
+        per_datum = self.loop.last_decrease / self.loop.num_data
+        moved = "lowered" if per_datum > 0 else "raised"
+        last = f"its last iteration {moved} F by {abs(per_datum):.3g} nats per datum, more than tol={tol:g}"
+        return (
+            f"EM stopped at max_iter={max_iter} before it had converged{': ' + last if max_iter else ''}. Pass a "
+            "larger max_iter (or call run again: it goes on from here), a larger tol, or acceleration='squarem'."
+        )
+
 
 @dataclass(eq=False)
 class Starts:

@@ -12,7 +12,7 @@ from pyro_vfe.learning.held_weights import with_weights_in_tables
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.extraction import parameter_roles
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.parameters import Parameters
+from pyro_vfe.program.parameters import Parameters, two_of_one_name
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.selection import Origins
 
@@ -47,12 +47,15 @@ class Pair:
                 parameters do, which statistics need.
 
         Raises:
+            NameClashError: A module computes with another tensor than Pyro's store has by its name.
             StructureError: A parameter is the model's and the guide's at once.
             ScaleError: A parameter that the M-phase changes decides how much a latent counts.
         """
         self.parameters.forget()
         with torch.enable_grad():
             run = self.programs.enumerate(self.model, self.guide, self.args, self.kwargs, differentiable=differentiable)
+        if self.parameters.strangers:
+            raise two_of_one_name(self.parameters.strangers)
         run = replace(run, parameters=dict(self.parameters.values))
         learned, recognition = parameter_roles(run, self.parameters)
         self.learned = tuple(name for name in learned if name not in self.fixed)

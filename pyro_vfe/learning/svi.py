@@ -8,6 +8,7 @@ References:
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from pyro_vfe.errors import VFEError, VFEWarning
 from pyro_vfe.learning.batches import are_several, out_of_step
 from pyro_vfe.learning.history import History, Numbers
 from pyro_vfe.learning.monitor import Monitor, SVICallback
+from pyro_vfe.learning.start import Start
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim
 from pyro_vfe.learning.svi_report import Unmonitored, ending, notes_of_own_parameters, run_as_html, run_as_text
@@ -88,6 +90,8 @@ def fit(
     monitor: Monitor | Literal[False] | None = None,
     callback: SVICallback | None = None,
     stop: StopRule | Iterable[StopRule] = (),
+    params: Mapping[str, Any] | None = None,
+    fresh: bool = False,
     **kwargs: Any,
 ) -> SVIRun:
     """Returns the end of SVI and the way there; the parameters in Pyro's store are those of the end.
@@ -116,6 +120,11 @@ def fit(
         callback: Called after each reading with the number of steps and a dict of floats, as `Monitor` has it. Where it
             returns True the run ends.
         stop: One or several rules when to end, such as `Settled()` or `GapBelow(0.01)`, asked after each reading.
+        params: Values of parameters by name to start from, such as `run.params` of another run, in place of those
+            in Pyro's store; parameters that it lacks start from the programs' own values.
+        fresh: Whether all parameters that the programs read start from the programs' own values, not from Pyro's
+            store. What a module holds (a `PyroModule`, a guide that has been called) is its own value. With either
+            option an error leaves the store as it was before the run.
         **kwargs: The programs' keyword arguments.
 
     Raises:
@@ -148,28 +157,31 @@ def fit(
     loss = FreeEnergy() if elbo is None else elbo
     check_elbo(loss)
     source = arguments_of_steps(args, kwargs, batches)
+    origin = Start(params, fresh)
     watch = _watch(model, guide, loss, monitor, callback, stop, _every(num_steps, stop != (), batches))
     stepper, losses, stopped, done = Stepper(model, guide, optim, loss), [], None, False
     watch.start(num_steps, progress_bar)
-    try:
-        for number in range(1, num_steps + 1):
-            arguments = next(source, None)
-            if arguments is None:
-                stopped = f"the {type(batches).__name__} of batches ended, and cannot be read again"
-                break
-            losses.append(stepper.step(number, *arguments))
-            if number == 1 and not stepper.leaves:
-                raise _nothing_to_learn()
-            if watch.step(losses[-1], *arguments[0], **arguments[1]) and number < num_steps:
-                stopped = watch.stopped
-                break
-        stepper.check_update(len(losses))
-        done = True
-    finally:
-        watch.close(read=done)
+    with origin.undone_on_error():
+        try:
+            for number in range(1, num_steps + 1):
+                arguments = next(source, None)
+                if arguments is None:
+                    stopped = f"the {type(batches).__name__} of batches ended, and cannot be read again"
+                    break
+                with origin.first() if number == 1 else nullcontext():
+                    losses.append(stepper.step(number, *arguments))
+                if number == 1 and not stepper.leaves:
+                    raise _nothing_to_learn()
+                if watch.step(losses[-1], *arguments[0], **arguments[1]) and number < num_steps:
+                    stopped = watch.stopped
+                    break
+            stepper.check_update(len(losses))
+            done = True
+        finally:
+            watch.close(read=done)
     if len(losses) < num_steps and watch.stopped is None:
         warnings.warn(f"fit did {len(losses)} of num_steps={num_steps} steps: {stopped}.", VFEWarning, stacklevel=2)
-    return _run_of(stepper, losses, watch, stopped, guide, are_several(batches))
+    return _run_of(stepper, losses, watch, stopped, guide, are_several(batches), origin)
 
 
 def _watch(
@@ -218,6 +230,7 @@ def _run_of(
     stopped: str | None,
     guide: Program,
     in_batches: bool,
+    origin: Start,
 ) -> SVIRun:
     updates = {
         name: f"by {stepper.optimiser}" if name in stepper.reached else "not: F has no gradient in it"
@@ -236,5 +249,5 @@ def _run_of(
         num_steps=len(losses),
         stopped=stopped,
         updates=updates,
-        notes=tuple(notes),
+        notes=(*notes, *origin.notes(stepper.leaves)),
     )

@@ -7,7 +7,8 @@ gradients are looked at before they are used, and parameters that an update has 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -19,10 +20,10 @@ from torch.distributions import transform_to
 
 from pyro_vfe.errors import NotFiniteError, VFEError, located
 from pyro_vfe.learning.svi_report import Loss
+from pyro_vfe.program.given_parameters import quoted
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.left_over import first_look
 from pyro_vfe.program.parameters import Strangers, constraint_of, two_of_one_name, unconstrained
-
-_MOST_NAMED = 5
 
 
 class Stepper:
@@ -68,7 +69,7 @@ class Stepper:
             VFEError: The step failed; the parameters are as they were before it, and have no gradients.
         """
         try:
-            with located(f"{self._each} {number}"):
+            with located(f"{self._each} {number}"), self._looking(number, args, kwargs):
                 loss, used = self._loss_and_grads(args, kwargs)
         except BaseException as error:
             zero_grads(self.leaves.values())
@@ -96,7 +97,7 @@ class Stepper:
             return
         self._restore(self._before)
         error = NotFiniteError(
-            f"The update by {self.optimiser} made parameter {_quoted(spoilt)} infinite or NaN; all "
+            f"The update by {self.optimiser} made parameter {quoted(spoilt)} infinite or NaN; all "
             "parameters are as they were before that step.",
             hint="Use a smaller learning rate, or an optimiser that limits its steps, such as pyro.optim.ClippedAdam.",
         )
@@ -114,7 +115,7 @@ class Stepper:
 
     def _loss_and_grads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Loss, dict[str, Tensor]]:
         """The loss as numbers, and the leaves of the parameters that were read, with gradients that can be used."""
-        strangers = Strangers()
+        strangers = Strangers(*args, **kwargs)
         with pyro.poutine.trace(param_only=True) as capture, strangers:
             try:
                 loss: Any = self._elbo.loss_and_grads(self._model, self._guide, *args, **kwargs)
@@ -127,6 +128,10 @@ class Stepper:
         numbers = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
         _check_finite(numbers, gradients)
         return numbers, used
+
+    def _looking(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """What the first step runs in: other ELBOs have no look at the programs before."""
+        return first_look((self._guide, self._model), args, kwargs) if number == 1 else nullcontext()
 
     def _update(self, leaves: list[Tensor]) -> None:
         try:
@@ -201,7 +206,7 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
     bad = [name for name, gradient in gradients.items() if not bool(_entries(gradient).isfinite().all())]
     if bad:
         raise NotFiniteError(
-            f"The gradient of parameter {_quoted(bad)} is not finite, while the loss is {loss}.",
+            f"The gradient of parameter {quoted(bad)} is not finite, while the loss is {loss}.",
             hint="Look for an operation without a finite derivative there, such as the square root or logarithm of 0, "
             "or a torch.where around one; move the parameter off that point. This step changed nothing.",
         )
@@ -216,7 +221,7 @@ def _check_shared(local: Iterable[str]) -> None:
     names = sorted(local)
     if names:
         raise VFEError(
-            f"Parameter {_quoted(names)} is local to its module (pyro.settings has module_local_params=True), where "
+            f"Parameter {quoted(names)} is local to its module (pyro.settings has module_local_params=True), where "
             "Pyro's SVI and optimisers do not find it.",
             hint="Keep a loop of your own with a torch optimiser over vfe.FreeEnergy()(model, guide).parameters(), and "
             "a vfe.Monitor; or leave module_local_params=False.",
@@ -252,8 +257,3 @@ def _copied(leaves: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str
         fits = known is not None and known.shape == leaf.shape and known.device == leaf.device
         copies[name] = known.copy_(leaf.detach()) if known is not None and fits else leaf.detach().clone()
     return copies
-
-
-def _quoted(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:_MOST_NAMED])
-    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

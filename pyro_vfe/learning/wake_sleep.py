@@ -10,7 +10,8 @@ References:
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from pyro_vfe.energy.drawing import OnCost
 from pyro_vfe.errors import VFEError, VFEWarning
-from pyro_vfe.learning.batches import are_several
+from pyro_vfe.learning.batches import Arguments, are_several
 from pyro_vfe.learning.history import SLEEP, WAKE
 from pyro_vfe.learning.machine import Machine
 from pyro_vfe.learning.sleep_phase import Sleep
+from pyro_vfe.learning.start import Start
 from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_num_steps, check_optim
 from pyro_vfe.learning.svi_report import notes_of_own_parameters
@@ -185,6 +187,8 @@ class WakeSleep:
         callback: WakeSleepCallback | None = None,
         stop: StopRule | Iterable[StopRule] = (),
         held_out: Any = None,
+        params: Mapping[str, Any] | None = None,
+        fresh: bool = False,
         **kwargs: Any,
     ) -> WakeSleepRun:
         """Returns the end of wake, sleep, wake, sleep, ... and the way there; parameters in Pyro's store are the end's.
@@ -207,6 +211,11 @@ class WakeSleep:
             stop: One or several rules that say why to stop from the history of the sleep rows, such as
                 `Settled()` or `GapBelow(0.01)`.
             held_out: The arguments to read F at, as `batches` has them; by default those of the step.
+            params: Values of parameters by name to start from, such as `run.params` of another run, in place of those
+                in Pyro's store; parameters that it lacks start from the programs' own values.
+            fresh: Whether all parameters that the programs read start from the programs' own values, not from Pyro's
+                store. What a module holds (a `PyroModule`, a guide that has been called) is its own value. With either
+                option an error leaves the store as it was before the run.
             **kwargs: The programs' keyword arguments.
 
         Raises:
@@ -217,26 +226,9 @@ class WakeSleep:
         source = arguments_of_steps(args, kwargs, batches, "WakeSleep.run")
         watch = Watch(self._machine, num_steps, batches, every, callback, stop, held_out, sleeps=self._sleeps)
         self._phases = [0, 0]
-        losses: list[WakeSleepLosses] = []
-        ended: str | None = None
-        watch.start(progress_bar)
-        try:
-            for number in range(1, num_steps + 1):
-                arguments = next(source, None)
-                if arguments is None:
-                    ended = f"the {type(batches).__name__} of batches ended, and cannot be read again"
-                    break
-                losses.append(self._watched_step(watch, number, *arguments))
-                if number == 1:
-                    self._check_learns()
-                if watch.stopped is not None and number < num_steps:
-                    ended = watch.stopped
-                    break
-            for stepper, count in zip((self._wake, self._sleep), self._phases, strict=True):
-                stepper.check_update(count)
-            watch.read_last()
-        finally:
-            watch.close()
+        origin = Start(params, fresh)
+        with origin.undone_on_error():
+            losses, ended = self._steps(watch, source, num_steps, progress_bar, type(batches).__name__, origin)
         if len(losses) < num_steps and watch.stopped is None:
             warnings.warn(
                 f"WakeSleep.run did {len(losses)} of num_steps={num_steps} steps: {ended}.", VFEWarning, stacklevel=2
@@ -248,8 +240,45 @@ class WakeSleep:
             num_steps=len(losses),
             stopped=ended,
             updates=self._how(),
-            notes=(*watch.notes, *self._notes(are_several(batches) and not watch.is_held_out)),
+            notes=(
+                *watch.notes,
+                *self._notes(are_several(batches) and not watch.is_held_out),
+                *origin.notes(self._params()),
+            ),
         )
+
+    def _steps(
+        self,
+        watch: Watch,
+        source: Iterator[Arguments],
+        num_steps: int,
+        progress_bar: bool,
+        kind: str,
+        origin: Start,
+    ) -> tuple[list[WakeSleepLosses], str | None]:
+        """The losses of all steps, and why there were fewer than asked for; `kind` is that of the batches."""
+        losses: list[WakeSleepLosses] = []
+        ended: str | None = None
+        watch.start(progress_bar)
+        try:
+            for number in range(1, num_steps + 1):
+                arguments = next(source, None)
+                if arguments is None:
+                    ended = f"the {kind} of batches ended, and cannot be read again"
+                    break
+                with origin.first() if number == 1 else nullcontext():
+                    losses.append(self._watched_step(watch, number, *arguments))
+                if number == 1:
+                    self._check_learns()
+                if watch.stopped is not None and number < num_steps:
+                    ended = watch.stopped
+                    break
+            for stepper, count in zip((self._wake, self._sleep), self._phases, strict=True):
+                stepper.check_update(count)
+            watch.read_last()
+        finally:
+            watch.close()
+        return losses, ended
 
     def _watched_step(
         self, watch: Watch, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]

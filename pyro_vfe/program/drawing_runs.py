@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.bits import are_bits
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.left_over import Arguments, check, prepare
 from pyro_vfe.program.log_prob import log_prob, widened
 from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.parameters import Strangers
@@ -58,21 +59,24 @@ class Handled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the program returns."""
-        with nullcontext() if self.gradients else torch.no_grad(), _Handler(self):
+        with nullcontext() if self.gradients else torch.no_grad(), _Handler(self, (args, kwargs)):
             return self.program(*args, **kwargs)
 
 
 class _Handler(Messenger):
-    def __init__(self, handled: Handled) -> None:
+    def __init__(self, handled: Handled, arguments: Arguments) -> None:
         super().__init__()
+        self.arguments = arguments
         self.handled = handled
 
     def _pyro_param(self, msg: Any) -> None:
+        prepare(msg)
         self.handled.names.add(msg["name"])
         if self.handled.hides(msg["name"]):
             msg["stop"] = True
 
     def _pyro_post_param(self, msg: Any) -> None:
+        check(msg, self.arguments)
         if self.handled.strangers is not None:
             self.handled.strangers.meet(msg)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.left_over import first_look
 from pyro_vfe.program.recorder import Recorder, Site, record_both
 from pyro_vfe.program.supports import is_enumerable
 
@@ -69,9 +70,17 @@ def ordinary_sites(
         kwargs: Keyword arguments of both.
         subsamples: Subsample indices by plate name, to use instead of new ones.
     """
-    first, second = record_both(
-        model, guide, args, kwargs, lambda name, role, fn, plates: fn.sample(), subsamples=subsamples, look=own_value
-    )
+
+    with first_look((guide, model), args, kwargs):
+        first, second = record_both(
+            model,
+            guide,
+            args,
+            kwargs,
+            lambda name, role, fn, plates: fn.sample(),
+            subsamples=subsamples,
+            look=own_value,
+        )
     return first.sites, second.sites
 
 

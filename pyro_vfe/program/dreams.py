@@ -21,7 +21,9 @@ from pyro_vfe.errors import StructureError
 from pyro_vfe.program.chain_gaps import Gaps
 from pyro_vfe.program.dream_arguments import DreamtSite, with_dreams
 from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.left_over import Arguments, check, first_look, prepare
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site, is_computed, plates_around
 
@@ -55,7 +57,13 @@ class Dream:
         return f"Dream of {_shapes(self.observations)}, from {_shapes(self.latents)}"
 
 
-def dream(model: Program, *args: Any, dream_to_args: DreamToArgs | None = None, **kwargs: Any) -> Dream:
+def dream(
+    model: Program,
+    *args: Any,
+    dream_to_args: DreamToArgs | None = None,
+    params: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Dream:
     """Returns latents and observations drawn from the model: one dream for each element of a plate of data.
 
     The model runs with its data, which say how large its plates are, and what it observes is drawn in their place. So
@@ -69,6 +77,8 @@ def dream(model: Program, *args: Any, dream_to_args: DreamToArgs | None = None, 
             dreamt observations by site name and with `*args, **kwargs`, it returns a tuple of positional arguments and
             a dict of keyword arguments. By default the value of an observed site takes the place of the argument of
             its name, in that argument's type; where a plate is subsampled, that of the elements that are present.
+        params: Values of the model's parameters by name, all of them, such as `run.params`, in place of those in Pyro's
+            store, which stays as it is. Names that the model does not read are left aside.
         **kwargs: Its keyword arguments.
 
     Raises:
@@ -89,7 +99,8 @@ def dream(model: Program, *args: Any, dream_to_args: DreamToArgs | None = None, 
         Hinton, Dayan, Frey and Neal (1995), The "wake-sleep" algorithm for unsupervised neural networks.
     """
     given_guide(model, None)
-    return dreamt(model, model, args, kwargs, dream_to_args)
+    with reading(params, args, kwargs):
+        return dreamt(model, model, args, kwargs, dream_to_args)
 
 
 def dreamt(
@@ -108,8 +119,8 @@ def dreamt(
         kwargs: Its keyword arguments.
         dream_to_args: Makes the programs' arguments of a dream where names do not tell.
     """
-    run = _Dreamer()
-    with torch.no_grad(), run, Gaps(is_whole=lambda name: True):
+    run = _Dreamer((args, kwargs))
+    with torch.no_grad(), first_look((model,), args, kwargs), run, Gaps(is_whole=lambda name: True):
         model(*args, **kwargs)
     observations = {name: site.value for name, site in run.observed.items()}
     if dream_to_args is None:
@@ -128,13 +139,20 @@ def _shapes(values: Mapping[str, Tensor]) -> str:
 class _Dreamer(Messenger):
     """Draws what is observed like everything else, and notes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         super().__init__()
+        self.arguments = arguments
         self.latents: dict[str, Tensor] = {}
         self.observed: dict[str, DreamtSite] = {}
         self.subsamples: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor | bool] = {}
         self._data: dict[str, Tensor] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        prepare(msg)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        check(msg, self.arguments)
 
     def _pyro_sample(self, msg: Any) -> None:
         kind = type(msg["fn"]).__name__

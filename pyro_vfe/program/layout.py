@@ -16,6 +16,7 @@ from pyro_vfe.program.colouring import enumeration_dims
 from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
 from pyro_vfe.program.lasting import ran_twice
+from pyro_vfe.program.left_over import first_look
 from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import hand_over_masks, unmasked
 from pyro_vfe.program.missing_plates import check_batch_dims
@@ -157,32 +158,23 @@ def lay_out(
         CostError: Too many latents meet in one tensor.
         PlateError: A latent is read from outside one of its plates.
     """
-    findings, sequential = _explored(model, guide, args, kwargs)
+    with first_look((guide, model), args, kwargs):
+        findings, sequential = _explored(model, guide, args, kwargs)
     return _arranged(findings, sequential, min_nesting, extra_nesting)
-
-
-def discrete_latents(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, SiteStructure]:
-    """Returns the latents of a program whose values can be listed, in all its branches.
-
-    Args:
-        program: A model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-    """
-    return latents_and_branches(program, args, kwargs)[0]
 
 
 def latents_and_branches(
     program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, SiteStructure], frozenset[str]]:
-    """Returns what `discrete_latents` does, and the names of those on which the program branches.
+    """Returns the latents of a program whose values can be listed, in all its branches, and on which it branches.
 
     Args:
         program: A model.
         args: Its arguments.
         kwargs: Its keyword arguments.
     """
-    findings, branches = _explored(no_guide, program, args, kwargs)
+    with first_look((program,), args, kwargs):
+        findings, branches = _explored(no_guide, program, args, kwargs)
     return {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}, branches
 
 

@@ -5,7 +5,7 @@ see its constrained value; gradients and optimisers see the unconstrained one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -15,9 +15,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_vfe.errors import NameClashError, StructureError
+from pyro_vfe.errors import NameClashError
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.left_over import check, prepare
 from pyro_vfe.program.recorder import Role
 from pyro_vfe.program.singular import is_moving
 
@@ -32,6 +32,8 @@ class Parameters:
         """Which programs read each parameter."""
         self.known: dict[object, Tensor] = {}
         """For slots of distributions that were selections before, the index of their entries."""
+        self.strangers: dict[str, Tensor] = {}
+        """What modules compute with where Pyro's store has another tensor by the name, when they ran last."""
 
     def watched(self, program: Program, role: Role) -> Program:
         """The program, whose parameters are noted when it runs.
@@ -70,6 +72,11 @@ class _Reader(Messenger):
         if name not in pyro.get_param_store():
             return
         self.parameters.readers.setdefault(name, set()).add(self.role)
+        stranger = stranger_of(msg)
+        if stranger is not None:
+            self.parameters.strangers[name] = stranger
+        else:  # a module that took the store's over in its first run is none any more
+            self.parameters.strangers.pop(name, None)
         known = self.parameters.values.get(name)
         if is_moving():
             return  # what was computed before is not what it is now
@@ -154,22 +161,6 @@ def restored_on_error(copies: Mapping[str, Tensor]) -> Iterator[None]:
         raise
 
 
-def other_shape(name: str, stored: torch.Size, own: torch.Size) -> StructureError:
-    """The error for a parameter that earlier programs, or data, have left in another shape.
-
-    Args:
-        name: Its name in Pyro's store.
-        stored: The shape that it has there.
-        own: The shape that the program would make it in.
-    """
-    return StructureError(
-        f"Parameter '{name}' in Pyro's store has shape {tuple(stored)}, and the program would make it in shape "
-        f"{tuple(own)}: it is left from other data or another program.",
-        hint="Clear the store first, pyro.clear_param_store(); or give the parameter another name; or keep the two "
-        "apart by `with pyro.get_param_store().scope():`.",
-    )
-
-
 class Strangers(Messenger):
     """Notes tensors of modules that have the name of another tensor in Pyro's store.
 
@@ -177,12 +168,21 @@ class Strangers(Messenger):
     in the store. So a stranger that a loss depends on would not be learned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Args:
+        *args: Of the programs.
+        **kwargs: Of the programs, by name.
+        """
         super().__init__()
         self.found: dict[str, Tensor] = {}
         """The last stranger by each name."""
+        self._arguments = args, kwargs
+
+    def _pyro_param(self, msg: Any) -> None:
+        prepare(msg)
 
     def _pyro_post_param(self, msg: Any) -> None:
+        check(msg, self._arguments)
         self.meet(msg)
 
     def meet(self, msg: Any) -> None:
@@ -191,10 +191,19 @@ class Strangers(Messenger):
         Args:
             msg: What Pyro says of a parameter that was read.
         """
-        name, store = msg["name"], pyro.get_param_store()._params
-        start = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(start, torch.nn.Parameter) and name in store and store[name] is not start:
-            self.found[name] = start
+        if (stranger := stranger_of(msg)) is not None:
+            self.found[msg["name"]] = stranger
+
+
+def stranger_of(msg: Any) -> Tensor | None:
+    """The tensor of a module whose name stands for another one in Pyro's store; None for what is no stranger.
+
+    Args:
+        msg: What Pyro says of a parameter that was read.
+    """
+    name, store = msg["name"], pyro.get_param_store()._params
+    start = msg["args"][1] if len(msg["args"]) > 1 else None
+    return start if isinstance(start, torch.nn.Parameter) and store.get(name, start) is not start else None
 
 
 def two_of_one_name(names: Iterable[str]) -> NameClashError:
@@ -208,41 +217,9 @@ def two_of_one_name(names: Iterable[str]) -> NameClashError:
         f"A module computes with a tensor of its own for parameter {quoted}, and Pyro's store has another by that "
         "name, of another module: no optimiser would change the first.",
         hint='Give the modules names, `super().__init__("guide")` in a PyroModule, or their parts different ones; '
-        "where the store holds parameters of earlier modules, call pyro.clear_param_store() first.",
+        "where the store holds parameters of earlier modules, start with fresh=True (EM, fit, WakeSleep), or call "
+        "pyro.clear_param_store() first.",
     )
-
-
-class _Shapes(Messenger):
-    """Compares parameters in the store with what the program says that they start from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: StructureError | None = None
-
-    def _pyro_param(self, msg: Any) -> None:
-        name, store = msg["name"], pyro.get_param_store()
-        start = msg["args"][1] if len(msg["args"]) > 1 else None
-        if self.found is None and start is not None and name in store:
-            own = (start() if callable(start) else start).shape
-            if store[name].shape != own:
-                self.found = other_shape(name, store[name].shape, own)
-
-
-def stale_parameter(
-    programs: Iterable[Program], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> StructureError | None:
-    """Returns the error for a parameter in the store that has another shape than programs would make it in, if any.
-
-    Args:
-        programs: Programs, one of which failed: each is run as far as it goes.
-        args: Their arguments.
-        kwargs: Their keyword arguments.
-    """
-    shapes = _Shapes()
-    for program in programs:
-        with undisturbed_randomness(), torch.no_grad(), suppress(Exception), pyro.poutine.block(), shapes:
-            program(*args, **kwargs)
-    return shapes.found
 
 
 def nan_parameters(*programs: Program) -> list[str]:

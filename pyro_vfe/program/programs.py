@@ -22,8 +22,9 @@ from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
+from pyro_vfe.program.left_over import stale_parameter
 from pyro_vfe.program.masks import warn_of_priors
-from pyro_vfe.program.parameters import nan_parameters, stale_parameter
+from pyro_vfe.program.parameters import nan_parameters
 from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at

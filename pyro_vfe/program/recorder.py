@@ -17,6 +17,7 @@ from pyro_vfe.engine.factors import Subsample
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
 from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
+from pyro_vfe.program.left_over import Arguments, check, prepare
 from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
@@ -138,11 +139,13 @@ class Recorder(Messenger):
         self.parameters: list[Tensor] = []
         """What the program has read of parameters, as it reads them."""
         self.returned: Any = None
+        self._arguments: Arguments = ((), {})
         self._names: dict[str, str] = {}
         self._surroundings: dict[object, tuple[tuple[Plate, ...], dict[str, int], frozenset[Subsample]]] = {}
 
     def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
         """Runs `program` once and returns its sites by name, in order."""
+        self._arguments = args, kwargs
         try:
             gaps = Gaps(is_whole=self.given.__contains__, is_drawn=lambda name: name not in self.enumerated)
             with self, gaps, self.provenance or nullcontext():
@@ -194,7 +197,11 @@ class Recorder(Messenger):
         elif msg["value"] is None and self.role == "model" and self.unread is not None and name not in self.unread:
             raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn))
 
+    def _pyro_param(self, msg: Any) -> None:
+        prepare(msg)
+
     def _pyro_post_param(self, msg: Any) -> None:
+        check(msg, self._arguments)
         self.parameters.append(msg["value"])
 
     def _pyro_post_sample(self, msg: Any) -> None:

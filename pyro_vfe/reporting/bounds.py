@@ -12,6 +12,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,7 @@ from pyro_vfe.errors import PlateKeptError, ScaleError, VFEError
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.dreams import Dream
 from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check
 from pyro_vfe.reporting.bounds_dream import arguments_of, log_weights_of
@@ -279,6 +281,7 @@ def bounds(
     dream: Dream | None = None,
     check: Check = "first",
     max_bytes: float | None = None,
+    params: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Bounds:
     """Returns estimates of a lower bound on log p(u), and for a dream of an upper one too, from draws of the guide.
@@ -296,6 +299,8 @@ def bounds(
         check: When enumerated tables are compared with ordinary runs, and draws side by side with single ones: at the
             "first" run, "always", or never (False).
         max_bytes: The most memory that tables may take.
+        params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+            Pyro's store, which stays as it is. Names that the programs do not read are left aside.
         **kwargs: Keyword arguments of both programs.
 
     Raises:
@@ -328,8 +333,9 @@ def bounds(
     if dream is not None:
         args, kwargs = arguments_of(dream, args, kwargs)
     sampler = Sampler(model, own, args, kwargs, check, max_bytes)
-    drawn = sampler.particles(num_particles)
-    dreamt = None if dream is None else log_weights_of(dream, sampler, drawn)
+    with reading(params, args, kwargs):
+        drawn = sampler.particles(num_particles)
+        dreamt = None if dream is None else log_weights_of(dream, sampler, drawn)
     return Bounds(
         log_weights=drawn.weights.by_datum,
         dream_log_weights=dreamt,

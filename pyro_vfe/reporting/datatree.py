@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.history import History
 from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.reporting.arviz_schema import tree_of
 from pyro_vfe.reporting.gathering import Gatherer
@@ -42,6 +43,7 @@ def to_datatree(
     history: Any = None,
     progress_bar: bool = True,
     max_bytes: float | None = None,
+    params: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> "xarray.DataTree":
     """Returns draws, exact marginals, log-likelihoods and free energies in ArviZ's schema, with one chain.
@@ -79,6 +81,8 @@ def to_datatree(
         history: Of training: a `History`, or what has one, such as an `EMRun` or an `SVIRun`.
         progress_bar: Whether to show one where the draws take their time: with sampled w, the programs run once each.
         max_bytes: The most memory that tables may take; by default half of what is free.
+        params: Values of the programs' parameters by name, all of them, such as `run.params`, in place of those in
+            Pyro's store, which stays as it is. Names that the programs do not read are left aside.
         **kwargs: Keyword arguments of both.
 
     Raises:
@@ -92,7 +96,8 @@ def to_datatree(
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise VFEError(f"num_samples is {num_samples!r}.", hint="Ask for at least one draw.")
     gatherer = Gatherer(model, given_guide(model, guide), args, kwargs, num_samples, max_bytes, progress_bar)
-    gathered = gatherer.gather(prior, posterior_predictive, _history_of(history))
+    with reading(params, args, kwargs):
+        gathered = gatherer.gather(prior, posterior_predictive, _history_of(history))
     stats = gathered.groups["sample_stats"]
     warn_if_unreliable(stats["log_weight"].values)
     return tree_of(gathered.groups, dims=dims, coords=coords, labels=gathered.coords, attrs=gathered.attrs)

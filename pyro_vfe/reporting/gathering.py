@@ -176,7 +176,8 @@ class Gatherer:
         for name in self._parameters.of("model"):
             # Weights of networks, under names that pyro.module makes, describe no one's beliefs.
             if "$$$" not in name and name not in found:
-                found[name] = repeated(variable(name, store[name]), self.num_samples)
+                own = self._parameters.strangers.get(name)  # what its module computes with
+                found[name] = repeated(variable(name, store[name] if own is None else own), self.num_samples)
         return with_presence(found, present, optional)
 
     def _indexed(self, site: Site) -> "xarray.Variable":
