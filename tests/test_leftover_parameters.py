@@ -159,6 +159,18 @@ def test_a_left_over_that_broadcasts_is_seen() -> None:
     assert em(one_scale, U, (3,), fresh=True).params["scale"].shape == (3,)
 
 
+def test_a_left_over_of_another_range_is_seen() -> None:
+    pyro.param("weights", torch.tensor([1.0, 2.0]))
+    with pytest.raises(StructureError, match=r"'weights' .*constraint Real\(\).*breaks Simplex\(\).*fresh=True"):
+        vfe.posterior(of_tensors(2), U)
+    run = em(of_tensors(2), U, fresh=True)
+    assert float(run.params["weights"].sum()) == pytest.approx(1.0)
+    pyro.clear_param_store()
+    pyro.param("weights", torch.tensor([0.25, 0.75]))  # within the range: it may be meant
+    found = vfe.posterior(of_tensors(2), U)
+    assert float(-found.log_evidence) == pytest.approx(surprise([0.25, 0.75], [-1.0, 1.0]))
+
+
 def test_chains_of_more_states_are_not_fitted_by_those_of_fewer() -> None:
     def chain(size: int) -> Model:
         def model(u: Tensor) -> None:
@@ -600,6 +612,23 @@ def test_a_run_says_what_it_started_from() -> None:
     assert words in batches.notes
     assert "note: Started from" in str(em(model, U))
     assert not [n for n in fitted(model, None, U, fresh=True).notes if "store" in n]
+
+
+def test_a_fresh_start_says_what_is_no_start_of_a_program() -> None:
+    module = OfPyroParams(2)
+    em(module, U)
+
+    def model(u: Tensor) -> None:
+        shift = pyro.param("shift") if "shift" in pyro.get_param_store() else pyro.param("other")
+        module(u + 0 * shift)
+
+    pyro.param("other", torch.zeros(()))
+    run = vfe.EM(model, fixed="other").run(U, fresh=True, progress_bar=False)
+    assert run.notes == (
+        "Started from what Pyro's store had for parameters 'other', 'weights', 'means'; a module holds them, or no "
+        "program makes them.",
+    )
+    assert float(-vfe.posterior(model, U, params=run.params).log_evidence) == pytest.approx(run.free_energy)
 
 
 def test_what_is_given_does_not_reach_the_programs() -> None:

@@ -47,5 +47,7 @@ class Start:
         if not found:
             return []
         what = f"Started from what Pyro's store had for parameter{'s' * (len(found) > 1)} {quoted(found)}"
-        way_out = "fresh=True starts anew" if self._substitute is None else "make the modules that hold them anew"
+        way_out = (
+            "fresh=True starts anew" if self._substitute is None else "a module holds them, or no program makes them"
+        )
         return [f"{what}; {way_out}."]

@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.provenance import out_of_sight
@@ -55,9 +55,15 @@ def other_shape(name: str, stored: torch.Size, own: torch.Size) -> StructureErro
     return StructureError(
         f"Parameter '{name}' in Pyro's store has shape {tuple(stored)}, and the program would make it in shape "
         f"{tuple(own)}: it is left from other data or another program.",
-        hint="Let EM, fit or WakeSleep start from the program's own values, fresh=True, and read the result by "
-        "params=run.params; or clear the store first, pyro.clear_param_store(); or give the parameter another name.",
+        hint=_CURE,
     )
+
+
+_CURE = (
+    "Let EM, fit or WakeSleep start from the program's own values, fresh=True, and read the result by "
+    "params=run.params; or clear the store first, pyro.clear_param_store(); or give the parameter another name, or a "
+    "start whose shape does not depend on the number of data."
+)
 
 
 def prepare(msg: Any) -> None:
@@ -81,7 +87,7 @@ def prepare(msg: Any) -> None:
 
 
 def difference(msg: Any, arguments: Arguments = ((), {})) -> StructureError | None:
-    """The error for a parameter whose program would make it in another shape than Pyro's store has it in, if it would.
+    """The error for a parameter that its program would make in another shape, or in another range, if it would.
 
     What a module holds as its own it computes with, whatever the store has.
 
@@ -97,7 +103,9 @@ def difference(msg: Any, arguments: Arguments = ((), {})) -> StructureError | No
         own = _made_shape(name, start, shape)
     else:
         return None
-    if own == shape or isinstance(start, torch.nn.Parameter):
+    if own == shape:
+        return _out_of_range(name, msg["kwargs"].get("constraint"))
+    if isinstance(start, torch.nn.Parameter):
         return None
     store = pyro.get_param_store()
     if name not in store or (stored := store[name].shape) == own:  # the value is a handler's
@@ -105,6 +113,22 @@ def difference(msg: Any, arguments: Arguments = ((), {})) -> StructureError | No
     if is_cut_short(own, stored, arguments):
         return None
     return other_shape(name, stored, own)
+
+
+def _out_of_range(name: str, constraint: constraints.Constraint | None) -> StructureError | None:
+    """The error for a parameter of another constraint whose value breaks the one that its program gives it."""
+    store = pyro.get_param_store()
+    known = store._constraints.get(name)
+    if constraint is known or constraint is None or known is None or type(constraint) is type(known):
+        return None
+    with torch.no_grad():
+        if bool(constraint.check(store[name]).all()):
+            return None
+    return StructureError(
+        f"Parameter '{name}' in Pyro's store has the constraint {known} and a value that breaks {constraint}, which "
+        "the program gives it: it is left from another program.",
+        hint=_CURE,
+    )
 
 
 def check(msg: Any, arguments: Arguments) -> None:
