@@ -1,5 +1,6 @@
 """What goes wrong, said so that the reader can mend it: the site, the fact, the fix."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -116,3 +117,11 @@ def located(where: str) -> Iterator[None]:
     except VFEError as error:
         error.args = (f"In {where}: {error}",)
         raise
+
+
+def callers_level() -> int:
+    """How many frames up, from the frame that asks, the first one is that is not of this package: the user's loop."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vfe."):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeVar
 import pyro
 
 from pyro_vfe.errors import CostError, VFEError, VFEWarning
+from pyro_vfe.program.buffers import Buffers, unchanged_buffers
+from pyro_vfe.program.identity import Identities
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.programs import identity
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import is_summed
 from pyro_vfe.program.supports import support_size
@@ -42,10 +43,11 @@ class Drawing:
             raise VFEError(f"on_cost is {on_cost!r}.", hint="Use on_cost='raise' or on_cost='sample'.")
         self.on_cost = on_cost
         self._guides: OrderedDict[object, _Drawn] = OrderedDict()
+        self._identities = Identities()
 
     def __getstate__(self) -> dict[str, Any]:
         """What is known of programs is found again after copying or loading."""
-        return {**self.__dict__, "_guides": OrderedDict()}
+        return {**self.__dict__, "_guides": OrderedDict(), "_identities": Identities()}
 
     def __call__(
         self,
@@ -72,7 +74,7 @@ class Drawing:
         """
         if self.on_cost == "raise":
             return compute(guide)
-        key = (identity(model), identity(guide), purpose)
+        key = (self._identities.of(model), self._identities.of(guide), purpose)
         drawn = self._guides.setdefault(key, _Drawn(model, guide))
         self._guides.move_to_end(key)
         if len(self._guides) > _MAX_GUIDES:
@@ -80,7 +82,8 @@ class Drawing:
         fitted = drawn.names
         while True:
             try:
-                result = compute(drawn.program)
+                with Buffers():
+                    result = compute(drawn.program)
             except CostError as error:
                 drawn = drawn.with_more(error, args, kwargs)
                 continue
@@ -91,7 +94,7 @@ class Drawing:
 
 
 class _Drawn:
-    """A guide with some of its latents drawn. It holds the programs: their identities are not given to others then."""
+    """A guide with some of its latents drawn."""
 
     def __init__(self, model: Program, guide: Program, names: frozenset[str] = frozenset()) -> None:
         self.model = model
@@ -134,7 +137,7 @@ def _drawing(guide: Program, names: frozenset[str]) -> Program:
 
 def _summed_latents(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """The number of values of each latent that the guide has summed."""
-    with undisturbed_randomness(), pyro.poutine.block(), pyro.poutine.trace() as capture:
+    with undisturbed_randomness(), unchanged_buffers(guide), pyro.poutine.block(), pyro.poutine.trace() as capture:
         guide(*args, **kwargs)
     sites = {name: site for name, site in capture.trace.nodes.items() if site["type"] == "sample"}
     return {

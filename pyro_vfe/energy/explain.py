@@ -11,6 +11,7 @@ from pyro_vfe.engine.ordering import listed
 from pyro_vfe.engine.outline import Outline, outline
 from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, previous
 from pyro_vfe.errors import CostError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.cost import table_entries, varying_plates, within_limit
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
@@ -95,7 +96,7 @@ def explain(
     own = given_guide(model, guide)
     with reading(params, args, kwargs):
         layout = Programs(check=False, max_bytes=math.inf).layout(model, own, args, kwargs)
-        with undisturbed_randomness():
+        with undisturbed_randomness(), unchanged_buffers(model, own):
             layout = with_variations(layout, model, own, args, kwargs)
     with suppress(CostError):
         layout = within_limit(layout, max_bytes)

@@ -31,6 +31,7 @@ from pyro_vfe.energy.finite_gradients import backward_or_nothing, watched
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
 from pyro_vfe.errors import NotFiniteGradientError, VFEError
+from pyro_vfe.program.buffers import Buffers, unchanged_buffers
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
@@ -150,7 +151,7 @@ class FreeEnergy(ELBO):
             VFEError: The programs cannot be enumerated, or F is not finite; the message says which site and the way
             out.
         """
-        with reading(params, args, kwargs), torch.no_grad():
+        with reading(params, args, kwargs), torch.no_grad(), Buffers():
             return float(self._finite_loss(model, guide, args, kwargs)[0])
 
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,7 +166,8 @@ class FreeEnergy(ELBO):
         Raises:
             VFEError: As `loss`. In the backward pass, a gradient is not finite: it has not been written.
         """
-        loss, leaves = self._finite_loss(model, guide, args, kwargs)
+        with Buffers():
+            loss, leaves = self._finite_loss(model, guide, args, kwargs)
         return watched(loss, leaves, self._looking_again(model, guide)) if loss.requires_grad else loss
 
     def loss_and_grads(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> float:
@@ -210,7 +212,7 @@ class FreeEnergy(ELBO):
         References:
             Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
         """
-        with reading(params, args, kwargs), torch.no_grad():
+        with reading(params, args, kwargs), torch.no_grad(), unchanged_buffers():
 
             def decomposed(own: Program) -> Decomposition:
                 count = range(self.num_particles)
@@ -261,7 +263,7 @@ class FreeEnergy(ELBO):
                 Pyro's store, which stays as it is. Names that the programs do not read are left aside.
             **kwargs: Keyword arguments of both programs.
         """
-        with reading(params, args, kwargs):
+        with reading(params, args, kwargs), unchanged_buffers():
             return posterior_run(self._one_run(model, guide, args, kwargs, "sample_posterior"), model, args, kwargs)
 
     def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
@@ -272,15 +274,16 @@ class FreeEnergy(ELBO):
     ) -> Enumeration:
         if self.num_particles != 1:
             raise VFEError(f"{what} was asked of {self.num_particles} particles.", hint="Use num_particles=1.")
-        with torch.no_grad():
+        with torch.no_grad(), unchanged_buffers():
             return self._programs.enumerate_given_draws(model, given_guide(model, guide), args, kwargs)
 
     def _backward(
         self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> float:
-        loss, leaves = self._finite_loss(model, guide, args, kwargs)
-        if loss.requires_grad:
-            backward_or_nothing(loss, leaves, self._looking_again(model, guide), self.retain_graph)
+        with Buffers():  # A step that fails leaves the buffers of modules as they were.
+            loss, leaves = self._finite_loss(model, guide, args, kwargs)
+            if loss.requires_grad:
+                backward_or_nothing(loss, leaves, self._looking_again(model, guide), self.retain_graph)
         return loss.item()
 
     def _looking_again(self, model: Program, guide: Program | None) -> Callable[[], None]:
@@ -334,9 +337,10 @@ class FreeEnergy(ELBO):
         given: Mapping[str, Tensor],
         subsamples: Mapping[str, Tensor],
     ) -> Enumeration:
-        return self._programs.enumerate(
-            model, guide, args, kwargs, given=given, subsamples=subsamples, particles=side_by_side
-        )
+        with unchanged_buffers():
+            return self._programs.enumerate(
+                model, guide, args, kwargs, given=given, subsamples=subsamples, particles=side_by_side
+            )
 
 
 def _check_gradient(gradient: str, num_particles: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vfe.energy.log_weights import LogWeights, check_constant, log_weights, weighed_data
 from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import CostError, VFEError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.data import Data
 from pyro_vfe.program.drawn_guide import DrawnGuide, of_the_guide_alone, ordinary_sites
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, is_random
@@ -64,6 +65,10 @@ class Sampler:
         Args:
             count: How many.
         """
+        with unchanged_buffers(self.model, self.guide):
+            return self._drawn(count)
+
+    def _drawn(self, count: int) -> Particles:
         first = self._alone()
         runs = _Found(first, self.max_bytes)
         side_by_side = count > 2 and not any(site.controls for site in first.sites.values())
@@ -96,7 +101,8 @@ class Sampler:
         Args:
             values: The values of the latents that guide and model have.
         """
-        return _Found(self._alone(values), self.max_bytes).particles()
+        with unchanged_buffers(self.model, self.guide):
+            return _Found(self._alone(values), self.max_bytes).particles()
 
     def _alone(self, values: Mapping[str, Tensor] | None = None) -> Enumeration:
         """A run of one particle: first an ordinary one, to draw it and to see which latents both programs have."""

@@ -22,6 +22,7 @@ from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, expected_tables
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, VFEError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
@@ -57,7 +58,7 @@ def posterior(
     """
     programs = Programs(check=check, max_bytes=max_bytes)
     try:
-        with reading(params, args, kwargs), torch.no_grad():
+        with reading(params, args, kwargs), torch.no_grad(), unchanged_buffers():
             enumeration = programs.enumerate(model, given_guide(model, None), args, kwargs)
             return Posterior(enumeration, max_bytes=max_bytes)
     except MissingGuideSiteError as error:

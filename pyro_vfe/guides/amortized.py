@@ -28,6 +28,7 @@ from pyro_vfe.guides.amortized_networks import network_for, registered, unregist
 from pyro_vfe.guides.amortized_plan import Plan, Question, Step, plan_of, shape_key
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.tables import frame, sampled
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Plate
@@ -147,7 +148,7 @@ class AutoAmortized(OwnGuide):
 
     def _rehearsed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """A plan that has been carried out once, so that a network which does not fit leaves nothing in the store."""
-        with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+        with undisturbed_randomness(), unchanged_buffers(self.model), pyro.poutine.block(), torch.no_grad():
             plan = plan_of(self._question, latents_of(self.model, args, kwargs))
             self._prototype_frames = _frames(plan)
             self._run(plan, args, kwargs, unregistered)

@@ -25,6 +25,7 @@ from pyro_vfe.errors import MissingGuideSiteError, StructureError
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, sample_given
 from pyro_vfe.guides.tables import Latent, check_size, find_latents
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.calls import kept
 from pyro_vfe.program.drawn_guide import draws_so_far
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
@@ -108,7 +109,7 @@ class AutoPosterior(OwnGuide):
             return known[2]  # type: ignore[no-any-return]
         self._draws = draws
         try:
-            with out_of_sight(), undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+            with out_of_sight(), undisturbed_randomness(), unchanged_buffers(), pyro.poutine.block(), torch.no_grad():
                 exact = _exact(self._enumeration(args, kwargs, subsamples), self.max_bytes)
         except MissingGuideSiteError as error:
             raise MissingGuideSiteError(error.latent, site=error.site, hint=_OTHERS) from error

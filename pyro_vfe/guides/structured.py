@@ -37,6 +37,7 @@ from pyro_vfe.guides.tables import (
     read_parameter,
     whole_plates,
 )
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program, SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
@@ -191,7 +192,7 @@ class AutoStructured(OwnGuide):
         return values + self.init_scale * torch.randn_like(values) if self.init_scale else values
 
     def _posterior_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Logits]:
-        with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+        with undisturbed_randomness(), unchanged_buffers(), pyro.poutine.block(), torch.no_grad():
             exact = posterior(self.model, *args, **kwargs)
             found = self._where_present(conditionals, exact.enumeration, self.max_bytes)
         return {name: logits_of(self._latents[name], conditional) for name, conditional in found.items()}
@@ -216,7 +217,7 @@ class AutoStructured(OwnGuide):
             return {}
         room = min(table_limit(self.max_bytes), _LOOK_BYTES)
         try:
-            with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+            with undisturbed_randomness(), unchanged_buffers(), pyro.poutine.block(), torch.no_grad():
                 enumeration = Programs(check=False, max_bytes=room).enumerate(self.model, no_guide, args, kwargs)
                 found = self._where_present(uniform_conditionals, enumeration, room)
         except VFEError:  # Other latents have to be drawn, or the model is too large: F tells where zeros clash.
@@ -263,7 +264,7 @@ def _reads(
     if not branches:
         return reads
     try:
-        with undisturbed_randomness(), pyro.poutine.block(), torch.no_grad():
+        with undisturbed_randomness(), unchanged_buffers(), pyro.poutine.block(), torch.no_grad():
             enumeration = Programs(check=False).enumerate(model, no_guide, args, kwargs)
         return {factor.name: (names & set(factor.axes)) - {factor.name} for factor in enumeration.model_latents}
     except VFEError:  # Other latents have to be drawn, say: whatever comes after a branch may then depend on it.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.cost import readable_bytes, table_limit
 from pyro_vfe.errors import CostError, StructureError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import SiteStructure, latents_and_branches
 from pyro_vfe.program.left_over import other_shape
@@ -176,7 +177,7 @@ def find_latents(
     Raises:
         StructureError: There are none.
     """
-    with undisturbed_randomness(), pyro.poutine.block():
+    with undisturbed_randomness(), unchanged_buffers(guide.model), pyro.poutine.block():
         latents, branches = latents_and_branches(guide.model, args, kwargs)
     if not latents:
         raise StructureError(

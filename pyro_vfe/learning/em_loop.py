@@ -90,7 +90,7 @@ def e_step(pair: Pair, e_phase: EPhase, iteration: int) -> State:
     """
     with restored_on_error(snapshot(pair.parameters.readers)):
         e_phase.update(pair, iteration)
-        enumeration = pair.enumerate()
+        enumeration = pair.enumerate(advances=True)
         belief = e_phase.belief(enumeration, iteration, pair.max_bytes)
         check_finite(belief)
     return State(iteration, enumeration, belief, snapshot(pair.parameters.readers))

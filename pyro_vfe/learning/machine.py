@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.drawing import Drawing, OnCost
 from pyro_vfe.errors import NotFiniteError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.data import Reads
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, Look, log_prob_of, run_guide, run_model
 from pyro_vfe.program.keeping import AsGiven
@@ -90,7 +91,7 @@ class Machine:
         """
         if self._enumerates is not None:
             return
-        with undisturbed_randomness():
+        with undisturbed_randomness(), unchanged_buffers(self.model, self.held_guide):
             layout = lay_out(self.model, self.held_guide, args, kwargs)
         self._unread, self.reads = layout.unread, layout.reads
         self._enumerates = any(site.kind == "enumerated" for site in layout.sites.values())
@@ -106,7 +107,7 @@ class Machine:
             SpotCheckError: They do.
         """
         if self.programs.check == "always" or (self.programs.check == "first" and not self._checked):
-            with undisturbed_randomness(), torch.no_grad():
+            with undisturbed_randomness(), unchanged_buffers(), torch.no_grad():
                 self.programs.enumerate(self.model, self.held_guide, args, kwargs)
             self._checked = True
 

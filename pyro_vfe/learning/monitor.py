@@ -5,7 +5,6 @@ r"""The free energy of a training loop, taken apart every few steps.
 A falling loss does not say whether the model or the guide improved; these readings do.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from math import isnan
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Any, SupportsIndex
 
 from pyro_vfe.energy.free_energy import FreeEnergy
-from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.errors import VFEError, VFEWarning, callers_level
 from pyro_vfe.learning.batches import Arguments, arguments_of
 from pyro_vfe.learning.em_report import says_stop
 from pyro_vfe.learning.history import History, Row
@@ -230,14 +229,6 @@ class Monitor:
         warnings.warn(
             f"{self._notes[0]} Training goes on, and this is said once.", VFEWarning, stacklevel=callers_level()
         )
-
-
-def callers_level() -> int:
-    """How many frames up, from the frame that asks, the first one is that is not of this package: the user's loop."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vfe."):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def stop_rules(stop: StopRule | Iterable[StopRule]) -> tuple[StopRule, ...]:

@@ -1,6 +1,7 @@
 """A model and a guide at their arguments, as EM sees them."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.learning.held_weights import with_weights_in_tables
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.extraction import parameter_roles
 from pyro_vfe.program.layout import Program
@@ -39,12 +41,13 @@ class Pair:
     recognition: tuple[str, ...] = ()
     """The parameters that the E-phase changes: those of the guide's distributions of latents. Known after a run."""
 
-    def enumerate(self, *, differentiable: bool = False) -> Enumeration:
+    def enumerate(self, *, differentiable: bool = False, advances: bool = False) -> Enumeration:
         """The factors of both programs at the present parameters, in float64.
 
         Args:
             differentiable: Whether the tables carry the graph to the parameters. Otherwise only the distributions'
                 parameters do, which statistics need.
+            advances: Whether what modules have in their buffers (the running means of a BatchNorm, say) moves on.
 
         Raises:
             NameClashError: A module computes with another tensor than Pyro's store has by its name.
@@ -52,7 +55,7 @@ class Pair:
             ScaleError: A parameter that the M-phase changes decides how much a latent counts.
         """
         self.parameters.forget()
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if advances else unchanged_buffers():
             run = self.programs.enumerate(self.model, self.guide, self.args, self.kwargs, differentiable=differentiable)
         if self.parameters.strangers:
             raise two_of_one_name(self.parameters.strangers)

@@ -6,20 +6,17 @@ Looking must not steer: random states, gradients and the buffers of modules (the
 the same after it as before.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from math import inf, nan
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
 from pyro_vfe.learning.history import STEP, Row
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
 
@@ -63,7 +60,7 @@ class Reader:
             step: The number of steps so far.
             loss: What training has of F at these arguments, in nats, for where F cannot be summed; None for nothing.
         """
-        with undisturbed_randomness(), unchanged_buffers(self._model, self._guide):
+        with undisturbed_randomness(), unchanged_buffers():
             if self._to_skip:
                 self._to_skip -= 1
                 return Reading(self._total_alone(args, kwargs, step, loss))
@@ -105,33 +102,3 @@ def _row_of(terms: Decomposition, step: int) -> Row:
         stderr=spread if terms.stderr is None else float(terms.stderr),
         num_data=terms.num_data,
     )
-
-
-@contextmanager
-def unchanged_buffers(*programs: Program) -> Iterator[None]:
-    """Runs a block after which the buffers of programs that are modules hold what they did.
-
-    Args:
-        *programs: Modules, methods of modules, or anything else, which has no buffers.
-    """
-    owners = [getattr(program, "__self__", program) for program in programs]
-    modules = [part for owner in owners if isinstance(owner, torch.nn.Module) for part in owner.modules()]
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, copy in kept:
-            module._buffers[name] = buffer
-            _put_back(buffer, copy)
-
-
-def _put_back(buffer: Tensor, copy: Tensor) -> None:
-    """Only where something has changed: writing makes the graphs that have read the buffer useless."""
-    if not torch.equal(buffer, copy):
-        with torch.no_grad():
-            buffer.copy_(copy)

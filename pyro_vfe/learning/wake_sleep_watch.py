@@ -12,12 +12,12 @@ from typing import Any, SupportsIndex
 import pyro
 
 from pyro_vfe.energy.free_energy import FreeEnergy
-from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.errors import VFEError, VFEWarning, callers_level
 from pyro_vfe.learning.batches import arguments_of, out_of_step
 from pyro_vfe.learning.em_report import says_stop
 from pyro_vfe.learning.history import SLEEP, START, WAKE, History, Row
 from pyro_vfe.learning.machine import Machine
-from pyro_vfe.learning.monitor import callers_level, stop_rules
+from pyro_vfe.learning.monitor import stop_rules
 from pyro_vfe.learning.stop_rules import StopRule, without_a_gap
 from pyro_vfe.learning.svi_reading import Reader, Reading
 from pyro_vfe.learning.svi_report import Bar, by_tag, in_words

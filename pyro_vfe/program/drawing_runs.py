@@ -6,7 +6,7 @@ Nothing is enumerated, so that a run costs what the programs themselves cost.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.bits import are_bits
+from pyro_vfe.program.buffers import notice, unchanged_buffers
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import Arguments, check, prepare
 from pyro_vfe.program.log_prob import log_prob, widened
 from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.parameters import Strangers
+from pyro_vfe.program.reach import reach
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site, is_pathwise, is_summed
 
 
@@ -46,7 +48,7 @@ class Handled:
         program: A model or guide.
         names: Where the names of its parameters are noted.
         hides: Says of a parameter whether nobody outside shall see that it was read.
-        gradients: Whether the program runs with gradients.
+        gradients: Whether the program runs with gradients; otherwise it is held, the buffers of its modules too.
         detaches: Whether what it draws is held fixed when its parameters change.
         strangers: Where parameters of its modules are noted that Pyro's store does not have.
         """
@@ -59,8 +61,17 @@ class Handled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the program returns."""
-        with nullcontext() if self.gradients else torch.no_grad(), _Handler(self, (args, kwargs)):
+        with _Handler(self, (args, kwargs)):
+            return self.program(*args, **kwargs) if self.gradients else self._held(*args, **kwargs)
+
+    def _held(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), unchanged_buffers():
+            notice(self._modules)
             return self.program(*args, **kwargs)
+
+    @cached_property
+    def _modules(self) -> tuple[torch.nn.Module, ...]:
+        return tuple(reach(self.program).modules)
 
 
 class _Handler(Messenger):

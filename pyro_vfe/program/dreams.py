@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.chain_gaps import Gaps
 from pyro_vfe.program.dream_arguments import DreamtSite, with_dreams
 from pyro_vfe.program.given import given_guide
@@ -99,7 +100,7 @@ def dream(
         Hinton, Dayan, Frey and Neal (1995), The "wake-sleep" algorithm for unsupervised neural networks.
     """
     given_guide(model, None)
-    with reading(params, args, kwargs):
+    with reading(params, args, kwargs), unchanged_buffers(model):
         return dreamt(model, model, args, kwargs, dream_to_args)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_vfe.errors import StructureError, VFEError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.provenance import out_of_sight
 from pyro_vfe.program.randomness import undisturbed_randomness
 
@@ -174,7 +175,7 @@ def stale_parameter(
     shapes = _Shapes()
     for program in programs:
         try:
-            with undisturbed_randomness(), torch.no_grad(), pyro.poutine.block(), shapes:
+            with undisturbed_randomness(), unchanged_buffers(program), torch.no_grad(), pyro.poutine.block(), shapes:
                 program(*args, **kwargs)
         except Exception:
             continue

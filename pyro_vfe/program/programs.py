@@ -6,20 +6,24 @@ layout has the programs laid out again.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import ref
 
 import pyro
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from pyro_vfe.engine.factors import Factor
 from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
+from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import fits_at_once, within_limit
+from pyro_vfe.program.counters import Counters
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
+from pyro_vfe.program.identity import Identities, Identity, News
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.left_over import stale_parameter
@@ -37,18 +41,19 @@ Check = Literal["first", "always", False]
 
 _MAX_PAIRS = 64
 
-_PairKey = tuple[object, object, bool]
+_PairKey = tuple[Identity, Identity, bool]
 """The identities of a model and a guide, and whether particles stand side by side."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """What is kept of a pair of programs; the programs too, so that their identities are not given to others."""
+    """What is kept of a pair of programs."""
 
     layout: Layout
     lost: frozenset[tuple[str, str, str]]
     """Reads without variation that the spot check has found to be right."""
-    programs: tuple[Program, Program]
+    modules: tuple[Module, ...]
+    """Modules that the programs run or reach, and that have buffers which may change."""
     shares: bool
     """Whether equal computations of a run may be done once: the programs write into none of the results."""
     singular: frozenset[SiteKey] | None = None
@@ -80,10 +85,11 @@ class Programs:
         self.min_nesting = min_nesting
         self.pin_masked = pin_masked
         self._pairs: OrderedDict[_PairKey, _Pair] = OrderedDict()
+        self._identities, self._news = Identities(), News()
 
     def __getstate__(self) -> dict[str, Any]:
         """What is known of programs is found again after copying or loading."""
-        return {**self.__dict__, "_pairs": OrderedDict()}
+        return {**self.__dict__, "_pairs": OrderedDict(), "_identities": Identities(), "_news": News()}
 
     def layout(
         self,
@@ -99,7 +105,7 @@ class Programs:
         Raises:
             CostError: A table would not fit.
         """
-        with undisturbed_randomness():
+        with undisturbed_randomness(), unchanged_buffers(model, guide):
             layout = lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
             if not fits_at_once(layout, self.max_bytes):
                 layout = with_variations(layout, model, guide, args, kwargs)
@@ -133,12 +139,13 @@ class Programs:
             StructureError: The programs' structure changes from run to run.
             SpotCheckError: The enumerated tables differ from an ordinary run.
         """
-        call = _Call(
-            model, guide, args, kwargs, given or {}, subsamples or {}, particles, differentiable, self.pin_masked
-        )
-        known = self._pairs.get(call.key)
+        options = given or {}, subsamples or {}, particles, differentiable, self.pin_masked
+        key = self._identities.of(model), self._identities.of(guide), particles > 1
+        call = _Call(key, model, guide, args, kwargs, *options)
+        known = self._pairs.get(key)
         state = [] if known is not None and known.singular == frozenset() else random_state()
-        with one_call():
+        with one_call(), call.before:
+            notice(() if known is None else known.modules, inside=False)
             return self._with_sound_gradients(call, self._enumerate(call), state)
 
     def look_again(self, model: Program, guide: Program) -> None:
@@ -148,8 +155,9 @@ class Programs:
             model: The generative model.
             guide: The guide.
         """
+        own = self._identities.of(model), self._identities.of(guide)
         for key, pair in self._pairs.items():
-            if key[:2] == (identity(model), identity(guide)):
+            if key[:2] == own:
                 self._pairs[key] = replace(pair, singular=None)
 
     def _with_sound_gradients(self, call: "_Call", run: Enumeration, state: list[Tensor]) -> Enumeration:
@@ -168,7 +176,10 @@ class Programs:
 
     def _enumerate(self, call: "_Call") -> Enumeration:
         known = self._pairs.get(call.key)
-        if known is not None:
+        if known is None:
+            self._news.new((call.model, call.guide), call.key[:2])
+        else:
+            self._news.known()
             try:
                 enumeration, shares = call.enumeration(known.layout, known.shares)
                 if shares != known.shares:
@@ -180,6 +191,7 @@ class Programs:
                     return enumeration
             except Exception:  # The programs do not fit what was known of them, or fail: a new look tells which.
                 del self._pairs[call.key]
+                call.before.put_back()
         try:
             return self._enumerate_anew(call)
         except Exception as error:
@@ -190,20 +202,24 @@ class Programs:
 
     def _enumerate_anew(self, call: "_Call") -> Enumeration:
         extra = 1 if call.particles > 1 else 0
+        counters = Counters(call.model, call.guide)
         layout = self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra)
+        counters.looked()
         try:
             enumeration, shares = call.enumeration(layout, True)
             if self.check:
                 call.spot_check(layout, enumeration, shares)
                 _check_reads(layout, enumeration)
         except StructureChanged as error:
-            raise _unstable(error) from error
-        except VFEError:
+            raise counters.explained(_unstable(error), call.before.runs) from error
+        except VFEError as error:
+            counters.explained(error, call.before.runs)
             raise
         except Exception as error:
             raise (_explained(error, call) or _cannot_broadcast(error)) from error
         warn_of_priors(enumeration, layout)
-        self._pairs[call.key] = _Pair(layout, enumeration.lost, (call.model, call.guide), shares)
+        counters.told(call.before.runs)
+        self._pairs[call.key] = _Pair(layout, enumeration.lost, call.before.to_keep, shares)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
         return enumeration
@@ -217,11 +233,14 @@ class Programs:
         expectations but leaves log q(w) and log p(w, u) without meaning. One that some branches of the guide lack
         tells which of them it took.
         """
-        enumeration = self.enumerate(model, guide, args, kwargs)
+        with Buffers() as before:
+            enumeration = self.enumerate(model, guide, args, kwargs)
         if not enumeration.draws_tell_of_latents:
             return enumeration
-        draws = ordinary_draws(guide, args, kwargs, enumeration.subsamples)
-        run = self.enumerate(model, guide, args, kwargs, given=draws, subsamples=enumeration.subsamples)
+        with before.again():
+            draws = ordinary_draws(guide, args, kwargs, enumeration.subsamples)
+        with before.again():
+            run = self.enumerate(model, guide, args, kwargs, given=draws, subsamples=enumeration.subsamples)
         return run.holding(draws)
 
 
@@ -229,6 +248,8 @@ class Programs:
 class _Call:
     """A pair of programs with the arguments of one call."""
 
+    key: _PairKey
+    """What the pair is remembered by."""
     model: Program
     guide: Program
     args: tuple[Any, ...]
@@ -238,11 +259,8 @@ class _Call:
     particles: int
     differentiable: bool
     pin_masked: bool
-
-    @property
-    def key(self) -> _PairKey:
-        """What the pair is remembered by."""
-        return identity(self.model), identity(self.guide), self.particles > 1
+    before: Buffers = field(default_factory=Buffers)
+    """The buffers of modules as they were before the call."""
 
     def enumeration(self, layout: Layout, share: bool) -> tuple[Enumeration, bool]:
         """One enumerated run, and whether it could share equal computations."""
@@ -261,6 +279,7 @@ class _Call:
                 pin_masked=self.pin_masked,
             )
         except Unshareable:
+            self.before.put_back()
             return self.enumeration(layout, False)
         return enumeration, share
 
@@ -269,7 +288,7 @@ class _Call:
     ) -> dict[SiteKey, Factor]:
         """The factors of a run once more, with one value of some latents."""
         model, guide = self._in_particles(layout)
-        with one_call(), undisturbed_randomness():
+        with one_call(), undisturbed_randomness(), self.before.again():
             set_random_state(state)
             return tables_at(
                 model,
@@ -286,7 +305,7 @@ class _Call:
     def spot_check(self, layout: Layout, enumeration: Enumeration, share: bool) -> None:
         """Ordinary runs beside the enumerated one."""
         model, guide = self._in_particles(layout)
-        with undisturbed_randomness():
+        with undisturbed_randomness(), self.before.again():
             spot_check(model, guide, self.args, self.kwargs, layout, enumeration, share=share)
 
     def _in_particles(self, layout: Layout) -> tuple[Program, Program]:
@@ -359,16 +378,6 @@ def ordinary_draws(
 
     sites = Recorder("guide", draw, subsamples=subsamples, look=own_value).run(guide, args, kwargs)
     return {name: site.value for name, site in sites.items() if site.kind == "sampled"}
-
-
-def identity(program: Program) -> object:
-    """What makes two programs the same: the function, and for a bound method its object.
-
-    Args:
-        program: A model or guide.
-    """
-    owner = getattr(program, "__self__", None)
-    return (id(owner), id(program.__func__)) if owner is not None and hasattr(program, "__func__") else id(program)
 
 
 def in_particles(program: Program, particles: int, nesting: int) -> Program:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Subsample
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
+from pyro_vfe.program.buffers import begin_run
 from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.left_over import Arguments, check, prepare
@@ -197,8 +198,7 @@ class Recorder(Messenger):
         elif msg["value"] is None and self.role == "model" and self.unread is not None and name not in self.unread:
             raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn))
 
-    def _pyro_param(self, msg: Any) -> None:
-        prepare(msg)
+    _pyro_param = staticmethod(prepare)
 
     def _pyro_post_param(self, msg: Any) -> None:
         check(msg, self._arguments)
@@ -306,6 +306,7 @@ def record_both(
     look: Callable[[Site], None] | None = None,
 ) -> tuple[Recorder, Recorder]:
     """Runs the guide, then the model against it, and returns both records; the arguments are those of `Recorder`."""
+    begin_run()
     first = Recorder(
         "guide",
         latent_value,

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor
 from pyro_vfe.program.assembly import Run, assembled, joined_runs
 from pyro_vfe.program.branches import Assignment, Paths
+from pyro_vfe.program.buffers import one_advance
 from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
@@ -133,19 +134,24 @@ class _Runner:
         Raises:
             StructureChanged: The programs no longer fit the layout.
         """
+        if not self.layout.sequential:
+            return {(): self._one_path(model, guide, args, kwargs)}
         runs: dict[Assignment, Run] = {}
-        state = random_state() if self.layout.sequential else None
-        for _ in self.paths:
-            if state is not None:
+        state = random_state()
+        with one_advance() as begin:
+            for _ in self.paths:
                 # Runs must agree in what they draw before they branch.
                 set_random_state(state)
-            self._begin()
-            try:
-                run = self.run(model, guide, args, kwargs)
-            except Escaped as escape:
-                raise StructureChanged(f"latent '{min(escape.sites)}' leaves torch by {escape}") from escape
-            runs[self.paths.assignment()] = run
+                begin()
+                runs[self.paths.assignment()] = self._one_path(model, guide, args, kwargs)
         return runs
+
+    def _one_path(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+        self._begin()
+        try:
+            return self.run(model, guide, args, kwargs)
+        except Escaped as escape:
+            raise StructureChanged(f"latent '{min(escape.sites)}' leaves torch by {escape}") from escape
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""

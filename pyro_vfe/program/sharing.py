@@ -17,6 +17,7 @@ import torch
 from pyro.distributions.distribution import DistributionMeta
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import is_lazy
 
 Key = tuple[object, ...]
 
@@ -161,6 +162,8 @@ def memories_of(target: object) -> set[int]:
     if isinstance(target, (list, tuple)):
         return set().union(*map(memories_of, target))
     if not isinstance(target, Tensor) or target.layout is not torch.strided or is_functorch_wrapped_tensor(target):
+        return set()
+    if is_lazy(target):
         return set()
     return {target.untyped_storage().data_ptr()} if target.numel() else set()
 

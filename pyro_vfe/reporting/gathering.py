@@ -18,6 +18,7 @@ from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import StructureError
 from pyro_vfe.learning.history import History
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.data import likely_data, number_of_data
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Program
@@ -86,6 +87,7 @@ class Gatherer:
         self._watched = self._parameters.watched(self.model, "model")
 
     @torch.no_grad()
+    @unchanged_buffers()
     def gather(self, prior: bool, posterior_predictive: bool, history: History | None) -> Gathered:
         """Returns all groups.
 
