@@ -15,13 +15,14 @@ References:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_vfe.energy.impossible import Clash, check_possible, culprits
-from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
+from pyro_vfe.energy.marginals import Marginals, posterior_marginals, q_marginals
 from pyro_vfe.energy.parts import normalized
 from pyro_vfe.energy.pointwise import terms_by
 from pyro_vfe.energy.render import as_html, as_text
@@ -149,6 +150,10 @@ class Decomposition:
             ScaleError: F does not split into surprise and gap.
             PlateKeptError: No guide gave Q.
         """
+        return {name: share.clone() for name, share in self._gap_shares.items()}
+
+    @cached_property
+    def _gap_shares(self) -> dict[str, Tensor]:
         self._check_guided("site")
         if self.unsplit is not None:
             raise ScaleError(f"The gap is not known, and has no shares. {self.unsplit}", hint="Ask for F alone.")
@@ -170,8 +175,7 @@ class Decomposition:
             PlateKeptError: No guide gave Q.
             StructureError: Latents that only the model has tie the elements of a plate of the guide's latents together.
         """
-        self._check_guided("latent")
-        return {name: table.values for name, table in q_marginals(self.runs, self.max_bytes).items()}
+        return {name: table.values.clone() for name, table in self.q_tables.items()}
 
     def posterior_marginals(self) -> dict[str, Tensor]:
         """Returns what `q_marginals` does under the exact posterior: where the two differ, there is the gap.
@@ -180,8 +184,19 @@ class Decomposition:
             PlateKeptError: No guide gave Q.
             ScaleError: Weights leave the sum over the model's latents without a value.
         """
+        return {name: table.values.clone() for name, table in self.posterior_tables.items()}
+
+    @cached_property
+    def q_tables(self) -> Marginals:
+        """What `q_marginals` returns, with a name for each axis; made once, in one pass for all latents."""
         self._check_guided("latent")
-        return {name: table.values for name, table in posterior_marginals(self.runs, self.max_bytes).items()}
+        return q_marginals(self.runs, self.max_bytes)
+
+    @cached_property
+    def posterior_tables(self) -> Marginals:
+        """What `posterior_marginals` returns, with a name for each axis; made once, in one pass for all latents."""
+        self._check_guided("latent")
+        return posterior_marginals(self.runs, self.max_bytes)
 
     def _check_guided(self, part: str) -> None:
         if not self.runs:

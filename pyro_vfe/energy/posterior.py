@@ -7,6 +7,7 @@ References:
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pyro_vfe.engine.chain_decoding import SAMPLE
 from pyro_vfe.engine.decoding import mode, sample
 from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, expected_tables
-from pyro_vfe.errors import MissingGuideSiteError, StructureError, VFEError
+from pyro_vfe.errors import CostError, MissingGuideSiteError, StructureError, VFEError
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
@@ -130,7 +131,7 @@ class Posterior:
         Raises:
             VFEError: A name is unknown or given twice.
         """
-        return self.marginal_table(*names).values
+        return self.marginal_table(*names).values.clone()
 
     def marginal_table(self, *names: str) -> Table:
         """Returns what `marginal` does, with a name for each axis.
@@ -139,11 +140,13 @@ class Posterior:
             *names: The latents' sites, in the order of the result's last axes.
         """
         self._check_known(names)
+        if len(names) == 1:
+            return self.marginal_tables(names)[names[0]]
         return marginals_where_present(self.enumeration, self._graph, [names], self._max_bytes)[names]
 
     def marginals(self) -> dict[str, Tensor]:
         """Returns what `marginal` does for every latent, each of shape `(*plates, K)`, from one backward pass."""
-        return {name: table.values for name, table in self.marginal_tables(self.sites).items()}
+        return {name: table.values.clone() for name, table in self.marginal_tables(self.sites).items()}
 
     def marginal_tables(self, names: Iterable[str]) -> Marginals:
         """Returns what `marginals` does for some latents, with a name for each axis.
@@ -153,7 +156,15 @@ class Posterior:
         """
         sites = tuple(names)
         self._check_known(sites)
-        return single_marginals(self.enumeration, self._graph, sites, self._max_bytes)
+        try:
+            return {name: self._all_marginals[name] for name in sites}
+        except CostError:  # Where others decide whether a latent is there its own is larger: those asked for may fit.
+            return single_marginals(self.enumeration, self._graph, sites, self._max_bytes)
+
+    @cached_property
+    def _all_marginals(self) -> Marginals:
+        """Those of each latent by itself: one pass gives all, so whoever asks for one after the other waits once."""
+        return single_marginals(self.enumeration, self._graph, self.sites, self._max_bytes)
 
     def sample(self, num_samples: int) -> Assignment:
         """Returns joint draws of all latents, each of shape `(num_samples, *batch_shape, *event_shape)`.

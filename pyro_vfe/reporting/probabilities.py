@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.decomposition import Decomposition
-from pyro_vfe.energy.marginals import posterior_marginals, q_marginals
 from pyro_vfe.energy.posterior import Posterior
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import PlateKeptError, ProbabilityError, ShapeError, VFEError
@@ -87,8 +86,7 @@ def known_sets(source: object, site: Sites) -> tuple[Probabilities, ...]:
             hint="Pass vfe.FreeEnergy().decompose(model, guide, ...) or vfe.posterior(model, ...).",
         )
     of_q = _of_q(source, site)
-    exact = posterior_marginals(source.runs, source.max_bytes)
-    return of_q, _named(exact, source.runs, site, POSTERIOR_NAME)
+    return of_q, _named(source.posterior_tables, source.runs, site, POSTERIOR_NAME)
 
 
 def probabilities(source: object, site: Sites) -> Probabilities:
@@ -159,7 +157,7 @@ def _of_q(terms: Decomposition, site: Sites) -> Probabilities:
             "These terms are of a Q that was computed from the model, and say nothing of single latents.",
             hint="Pass vfe.posterior(model, ...): an exact E-phase ends there.",
         )
-    return _named(q_marginals(terms.runs, terms.max_bytes), terms.runs, site, Q_NAME)
+    return _named(terms.q_tables, terms.runs, site, Q_NAME)
 
 
 def _sites(known: Collection[str], site: Sites) -> tuple[str, ...]:
