@@ -96,7 +96,7 @@ class FreeEnergy(ELBO):
         retain_graph: Passed to `backward` in `loss_and_grads`.
         tail_adaptive_beta: As in Pyro's ELBOs; unused.
         check: When the enumerated tables are compared with an ordinary run at a random assignment: at the "first" call
-            for a pair of programs, "always", or never (False).
+            for a pair of programs and where they do something new, "always", or never (False).
         max_bytes: The most memory that tables may take; by default half of what is free.
         on_cost: What to do where summing all latents out would not fit: "raise" an error, or "sample" as many latents
             of the guide as it takes, with a warning that names them. Loss and decomposition may differ in which: a

@@ -7,8 +7,9 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Variable
 from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError
-from pyro_vfe.program.enumeration import SiteKey
-from pyro_vfe.program.layout import different_plates
+from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.escapes import StructureChanged
+from pyro_vfe.program.layout import Layout, different_plates
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
 
@@ -101,3 +102,29 @@ def check_same(known: Variable, variable: Variable) -> None:
             "not split into surprise and gap.",
             hint="Put the site under the same poutine.scale and the same subsampling in both programs.",
         )
+
+
+def check_reads(layout: Layout, enumeration: Enumeration) -> None:
+    """Checks that each site reads the latents that it read a moment ago, at the same arguments.
+
+    Args:
+        layout: What the sites read then.
+        enumeration: What they read now.
+
+    Raises:
+        StructureChanged: It reads others, so the program draws its structure at random.
+    """
+    if layout.sequential:
+        return
+    latents = enumeration.supports.keys()
+    read: dict[tuple[str, str], set[str]] = {}
+    for role, name, latent in enumeration.lost:
+        read.setdefault((role, name), set()).add(latent)
+    for key, factor in enumeration.factors.items():
+        known = layout.sites.get(key)
+        site = enumeration.sites[key]
+        if known is None or site.controls or site.reveals in enumeration.closed:
+            continue
+        varies, before = latents & set(factor.axes) - {key[1]}, latents & known.scope - {key[1]}
+        if not varies <= before <= varies | read.get(key, set()):
+            raise StructureChanged(f"site '{key[1]}' read {sorted(before)}, and then {sorted(varies)}")

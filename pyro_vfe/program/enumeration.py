@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Table, Variable
 from pyro_vfe.errors import PlateError
+from pyro_vfe.program.operations import Operations
 from pyro_vfe.program.recorder import Role, Site
 from pyro_vfe.program.supports import is_point
 
@@ -134,6 +135,8 @@ class Enumeration:
     """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
     followed: Mapping[SiteKey, frozenset[str]] = field(default_factory=dict)
     """What each site read in an ordinary run: draws that are no variables, too."""
+    operations: tuple[Operations, ...] = ()
+    """The operations of each path of choices."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
@@ -147,6 +150,7 @@ class Enumeration:
             "limits": {},
             "read": (),
             "portions": None,
+            "operations": (),
         }
 
     @cached_property
@@ -178,7 +182,7 @@ class Enumeration:
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
         nothing: dict[str, Any] = {name: {} for name in ("parameters", "own_scores", "scores", "limits")}
-        return replace(self, paths=(), rescored=not_here, read=(), portions=portions, **nothing)
+        return replace(self, paths=(), rescored=not_here, read=(), portions=portions, operations=(), **nothing)
 
     @property
     def parts(self) -> "Iterable[Enumeration]":

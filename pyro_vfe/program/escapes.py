@@ -59,6 +59,7 @@ INTEGER_ARGUMENTS = frozenset(
 """Operations whose later arguments are sizes or positions: a tensor there is read as a Python integer."""
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (torch, pyro))
+_CHECKING = tuple(os.path.join(library, part) for library in _LIBRARIES for part in ("distributions", "poutine"))
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FORWARDERS = tuple(os.path.join(_LIBRARIES[0], name) for name in ("overrides.py", "_tensor.py"))
 
@@ -83,6 +84,16 @@ def by_the_program(depth: int = 2) -> bool:
     while frame is not None and frame.f_code.co_filename.startswith(_FORWARDERS):
         frame = frame.f_back
     return frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES)
+
+
+def by_a_statement() -> bool:
+    """Whether a sample statement or its distribution asked, which know their batch dims and check what they get."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
+        if frame.f_code.co_filename.startswith(_CHECKING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def user_line() -> str:

@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from pyro_vfe.engine.factors import Factor
 from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
+from pyro_vfe.program.agreement import check_reads
 from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import fits_at_once, within_limit
@@ -28,13 +29,14 @@ from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.left_over import stale_parameter
 from pyro_vfe.program.masks import warn_of_priors
+from pyro_vfe.program.operations import KnownPaths
 from pyro_vfe.program.parameters import nan_parameters
 from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at
 from pyro_vfe.program.sharing import Unshareable
 from pyro_vfe.program.singular import other_leaves, singular_tables, with_sound_gradients
-from pyro_vfe.program.spot_check import spot_check
+from pyro_vfe.program.spot_check import agrees_at_random, spot_check
 from pyro_vfe.program.variation import with_variations
 
 Check = Literal["first", "always", False]
@@ -56,6 +58,8 @@ class _Pair:
     """Modules that the programs run or reach, and that have buffers which may change."""
     shares: bool
     """Whether equal computations of a run may be done once: the programs write into none of the results."""
+    paths: KnownPaths
+    """The paths of the programs that were checked."""
     singular: frozenset[SiteKey] | None = None
     """The sites of whose tables the backward pass was not finite; None where that has not been asked."""
     leaves: tuple[ref[Tensor], ...] = ()
@@ -74,8 +78,8 @@ class Programs:
         pin_masked: bool = False,
     ) -> None:
         """Args:
-        check: When enumerated tables are compared with ordinary runs: at the first call for a pair, at every call,
-            or never.
+        check: When enumerated tables are compared with ordinary runs: at the first call for a pair and where it does
+            something new, at every call, or never.
         max_bytes: The most that one table may take; half of the free memory by default.
         min_nesting: Batch dims to reserve for plates even where the programs use fewer.
         pin_masked: Whether a latent that only the model has does not exist where it is masked (`enumerate_programs`).
@@ -181,17 +185,14 @@ class Programs:
         else:
             self._news.known()
             try:
-                enumeration, shares = call.enumeration(known.layout, known.shares)
-                if shares != known.shares:
-                    self._pairs[call.key] = replace(known, shares=shares)
-                if enumeration.lost <= known.lost:
-                    self._pairs.move_to_end(call.key)
-                    if self.check == "always":
-                        call.spot_check(known.layout, enumeration, shares)
-                    return enumeration
+                enumeration = self._enumerate_again(call, known)
             except Exception:  # The programs do not fit what was known of them, or fail: a new look tells which.
-                del self._pairs[call.key]
-                call.before.put_back()
+                enumeration = None
+            if enumeration is not None:
+                known.paths.warn_of_new()
+                return enumeration
+            del self._pairs[call.key]
+            call.before.put_back()
         try:
             return self._enumerate_anew(call)
         except Exception as error:
@@ -200,16 +201,31 @@ class Programs:
                 raise
             raise explanation from error
 
+    def _enumerate_again(self, call: "_Call", known: _Pair) -> Enumeration | None:
+        """A run of known programs, checked where its path is new or its turn has come; None where it does not fit."""
+        state = random_state() if known.paths.is_due() or self.check == "always" else []
+        enumeration, shares = call.enumeration(known.layout, known.shares)
+        if not enumeration.lost <= known.lost:
+            return None
+        if shares != known.shares:
+            self._pairs[call.key] = replace(known, shares=shares)
+        self._pairs.move_to_end(call.key)
+        is_new = self.check == "first" and not known.paths.has(enumeration)
+        if is_new or self.check == "always" or (self.check and state and not call.agrees(known, enumeration, state)):
+            known.paths.add(enumeration, call.spot_check(known.layout, enumeration, shares), is_new)
+        return enumeration
+
     def _enumerate_anew(self, call: "_Call") -> Enumeration:
         extra = 1 if call.particles > 1 else 0
         counters = Counters(call.model, call.guide)
         layout = self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra)
         counters.looked()
+        paths = KnownPaths()
         try:
             enumeration, shares = call.enumeration(layout, True)
             if self.check:
-                call.spot_check(layout, enumeration, shares)
-                _check_reads(layout, enumeration)
+                paths.add(enumeration, call.spot_check(layout, enumeration, shares))
+                check_reads(layout, enumeration)
         except StructureChanged as error:
             raise counters.explained(_unstable(error), call.before.runs) from error
         except VFEError as error:
@@ -219,7 +235,7 @@ class Programs:
             raise (_explained(error, call) or _cannot_broadcast(error)) from error
         warn_of_priors(enumeration, layout)
         counters.told(call.before.runs)
-        self._pairs[call.key] = _Pair(layout, enumeration.lost, call.before.to_keep, shares)
+        self._pairs[call.key] = _Pair(layout, enumeration.lost, call.before.to_keep, shares, paths)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
         return enumeration
@@ -261,6 +277,8 @@ class _Call:
     pin_masked: bool
     before: Buffers = field(default_factory=Buffers)
     """The buffers of modules as they were before the call."""
+    chance: list[Tensor] = field(default_factory=list)
+    """The random state of its first check: what fails there is not given another chance."""
 
     def enumeration(self, layout: Layout, share: bool) -> tuple[Enumeration, bool]:
         """One enumerated run, and whether it could share equal computations."""
@@ -302,38 +320,28 @@ class _Call:
                 pin_masked=self.pin_masked,
             )
 
-    def spot_check(self, layout: Layout, enumeration: Enumeration, share: bool) -> None:
-        """Ordinary runs beside the enumerated one."""
-        model, guide = self._in_particles(layout)
+    def spot_check(self, layout: Layout, enumeration: Enumeration, share: bool) -> frozenset[str]:
+        """Ordinary runs beside the enumerated one; returns the latents whose values meet in some operation."""
         with undisturbed_randomness(), self.before.again():
-            spot_check(model, guide, self.args, self.kwargs, layout, enumeration, share=share)
+            self.chance[:] = self.chance or random_state()
+            set_random_state(self.chance)
+            return spot_check(*self._in_particles(layout), self.args, self.kwargs, layout, enumeration, share=share)
+
+    def agrees(self, known: _Pair, enumeration: Enumeration, state: list[Tensor]) -> bool:
+        """Whether one ordinary run agrees with an enumerated one that was made in a random state."""
+        programs = self._in_particles(known.layout)
+        with undisturbed_randomness(), self.before.again():
+            torch.rand(known.paths.calls)  # Each look has an assignment of its own, also where nothing else is drawn.
+            self.chance[:] = random_state()
+            return not enumeration.supports or (
+                not known.paths.mixed
+                and agrees_at_random(*programs, self.args, self.kwargs, known.layout, enumeration, state)
+            )
 
     def _in_particles(self, layout: Layout) -> tuple[Program, Program]:
         return tuple(  # type: ignore[return-value]
             in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
         )
-
-
-def _check_reads(layout: Layout, enumeration: Enumeration) -> None:
-    """Checks that each site reads the latents that it read a moment ago, at the same arguments.
-
-    Raises:
-        StructureChanged: It reads others, so the program draws its structure at random.
-    """
-    if layout.sequential:
-        return
-    latents = enumeration.supports.keys()
-    read: dict[tuple[str, str], set[str]] = {}
-    for role, name, latent in enumeration.lost:
-        read.setdefault((role, name), set()).add(latent)
-    for key, factor in enumeration.factors.items():
-        known = layout.sites.get(key)
-        site = enumeration.sites[key]
-        if known is None or site.controls or site.reveals in enumeration.closed:
-            continue
-        varies, before = latents & set(factor.axes) - {key[1]}, latents & known.scope - {key[1]}
-        if not varies <= before <= varies | read.get(key, set()):
-            raise StructureChanged(f"site '{key[1]}' read {sorted(before)}, and then {sorted(varies)}")
 
 
 def _explained(error: Exception, call: _Call) -> VFEError | None:

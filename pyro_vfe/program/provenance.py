@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from pyro_vfe.program.escapes import ESCAPES, INTEGER_ARGUMENTS, NO_SITES, Escaped, Sites, by_the_program, user_line
 from pyro_vfe.program.keeping import Kept
 from pyro_vfe.program.log_prob import slim
+from pyro_vfe.program.operations import Observer
 from pyro_vfe.program.sharing import (
     FAMILIES,
     KEEPS_NUMBERS,
@@ -78,17 +79,24 @@ class Provenance(TorchFunctionMode):
     """A torch function mode that knows, within its `with` block, which sites each tensor was computed from."""
 
     def __init__(
-        self, on_union: Callable[[Sites, str], None] | None = None, *, share: bool = False, follows: bool = False
+        self,
+        on_union: Callable[[Sites, str], None] | None = None,
+        *,
+        share: bool = False,
+        follows: bool = False,
+        observer: Observer | None = None,
     ) -> None:
         """Args:
         on_union: Called with every new set of two or more sites that meet in one tensor, and the operation's name.
         share: Do equal computations once.
         follows: Tell who reads a draw of the guide also where its gradient needs no score function.
+        observer: Looks at the operations in which sites take part.
         """
         super().__init__()
         self.run = object()
         """What tensors carry, to tell runs apart. It holds nothing: what autograd keeps, no collector sees."""
         self.on_union = on_union
+        self.observer = observer or Observer()
         self.shared = Shared() if share else None
         """The results that later computations may take over."""
         self.kept = Kept(self.copied)
@@ -161,8 +169,9 @@ class Provenance(TorchFunctionMode):
         return copy
 
     def finish(self) -> None:
-        """Forgets what was shared or kept: tensors that outlive the run shall not keep all others alive."""
+        """Forgets what was shared, kept or seen: tensors that outlive the run shall not keep all others alive."""
         self.kept.forget()
+        self.observer = Observer()
         if self.shared is not None:
             self.shared.finish()
 
@@ -217,8 +226,9 @@ class Provenance(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _INERT:
             result = func(*args, **kwargs)
-            if isinstance(result, Tensor):
-                self._mark_all(result, self.of(args[0]), ())
+            if isinstance(result, Tensor) and (sites := self.of(args[0])):
+                self.observer.did(func, name, args, kwargs, result, sites)
+                self._mark_all(result, sites, ())
             return result
         if self.shared is not None and name in PURE and not ("out" in kwargs or kwargs.get("inplace")):
             return self._pure(func, name, args, kwargs)
@@ -236,7 +246,9 @@ class Provenance(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._escapes(name, args) and by_the_program():
             self._escape(name, sites)
+        before = None if written is None else self.observer.before(written)
         result = func(*args, **kwargs)
+        self.observer.did(func, name, args, kwargs, result, sites, before)
         if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
             self.on_union(sites, name)
@@ -260,10 +272,12 @@ class Provenance(TorchFunctionMode):
         key = tuple(parts)
         known = self.shared.find(key)
         if known is not None:
+            self.observer.again(known)
             return self.alias(known, sites)
         if self._escapes(name, args) and by_the_program(3):
             self._escape(name, sites)
         result = func(*args, **kwargs)
+        self.observer.did(func, name, args, kwargs, result, sites)
         if type(result) is Tensor and can_be_shared(result) and id(result) not in map(id, args):
             self.shared.keep(key, result, (result,), tensors)
         self._mark_all(result, sites, args)

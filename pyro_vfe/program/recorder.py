@@ -245,6 +245,7 @@ class Recorder(Messenger):
         )
         if self.provenance is not None:
             self.provenance.kept.add(self.sites[name])
+            self.provenance.observer.reached(self.sites[name])
         if self.look is not None:
             self.look(self.sites[name])
 

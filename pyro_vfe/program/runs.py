@@ -3,7 +3,7 @@
 One run of each program makes all tables; where the programs branch on a latent there is one run per value.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.masks import Absent, absences, mask_guide, masked_alone, masked_below, pins, presences, unread
+from pyro_vfe.program.operations import Observer, Operations
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -44,6 +45,7 @@ def enumerate_programs(
     share: bool = False,
     differentiable: bool = True,
     pin_masked: bool = False,
+    observer: Callable[[], Observer] = Operations,
 ) -> Enumeration:
     """Returns the factors of guide and model from one enumerated run (one per value where the programs branch).
 
@@ -59,13 +61,15 @@ def enumerate_programs(
         differentiable: Whether the tables carry the graph that the programs made.
         pin_masked: Whether a latent that only the model has does not exist where it is masked, unless something reads
             it there; otherwise it has its prior there. The sums are the same, and its expected counts are not.
+        observer: Makes what looks at the operations of each path of choices.
 
     Raises:
         StructureChanged: The programs no longer fit the layout.
         Unshareable: The programs write into what was shared.
     """
-    runner = _Runner(layout, given or {}, subsamples or {}, share, differentiable, pin_masked)
-    return assembled(runner.all_paths(model, guide, args, kwargs), layout)
+    runner = _Runner(layout, given or {}, subsamples or {}, share, differentiable, pin_masked, observer=observer)
+    enumeration = assembled(runner.all_paths(model, guide, args, kwargs), layout)
+    return replace(enumeration, operations=tuple(one for one in runner.observers if isinstance(one, Operations)))
 
 
 def tables_at(
@@ -109,6 +113,7 @@ class _Runner:
         differentiable: bool,
         pin_masked: bool,
         only: Mapping[str, int] | None = None,
+        observer: Callable[[], Observer] = Observer,
     ) -> None:
         self.pin_masked = pin_masked
         self.differentiable = differentiable
@@ -118,11 +123,15 @@ class _Runner:
         self.share = share
         self.only = only or {}
         self.paths = Paths()
+        self.new_observer = observer
+        self.observers: list[Observer] = []
+        """What looked at the operations of each path."""
         self._begin()
 
     def _begin(self) -> None:
         """Forgets the run before."""
-        self.provenance = Provenance(share=self.share)
+        self.observer = self.new_observer()
+        self.provenance = Provenance(share=self.share, observer=self.observer)
         self.supports: dict[str, Tensor] = {}
         self.values: dict[object, tuple[Tensor, Tensor]] = {}
 
@@ -149,9 +158,11 @@ class _Runner:
     def _one_path(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         self._begin()
         try:
-            return self.run(model, guide, args, kwargs)
+            run = self.run(model, guide, args, kwargs)
         except Escaped as escape:
             raise StructureChanged(f"latent '{min(escape.sites)}' leaves torch by {escape}") from escape
+        self.observers.append(self.observer)
+        return run
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""

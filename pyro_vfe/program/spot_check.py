@@ -5,10 +5,11 @@
 What provenance cannot see (a program that reshapes away the enumerated dims, a scripted function) shows here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -17,12 +18,13 @@ from pyro_vfe.engine.logspace import times
 from pyro_vfe.engine.lookup import read, read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.chain_gaps import closing
-from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.enumeration import Enumeration, Portions, SiteKey
 from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.masks import absences, mask_guide, masked_alone, masked_below, pins
+from pyro_vfe.program.mixing import Mixing
 from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
@@ -34,6 +36,16 @@ _MOST_ROUNDS = 6
 """Each round is an ordinary run. With fewer than so many values, a latent outside of plates takes all of them; of fewer
 than `num_values ** _MOST_ROUNDS` elements in plates any two differ in some round."""
 
+_MOST_JOINT_ROUNDS = 512
+"""The most rounds where values meet in some operation: so many joint values are all taken."""
+
+
+_MOST_SITES = 16
+"""The most sites that are compared at a later call, at random."""
+
+_MOST_ATTEMPTS = 8
+"""How often a program is looked at that draws something for each value."""
+
 
 def spot_check(
     model: Program,
@@ -44,7 +56,7 @@ def spot_check(
     seen: Enumeration,
     *,
     share: bool = False,
-) -> None:
+) -> frozenset[str]:
     """Compares each site's enumerated log-probability with an ordinary run's at joint assignments from a random start.
 
     Args:
@@ -56,35 +68,95 @@ def spot_check(
         seen: An enumeration of the same programs; its draws and subsamples are used again.
         share: Whether it shared equal computations.
 
+    Returns:
+        The latents whose values meet in some operation.
+
     Raises:
         SpotCheckError: Some site differs.
     """
-    draws = {site.name: site.value for site in seen.sites.values() if site.role == "guide" and site.kind == "sampled"}
-    subsamples = dict(seen.subsamples)
+    mixing = Mixing(layout.dims, layout.sizes)
+    for attempt in range(_MOST_ATTEMPTS):
+        if attempt == 0 or mixing.draws:  # Masks of dropout, say, may be alike for all values by chance.
+            _check(model, guide, args, kwargs, layout, seen, share, mixing)
+    return frozenset(mixing.mixed)
+
+
+def _check(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    seen: Enumeration,
+    share: bool,
+    mixing: Mixing,
+) -> None:
     state = random_state()
+    draws, subsamples = _held(seen)
     enumeration = enumerate_programs(
-        model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, share=share
+        model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, share=share, observer=lambda: mixing
     )
-    first = {name: torch.randint(len(support), ()) for name, support in enumeration.supports.items()}
-    rounds = min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in enumeration.supports), default=1))
+    set_random_state(state)
+    plan = _plan(enumeration, frozenset(mixing.mixed & enumeration.supports.keys()))
 
     def run(number: int, given: Mapping[str, Tensor] = draws) -> _Round:
-        assignment = _assignment(enumeration, first, number, rounds)
+        assignment = _assignment(enumeration, plan, number)
         set_random_state(state)
-        ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, given, layout, subsamples)
-        return _Round(assignment, *ordinary)
+        return _Round(assignment, *_ordinary_run(model, guide, args, kwargs, enumeration, assignment, given, layout))
 
     check_elements(enumeration, lambda changed: run(0, {**draws, **changed})[1:])
     if enumeration.portions is None:
-        for number in range(rounds):
+        for number in range(plan.rounds):
             _compare(enumeration, run(number))
-        return
-    everything = [run(number) for number in range(rounds)]
-    for start, length in enumeration.portions.stretches:  # Each portion's tables are made once, for all rounds.
-        with torch.no_grad():
-            part = enumeration.portions.make(start, length)
-        for whole in everything:
-            _compare(part, whole.narrowed(enumeration.portions.plate, start, length))
+    else:
+        everything = [run(number) for number in range(plan.rounds)]
+        for stretch in enumeration.portions.stretches:  # Each portion's tables are made once, for all rounds.
+            _compare_portion(enumeration.portions, everything, stretch)
+
+
+def agrees_at_random(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    enumeration: Enumeration,
+    state: list[Tensor],
+) -> bool:
+    """Whether an enumeration agrees with one ordinary run at a random assignment; where it does not, ask `spot_check`.
+
+    Args:
+        model: The generative model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+        layout: Where each latent went.
+        enumeration: What is looked at: some of its sites, and a portion of it where it is in portions.
+        state: The random state in which it was made.
+    """
+    draws, _ = _held(enumeration)
+    assignment = _assignment(enumeration, _plan(enumeration, frozenset(), rounds=1), 0)
+    keys = list(enumeration.factors)
+    some = {keys[index] for index in torch.randperm(len(keys))[:_MOST_SITES].tolist()}
+    set_random_state(state)
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):  # The enumerated run was validated.
+            ordinary = _ordinary_run(model, guide, args, kwargs, enumeration, assignment, draws, layout, some)
+        run = _Round(assignment, *ordinary)
+        if enumeration.portions is None:
+            _compare(enumeration, run)
+        else:
+            stretches = enumeration.portions.stretches
+            _compare_portion(enumeration.portions, [run], stretches[int(torch.randint(len(stretches), ()))])
+    except Exception:  # A program may want gradients, or be run anew each time: the whole check tells.
+        return False
+    return True
+
+
+def _held(seen: Enumeration) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The draws and subsamples of an enumeration."""
+    draws = {site.name: site.value for site in seen.sites.values() if site.role == "guide" and site.kind == "sampled"}
+    return draws, dict(seen.subsamples)
 
 
 class _Round(NamedTuple):
@@ -102,7 +174,7 @@ class _Round(NamedTuple):
         sites, log_probs = {}, {}
         for key, site in self.sites.items():
             inside = plate in site.plate_names
-            if inside or start == 0:
+            if key in self.log_probs and (inside or start == 0):
                 part = narrowed_site(site, plate, start, length) if inside else site
                 assert part is not None, "a portion has only sites that can be restricted"
                 sites[key] = part
@@ -112,12 +184,20 @@ class _Round(NamedTuple):
         return _Round(assignment, sites, log_probs)
 
 
+def _compare_portion(portions: Portions, runs: Sequence[_Round], stretch: tuple[int, int]) -> None:
+    with torch.no_grad():
+        part = portions.make(*stretch)
+    for run in runs:
+        _compare(part, run.narrowed(portions.plate, *stretch))
+
+
 def _compare(enumeration: Enumeration, run: _Round) -> None:
     assignment, ordinary, log_probs = run
     absent = absences(ordinary)
     absent |= masked_below(absent, masked_alone(ordinary), enumeration.factors)
     pinned = pins(absent, ordinary)
-    for key, site in ordinary.items():
+    for key in log_probs:
+        site = ordinary[key]
         counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
             continue  # The model lacks the guide's latent in this branch: it is pinned there.
@@ -134,6 +214,31 @@ def _compare(enumeration: Enumeration, run: _Round) -> None:
             raise _difference(site, enumerated, expected)
 
 
+class _Plan(NamedTuple):
+    """Which values latents have in each round."""
+
+    rounds: int
+    digits: int
+    """In how many rounds elements of a plate differ by their digits."""
+    values: Mapping[str, Tensor]
+    """For each latent the index of the value of element 0, round by round."""
+
+
+def _plan(enumeration: Enumeration, mixed: frozenset[str], rounds: int | None = None) -> _Plan:
+    """A few rounds that go through values from a random start; all joint values of latents whose values meet."""
+    sizes = {name: enumeration.variables[name].size for name in enumeration.supports}
+    digits = rounds or min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in sizes), default=1))
+    joint = prod(sizes[name] for name in mixed)
+    count = digits + min(joint, _MOST_JOINT_ROUNDS) if mixed else digits
+    values, stride = {}, 1
+    for name, size in sizes.items():
+        values[name] = (torch.randint(size, ()) + torch.arange(count) // (stride if name in mixed else 1)) % size
+        if name in mixed and joint > _MOST_JOINT_ROUNDS:
+            values[name] = torch.cat([torch.randperm(size) for _ in range(-(-count // size))])
+        stride *= size if name in mixed else 1
+    return _Plan(count, digits, values)
+
+
 def _rounds_for(enumeration: Enumeration, name: str) -> int:
     """As many as a latent has values, or as the numbers of its elements have digits; where these are many, one random
     round tells them apart."""
@@ -143,17 +248,17 @@ def _rounds_for(enumeration: Enumeration, name: str) -> int:
     return max(num_values, next(digits for digits in range(_MOST_ROUNDS + 1) if num_values**digits >= count))
 
 
-def _assignment(enumeration: Enumeration, first: Mapping[str, Tensor], number: int, rounds: int) -> dict[str, Table]:
+def _assignment(enumeration: Enumeration, plan: _Plan, number: int) -> dict[str, Table]:
     """A value index for every latent element: shifts go through the values, and elements differ by their digits.
 
     Elements that were equal in every round would pass for one another, and with them a program in which one reads the
     other.
     """
     assignment = {}
-    for name in enumeration.supports:
+    for name, values in plan.values.items():
         size, shape = enumeration.variables[name].size, _plate_sizes(enumeration, name)
-        digits = _digits(prod(shape), size, number, rounds).reshape(shape)
-        assignment[name] = Table((first[name] + number + digits) % size, _plate_axes(enumeration, name))
+        digits = _digits(prod(shape), size, number, plan.digits).reshape(shape)
+        assignment[name] = Table((values[number] + digits) % size, _plate_axes(enumeration, name))
     for name in enumeration.draws:
         assignment[name] = Table(torch.zeros((), dtype=torch.long), ())
     return assignment
@@ -163,7 +268,7 @@ def _digits(count: int, base: int, place: int, places: int) -> Tensor:
     """The digits of 0 ... count - 1 at a place; random ones at the last place where they have more places."""
     if place == places - 1 and base**places < count:
         return torch.randint(base, (count,), generator=torch.Generator().manual_seed(0))
-    if base**place >= count:
+    if place >= places or base**place >= count:
         return torch.zeros(count, dtype=torch.long)
     return torch.arange(count) // base**place % base
 
@@ -185,13 +290,13 @@ def _ordinary_run(
     assignment: Mapping[str, Table],
     draws: Mapping[str, Tensor],
     layout: Layout,
-    subsamples: Mapping[str, Tensor],
+    keys: Collection[SiteKey] | None = None,
 ) -> tuple[dict[tuple[Role, str], Site], dict[tuple[Role, str], Tensor]]:
-    """The sites of an ordinary run, and what each said of its value when it was reached."""
+    """The sites of an ordinary run, and what each, or some of them, said of its value when it was reached."""
     log_probs: dict[tuple[Role, str], Tensor] = {}
 
     def look(site: Site) -> None:
-        if site.kind != "unread":
+        if site.kind != "unread" and (keys is None or (site.role, site.name) in keys):
             log_probs[site.role, site.name] = _ordinary_log_prob(site)
         site.fn, mask = unmasked(site)
         site.mask, site.scale = replaced((mask, site.scale), Tensor.clone)
@@ -203,7 +308,9 @@ def _ordinary_run(
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
     model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
-    first, second = record_both(model, guide, args, kwargs, chosen, given=given, subsamples=subsamples, look=look)
+    first, second = record_both(
+        model, guide, args, kwargs, chosen, given=given, subsamples=dict(enumeration.subsamples), look=look
+    )
     every = (*first.sites.values(), *second.sites.values())
     sites: dict[SiteKey, Site] = {(site.role, site.name): site for site in every if site.kind != "unread"}
     mask_guide(sites)
