@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 
 
 class VFEError(ValueError):
@@ -119,8 +120,24 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
+def described(given: object) -> str:
+    """Something that a user gave, in words: "the class Hard", "a FreeEnergy", "'hard'".
+
+    Args:
+        given: Anything.
+    """
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    if given is None or isinstance(given, (str, bool, int, float)):
+        return repr(given)
+    if isinstance(given, FunctionType) and given.__name__ != "<lambda>":
+        return f"the function {given.__name__}"
+    name = type(given).__name__
+    return f"{'an' if name[0] in 'AEIOaeiou' or name.startswith('ELBO') else 'a'} {name}"
+
+
 def callers_level() -> int:
-    """How many frames up, from the frame that asks, the first one is that is not of this package: the user's loop."""
+    """How many frames up, from the frame that asks, the first one is that is not of this package: the user's."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vfe."):
         level, frame = level + 1, frame.f_back

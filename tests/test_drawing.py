@@ -126,7 +126,7 @@ def test_latents_that_the_guide_lacks_cannot_be_drawn() -> None:
 
 
 def test_on_cost_is_one_of_two() -> None:
-    with pytest.raises(VFEError, match="on_cost is 'draw'"):
+    with pytest.raises(VFEError, match="on_cost='draw'"):
         vfe.FreeEnergy(on_cost="draw")  # type: ignore[arg-type]
 
 

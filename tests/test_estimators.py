@@ -595,7 +595,7 @@ def test_baselines_and_pairs_lower_the_variance() -> None:
     ("options", "words"),
     [
         ({"gradient": "vimco"}, "num_particles is 1. Use num_particles=2 or more"),
-        ({"gradient": "reinforce"}, "The estimators are"),
+        ({"gradient": "reinforce"}, "gradient=.reinforce."),
     ],
 )
 def test_an_estimator_that_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:

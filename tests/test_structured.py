@@ -343,7 +343,7 @@ def test_an_edge_may_not_lead_out_of_a_plate() -> None:
 
 
 def test_an_unknown_start_is_refused() -> None:
-    with pytest.raises(StructureError, match="init='middle'"):
+    with pytest.raises(VFEError, match="init='middle'"):
         vfe.AutoStructured(collider, init="middle")  # type: ignore[arg-type]
 
 

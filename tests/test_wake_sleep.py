@@ -862,11 +862,11 @@ def test_programs_without_parameters_are_refused() -> None:
         ({"guide": None}, "no guide"),
         ({"model": BITS}, "cannot be called"),
         ({"optim_guide": torch.optim.Adam}, "optim_guide= is torch's own Adam"),
-        ({"optim_model": 0.1}, "optim_model= is float"),
+        ({"optim_model": 0.1}, r"optim_model= is 0\.1"),
         ({"num_particles": 0}, "num_particles is 0"),
         ({"num_dreams": 0}, "num_dreams is 0"),
         ({"insomnia": 1.5}, "insomnia is 1.5"),
-        ({"on_cost": "ignore"}, "on_cost is 'ignore'"),
+        ({"on_cost": "ignore"}, "on_cost='ignore'"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

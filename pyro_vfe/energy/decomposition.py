@@ -30,6 +30,7 @@ from pyro_vfe.energy.shares import gap_shares
 from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
 from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError, ScaleError
 from pyro_vfe.program.data import number_of_data
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Decomposition:
         stderr = None if self.stderr is None else self.stderr / self.num_data
         return replace(self, stderr=stderr, num_data=1, **scaled)
 
+    @entry_point()
     def by(self, plate: str) -> "Decomposition":
         """Returns the decomposition of each element of a plate, shape `(size,)`.
 
@@ -136,6 +138,7 @@ class Decomposition:
         terms = mean_terms(inside)
         return replace(self, stderr=stderr, num_data=1, plate=plate, unsplit=terms.unsplit, **_fields(terms))
 
+    @entry_point()
     def gap_by_site(self) -> dict[str, Tensor]:
         """Returns each latent site's share of the gap, over its plates (sorted by name); the shares sum to the gap.
 
@@ -165,6 +168,7 @@ class Decomposition:
         shares = [gap_shares(run, self.max_bytes) for run in self.runs]
         return {name: torch.stack([share[name] for share in shares]).mean(0) for name in shares[0]}
 
+    @entry_point()
     def q_marginals(self) -> dict[str, Tensor]:
         """Returns the probabilities of each latent's values under Q, shape `(*plates, K)`, plates sorted by name.
 
@@ -177,6 +181,7 @@ class Decomposition:
         """
         return {name: table.values.clone() for name, table in self.q_tables.items()}
 
+    @entry_point()
     def posterior_marginals(self) -> dict[str, Tensor]:
         """Returns what `q_marginals` does under the exact posterior: where the two differ, there is the gap.
 

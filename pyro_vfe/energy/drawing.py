@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import pyro
 
-from pyro_vfe.errors import CostError, VFEError, VFEWarning
+from pyro_vfe.errors import CostError, VFEError, VFEWarning, callers_level
 from pyro_vfe.program.buffers import Buffers, unchanged_buffers
 from pyro_vfe.program.identity import Identities
 from pyro_vfe.program.layout import Program
@@ -152,5 +152,5 @@ def _warn(names: frozenset[str]) -> None:
         f"Summing all latents out would not fit, so {shown}{more} are drawn from the guide: F is an estimate now, and "
         "its surprise an upper bound.",
         VFEWarning,
-        stacklevel=4,
+        stacklevel=callers_level(),
     )

@@ -13,6 +13,7 @@ from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, pre
 from pyro_vfe.errors import CostError
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.cost import table_entries, varying_plates, within_limit
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
@@ -69,6 +70,7 @@ class Explanation:
 _HEADER = ("site", "program", "values", "plates", "handled", "reads")
 
 
+@entry_point()
 def explain(
     model: Program,
     guide: Program | None,

@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from pyro.infer import ELBO
@@ -30,10 +30,11 @@ from pyro_vfe.energy.estimators_vimco import vimco_loss
 from pyro_vfe.energy.finite_gradients import backward_or_nothing, watched
 from pyro_vfe.energy.impossible import not_finite
 from pyro_vfe.energy.responsibilities import marginal_distributions, posterior_run
-from pyro_vfe.errors import NotFiniteGradientError, VFEError
+from pyro_vfe.errors import NotFiniteGradientError, VFEError, callers_level
 from pyro_vfe.program.buffers import Buffers, unchanged_buffers
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.given import check_option, given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
@@ -67,6 +68,7 @@ class FreeEnergy(ELBO):
         Mnih and Rezende (2016), Variational inference for Monte Carlo objectives (VIMCO).
     """
 
+    @entry_point()
     def __init__(
         self,
         num_particles: int = 1,
@@ -105,8 +107,9 @@ class FreeEnergy(ELBO):
             each. "vimco" changes the loss as well; `decompose` is about F whichever it is.
 
         Raises:
-            VFEError: There is no such estimator, or it needs more particles.
+            VFEError: An option is none, or the estimator needs more particles.
         """
+        check_option("num_particles", num_particles, SupportsIndex, "number", _AN_INSTANCE)
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
@@ -126,9 +129,12 @@ class FreeEnergy(ELBO):
         self._drawing = Drawing(on_cost)
         nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
         self._programs = Programs(
-            check=check, max_bytes=max_bytes, min_nesting=0 if math.isinf(nesting) else int(nesting)
+            check=check,
+            max_bytes=max_bytes,
+            min_nesting=0 if math.isinf(nesting) else int(nesting),
         )
 
+    @entry_point()
     def loss(
         self,
         model: Program,
@@ -154,6 +160,7 @@ class FreeEnergy(ELBO):
         with reading(params, args, kwargs), torch.no_grad(), Buffers():
             return float(self._finite_loss(model, guide, args, kwargs)[0])
 
+    @entry_point()
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """Returns F in nats as a scalar tensor whose gradient is exact for what is enumerated, unbiased for the rest.
 
@@ -170,6 +177,7 @@ class FreeEnergy(ELBO):
             loss, leaves = self._finite_loss(model, guide, args, kwargs)
         return watched(loss, leaves, self._looking_again(model, guide)) if loss.requires_grad else loss
 
+    @entry_point(learns=True)
     def loss_and_grads(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> float:
         """Returns F in nats and adds its gradient to the parameters' `.grad`.
 
@@ -187,6 +195,7 @@ class FreeEnergy(ELBO):
         except NotFiniteGradientError:  # A parameter has come to where it is not: the programs are looked at again.
             return self._backward(model, guide, args, kwargs)
 
+    @entry_point()
     def decompose(
         self,
         model: Program,
@@ -221,6 +230,7 @@ class FreeEnergy(ELBO):
 
             return self._drawing(decomposed, model, given_guide(model, guide), args, kwargs, purpose="decompose")
 
+    @entry_point()
     def compute_marginals(
         self,
         model: Program,
@@ -245,6 +255,7 @@ class FreeEnergy(ELBO):
         with reading(params, args, kwargs):
             return marginal_distributions(self._one_run(model, guide, args, kwargs, "compute_marginals"))
 
+    @entry_point()
     def sample_posterior(
         self,
         model: Program,
@@ -310,7 +321,7 @@ class FreeEnergy(ELBO):
             warnings.warn(
                 "FreeEnergy found no discrete latent to enumerate: F is an ordinary sampled ELBO here. Pass "
                 "strict_enumeration_warning=False to silence this.",
-                stacklevel=3,
+                stacklevel=callers_level(),
             )
         again = partial(self._again, model, guide, args, kwargs, side_by_side)
         particles = [mirrored_runs(run, again) if self.gradient == "disarm" else [run] for run in runs]
@@ -343,10 +354,13 @@ class FreeEnergy(ELBO):
             )
 
 
+_AN_INSTANCE = (
+    "a whole number of at least 1; programs go to the methods of an instance, vfe.FreeEnergy().decompose(model, guide, "
+    "data), and pyro.infer.SVI takes an instance, loss=vfe.FreeEnergy()"
+)
+
+
 def _check_gradient(gradient: str, num_particles: int) -> None:
-    if gradient not in get_args(Gradient):
-        known = ", ".join(f'"{name}"' for name in get_args(Gradient))
-        raise VFEError(f"gradient is {gradient!r}.", hint=f"The estimators are {known}.")
     if gradient == "vimco" and num_particles == 1:
         raise VFEError(
             'gradient="vimco" weighs particles against each other, and num_particles is 1.',

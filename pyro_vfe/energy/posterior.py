@@ -24,6 +24,7 @@ from pyro_vfe.engine.factors import FactorGraph, Table
 from pyro_vfe.engine.inference import evidence, expected_tables
 from pyro_vfe.errors import CostError, MissingGuideSiteError, StructureError, VFEError
 from pyro_vfe.program.buffers import unchanged_buffers
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
@@ -32,6 +33,7 @@ from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.tables import batch_axes
 
 
+@entry_point()
 def posterior(
     model: Program,
     *args: Any,
@@ -133,6 +135,7 @@ class Posterior:
         """
         return self.marginal_table(*names).values.clone()
 
+    @entry_point()
     def marginal_table(self, *names: str) -> Table:
         """Returns what `marginal` does, with a name for each axis.
 
@@ -148,6 +151,7 @@ class Posterior:
         """Returns what `marginal` does for every latent, each of shape `(*plates, K)`, from one backward pass."""
         return {name: table.values.clone() for name, table in self.marginal_tables(self.sites).items()}
 
+    @entry_point()
     def marginal_tables(self, names: Iterable[str]) -> Marginals:
         """Returns what `marginals` does for some latents, with a name for each axis.
 
@@ -166,6 +170,7 @@ class Posterior:
         """Those of each latent by itself: one pass gives all, so whoever asks for one after the other waits once."""
         return single_marginals(self.enumeration, self._graph, self.sites, self._max_bytes)
 
+    @entry_point()
     def sample(self, num_samples: int) -> Assignment:
         """Returns joint draws of all latents, each of shape `(num_samples, *batch_shape, *event_shape)`.
 
@@ -182,6 +187,7 @@ class Posterior:
             best = mode(self._graph, max_bytes=self._max_bytes)
         return self._assignment(best, ())
 
+    @entry_point()
     def entropy(self) -> Tensor:
         """Returns the entropy of the joint posterior, a scalar in nats."""
         self._check_unscaled()

@@ -29,6 +29,7 @@ from pyro_vfe.guides.amortized_plan import Plan, Question, Step, plan_of, shape_
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.tables import frame, sampled
 from pyro_vfe.program.buffers import unchanged_buffers
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Plate
@@ -66,6 +67,7 @@ class AutoAmortized(OwnGuide):
     torch.Size([5, 4])
     """
 
+    @entry_point()
     def __init__(
         self,
         model: Program,
@@ -97,7 +99,7 @@ class AutoAmortized(OwnGuide):
         Raises:
             StructureError: The network is no module, or inputs do not fit it.
         """
-        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
+        super().__init__(model, create_plates=create_plates)
         self._question = Question(network, inputs, edges)
         self.network: nn.Module = registered(network)
         self._signature = signature_of(model)

@@ -4,7 +4,7 @@ A guide holds its model without owning it: a copy serves the same model, and a f
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from pyro.infer.autoguide import AutoGuide
@@ -12,6 +12,8 @@ from pyro.infer.autoguide.utils import deep_setattr
 from torch import Tensor, nn
 
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.given import given_guide
+from pyro_vfe.program.layout import Program, no_guide
 
 
 class OwnGuide(AutoGuide):
@@ -19,6 +21,17 @@ class OwnGuide(AutoGuide):
 
     holders: tuple[str, ...] = ()
     """The modules whose parameters are made at the first call, or by `load_state_dict` before it."""
+
+    def __init__(self, model: Program, *, create_plates: Callable[..., Any] | None = None) -> None:
+        """Args:
+            model: The generative model.
+            create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
+
+        Raises:
+            VFEError: The model is no program.
+        """
+        given_guide(model, no_guide)
+        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
 
     @property
     def model(self) -> Any:

@@ -28,6 +28,7 @@ from pyro_vfe.guides.tables import Latent, check_size, find_latents
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.calls import kept
 from pyro_vfe.program.drawn_guide import draws_so_far
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration
 from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.programs import Programs
@@ -47,6 +48,7 @@ class AutoPosterior(OwnGuide):
     blocked): its posterior is then that given what they drew.
     """
 
+    @entry_point()
     def __init__(
         self, model: Program, *, max_bytes: float | None = None, create_plates: Callable[..., Any] | None = None
     ) -> None:
@@ -55,7 +57,7 @@ class AutoPosterior(OwnGuide):
         max_bytes: The most memory that tables may take; half of what is free by default.
         create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
         """
-        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
+        super().__init__(model, create_plates=create_plates)
         self.max_bytes = max_bytes
         self._programs = Programs(max_bytes=max_bytes)
         self._draws: dict[str, Tensor] = {}

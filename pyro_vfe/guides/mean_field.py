@@ -30,6 +30,7 @@ from pyro_vfe.guides.tables import (
     whole_batch,
     whole_plates,
 )
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.layout import Program, SiteStructure
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.tables import over_dims
@@ -45,6 +46,7 @@ class AutoMeanField(OwnGuide):
 
     holders = ("logits",)
 
+    @entry_point()
     def __init__(
         self,
         model: Program,
@@ -61,7 +63,7 @@ class AutoMeanField(OwnGuide):
             latents are exchangeable: give a little noise to break the symmetry there.
         create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
         """
-        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
+        super().__init__(model, create_plates=create_plates)
         self.init = init
         self.init_scale = init_scale
         self._latents: dict[str, SiteStructure] = {}

@@ -38,6 +38,7 @@ from pyro_vfe.guides.tables import (
     whole_plates,
 )
 from pyro_vfe.program.buffers import unchanged_buffers
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program, SiteStructure, no_guide
 from pyro_vfe.program.programs import Programs
@@ -62,6 +63,7 @@ class AutoStructured(OwnGuide):
 
     holders = ("logits", "initial_logits")
 
+    @entry_point()
     def __init__(
         self,
         model: Program,
@@ -84,11 +86,9 @@ class AutoStructured(OwnGuide):
             create_plates: As for Pyro's guides, plates to use instead of the model's, for subsampling.
 
         Raises:
-            StructureError: `init` is neither of the two.
+            VFEError: `init` is neither of the two.
         """
-        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
-        if init not in ("uniform", "posterior"):
-            raise StructureError(f"AutoStructured was given init='{init}'.", hint="Use 'uniform' or 'posterior'.")
+        super().__init__(model, create_plates=create_plates)
         self.edges: Edges = edges if isinstance(edges, str) else list(edges)
         self.init = init
         self.init_scale = init_scale

@@ -13,16 +13,19 @@ from pyro_vfe.learning.coordinate import Coordinate
 from pyro_vfe.learning.data_plate import Share
 from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.em_checks import check_ranges
+from pyro_vfe.learning.minibatch import BatchMethod
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.given import check_option
 
 
-def check_options(m_phase: MPhase, num_epochs: int, tol: float, num_data: int | None) -> None:
+def check_options(m_phase: MPhase, method: object, num_epochs: int, tol: float, num_data: int | None) -> None:
     """Checks what a user asks for.
 
     Args:
         m_phase: The M-phase that EM was given.
+        method: How it is to learn from batches.
         num_epochs: The most epochs.
         tol: The tolerance.
         num_data: The number of elements of the data plate.
@@ -30,6 +33,7 @@ def check_options(m_phase: MPhase, num_epochs: int, tol: float, num_data: int | 
     Raises:
         VFEError: It cannot be had.
     """
+    check_option("method", method, BatchMethod, "way to learn from batches", "vfe.Incremental() or vfe.Online()")
     check_ranges(("num_epochs", num_epochs, 1), ("tol", tol, 0), ("num_data", num_data, 1))
     if not isinstance(m_phase, ClosedForm):
         raise VFEError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_vfe.errors import VFEWarning
+from pyro_vfe.errors import VFEWarning, callers_level
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.em_loop import params_and_updates
 from pyro_vfe.learning.em_run import counted, parameter_table
@@ -67,7 +67,7 @@ def batch_run(loop: BatchLoop, looked: bool, origin: Start) -> BatchRun:
     assert loop.pair is not None and loop.e_phase is not None
     warned = _warnings(loop)
     for text in warned:
-        warnings.warn(text, VFEWarning, stacklevel=3)
+        warnings.warn(text, VFEWarning, stacklevel=callers_level())
     notes = [*warned, *loop.remarks]
     if not looked:
         notes.append("The batches can be read only once: F is that of the batches as they were visited.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import VFEError
+from pyro_vfe.program.entry_points import ordinary
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword arguments of the programs."""
@@ -23,6 +24,7 @@ def arguments_of(batch: object) -> Arguments:
     Args:
         batch: One item of what a user iterates over.
     """
+    batch = ordinary(batch)
     if isinstance(batch, Mapping):
         return (), batch
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})

@@ -26,6 +26,7 @@ from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.options import check_fields
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Coordinate(EPhase):
     monotone = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.num_sweeps < 1:
             raise VFEError(f"Coordinate was given num_sweeps={self.num_sweeps}.", hint="Take at least one sweep.")
 

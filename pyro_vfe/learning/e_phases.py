@@ -8,7 +8,7 @@ r"""E-phases that need no guide: Q is computed from the model.
 In a chain the weights are those of neighbouring states: expected transitions, or counts of those of a path.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -30,6 +30,7 @@ from pyro_vfe.errors import ImpossibleDataError, VFEError
 from pyro_vfe.learning.belief import Belief, Weights, expected_log_joint
 from pyro_vfe.learning.phases import EPhase
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.options import check_fields
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class MonteCarlo(EPhase):
     monotone = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.num_samples < 1:
             raise VFEError(f"MonteCarlo was given num_samples={self.num_samples}.", hint="Draw at least one sample.")
 
@@ -160,8 +162,11 @@ class Annealed(EPhase):
     def __post_init__(self) -> None:
         if callable(self.schedule):
             return
-        if not len(self.schedule):
-            raise VFEError("Annealed was given an empty schedule.", hint="Give it inverse temperatures up to 1.")
+        if isinstance(self.schedule, str) or not isinstance(self.schedule, Sized) or not len(self.schedule):
+            raise VFEError(
+                f"Annealed was given the schedule {self.schedule!r}.",
+                hint="Give it inverse temperatures up to 1, [0.2, 0.5, 1.0], or a function of the iteration.",
+            )
         for position, beta in enumerate(self.schedule):
             _check_inverse_temperature(beta, position)
 

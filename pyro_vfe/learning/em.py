@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pyro.optim import PyroOptim
 
-from pyro_vfe.errors import VFEWarning
+from pyro_vfe.errors import VFEWarning, callers_level
 from pyro_vfe.learning.batch_checks import check_options
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.batch_run import BatchRun, batch_run
@@ -29,6 +29,7 @@ from pyro_vfe.learning.em_checks import (
     check_e_phase,
     check_floor,
     check_learned,
+    check_phases,
     check_programs,
     check_run_options,
     first_enumeration,
@@ -56,6 +57,7 @@ from pyro_vfe.learning.rounding import Rounding, resolution
 from pyro_vfe.learning.squarem import Squarem
 from pyro_vfe.learning.start import Start
 from pyro_vfe.program.data import number_of_data
+from pyro_vfe.program.entry_points import entry_point, same_argument
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
@@ -94,6 +96,7 @@ class EM:
         Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
     """
 
+    @entry_point()
     def __init__(
         self,
         model: Program,
@@ -125,7 +128,8 @@ class EM:
         self.model = model
         self.guide = guide
         self._chosen_e_phase = e_phase
-        self._m_phase = m_phase or ClosedForm()
+        self._m_phase = ClosedForm() if m_phase is None else m_phase
+        check_phases(e_phase, self._m_phase)
         check_floor(floor)
         self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
         self._floor = floor
@@ -138,6 +142,7 @@ class EM:
         self._last: _Last | None = None
         self._m_phases = 0
 
+    @entry_point(learns=True)
     def run(
         self,
         *args: Any,
@@ -198,11 +203,12 @@ class EM:
 
             with Report(max_iter, n_init, progress_bar, callback) as report:
                 starts = Starts(pair, new_loop)
-                end = starts.run(n_init, seed)
+                end = starts.run(n_init, int(seed))
         if not end.loop.converged and not end.loop.stopped:
-            warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=2)
+            warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=callers_level())
         return _run_of(end, starts, pair, e_phase, origin)
 
+    @entry_point(learns=True)
     def run_batches(
         self,
         batches: Iterable[Any],
@@ -253,11 +259,11 @@ class EM:
             check_programs(pair, first, whole=False)
             return first, self._e_phase_for(first)
 
-        check_options(self._m_phase, num_epochs, tol, num_data)
+        chosen = Incremental() if method is None else method
+        check_options(self._m_phase, chosen, num_epochs, tol, num_data)
         self._forget()
         origin = Start(params, fresh)
         again = check_batches(batches, num_epochs)
-        chosen = method or Incremental()
         with origin.undone_on_error(), Report(num_epochs, 1, progress_bar, callback) as report:
             loop = BatchLoop(self._pair, look, chosen, tol, num_data, report.of(0))
             loop.run(batches, num_epochs)
@@ -265,6 +271,7 @@ class EM:
                 loop.look_once_more(batches)
         return batch_run(loop, again, origin)
 
+    @entry_point(learns=True)
     def e_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single E-phase and returns where it led.
 
@@ -277,6 +284,7 @@ class EM:
         row = row_of(last.state.belief, self._m_phases, "E")
         return _result(row, dict.fromkeys(last.pair.recognition, words_of(last.e_phase)))
 
+    @entry_point(learns=True)
     def m_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single M-phase and returns where it led.
 
@@ -360,8 +368,8 @@ class _Last:
         """Whether these are the same objects."""
         if len(args) != len(self.pair.args) or kwargs.keys() != self.pair.kwargs.keys():
             return False
-        same = [ours is theirs for ours, theirs in zip(self.pair.args, args, strict=True)]
-        return all(same) and all(self.pair.kwargs[name] is value for name, value in kwargs.items())
+        same = [same_argument(ours, theirs) for ours, theirs in zip(self.pair.args, args, strict=True)]
+        return all(same) and all(same_argument(self.pair.kwargs[name], value) for name, value in kwargs.items())
 
 
 def _steps_of_adam() -> Gradient:

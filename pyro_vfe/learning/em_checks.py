@@ -11,8 +11,9 @@ from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
 from pyro_vfe.learning.em_loop import updates_guide
 from pyro_vfe.learning.entries import Floor
 from pyro_vfe.learning.pair import Pair
-from pyro_vfe.learning.phases import EPhase
+from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration, is_random
+from pyro_vfe.program.given import check_option
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.supports import unwrapped
@@ -105,6 +106,23 @@ def check_floor(floor: Floor) -> None:
         if not 0 < value < inf:
             of = f" for '{name}'" if name else ""
             raise VFEError(f"EM was given the floor {value:g}{of}.", hint="Pass a positive number, such as 1e-3.")
+
+
+def check_phases(e_phase: object, m_phase: object) -> None:
+    """Checks that phases are phases.
+
+    Args:
+        e_phase: What EM was given as its E-phase; None for the default.
+        m_phase: As its M-phase.
+
+    Raises:
+        VFEError: One is none: a class, a name, a phase of the other kind.
+    """
+    if e_phase is not None:
+        ways = "vfe.Exact(), vfe.Hard(), vfe.MonteCarlo(num_samples), vfe.Annealed(betas), vfe.Coordinate() or "
+        check_option("e_phase", e_phase, EPhase, "E-phase", ways + "vfe.Gradient(optim, num_steps), or leave it out")
+    ways = "vfe.ClosedForm(), vfe.Numerical() or vfe.Gradient(optim, num_steps), or leave it out"
+    check_option("m_phase", m_phase, MPhase, "M-phase", ways)
 
 
 def check_e_phase(e_phase: EPhase, enumeration: Enumeration) -> None:

@@ -13,7 +13,7 @@ from math import inf
 import pyro
 from torch import Tensor
 
-from pyro_vfe.errors import NotFiniteError, VFEWarning, located
+from pyro_vfe.errors import NotFiniteError, VFEWarning, callers_level, located
 from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.floors import hold_floors
@@ -278,7 +278,7 @@ class Loop:
         if self.rounding.includes(rise, after.belief, after.enumeration):
             return
         self.rounding.reported = _rise_in_words(phase, after.iteration, rise, self.rounding)
-        warnings.warn(self.rounding.reported, VFEWarning, stacklevel=7)  # where the user calls EM.run
+        warnings.warn(self.rounding.reported, VFEWarning, stacklevel=callers_level())
 
 
 def start_row(pair: Pair, e_phase: EPhase) -> Row:

@@ -26,6 +26,8 @@ from pyro_vfe.learning.belief import Belief
 from pyro_vfe.learning.guided import guided_belief
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase, Problem
+from pyro_vfe.learning.svi_checks import check_maker
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.parameters import restore, snapshot, unconstrained
 
@@ -35,6 +37,7 @@ class Gradient(EPhase, MPhase):
 
     monotone = False
 
+    @entry_point()
     def __init__(self, optim: PyroOptim | Callable[..., torch.optim.Optimizer], num_steps: int) -> None:
         """Args:
         optim: A Pyro optimiser, `pyro.optim.Adam({"lr": 0.01})` say; or what makes a torch optimiser of a list of
@@ -42,10 +45,11 @@ class Gradient(EPhase, MPhase):
         num_steps: How many steps one phase takes.
 
         Raises:
-            VFEError: There is no step to take.
+            VFEError: There is no step to take, or no optimiser to take it.
         """
         if num_steps < 1:
             raise VFEError(f"Gradient was given num_steps={num_steps}.", hint="Take at least one step.")
+        check_maker(optim)
         self.optim = optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {})
         self.num_steps = num_steps
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.drawing import Drawing, OnCost
-from pyro_vfe.errors import NotFiniteError
+from pyro_vfe.errors import NotFiniteError, VFEError
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.data import Reads
 from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, Look, log_prob_of, run_guide, run_model
@@ -93,6 +93,8 @@ class Machine:
             return
         with undisturbed_randomness(), unchanged_buffers(self.model, self.held_guide):
             layout = lay_out(self.model, self.held_guide, args, kwargs)
+        if not any(site.role == "guide" for site in layout.sites.values()):
+            raise no_recognition_model("a guide that samples nothing")
         self._unread, self.reads = layout.unread, layout.reads
         self._enumerates = any(site.kind == "enumerated" for site in layout.sites.values())
 
@@ -157,6 +159,19 @@ class Machine:
                 site.scale = second.sites[name].scale
         mask_guide({(site.role, site.name): site for run in (first, second) for site in run.sites.values()})
         return first, second
+
+
+def no_recognition_model(instead: str) -> VFEError:
+    """The error for a guide from which nothing could be learned.
+
+    Args:
+        instead: What was given.
+    """
+    return VFEError(
+        f"WakeSleep was given {instead}: there is nothing that could learn from dreams.",
+        hint="Pass a guide that computes Q from the data, such as vfe.AutoAmortized(model, network); to learn a "
+        "model with the exact posterior, use vfe.EM(model) or vfe.fit(model, None, ...).",
+    )
 
 
 def gradients(loss: Tensor, names: Iterable[str], strangers: Strangers) -> None:

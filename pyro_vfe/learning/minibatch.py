@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.pools import Pools
+from pyro_vfe.program.options import check_fields
 
 
 class Adds(Protocol):
@@ -166,6 +167,7 @@ class Online(BatchMethod):
     needs_digests = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.5 < self.alpha <= 1:
             raise VFEError(
                 f"Online was given alpha={self.alpha:g}.",

@@ -19,6 +19,7 @@ from pyro_vfe.learning.history import History, Row
 from pyro_vfe.learning.stop_rules import StopRule, without_a_gap
 from pyro_vfe.learning.svi_reading import Reader, Reading
 from pyro_vfe.learning.svi_report import Bar, Loss, as_float, by_tag, check_loss, in_words
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 
@@ -59,6 +60,7 @@ class Monitor:
         [1, 20, 40]
     """
 
+    @entry_point()
     def __init__(
         self,
         model: Program,

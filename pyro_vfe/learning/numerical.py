@@ -14,6 +14,7 @@ from pyro_vfe.learning.degeneracy import check_run_off, check_sharpness
 from pyro_vfe.learning.lbfgs import Search, by_gradient
 from pyro_vfe.learning.objective import STEEP, UNIT, Objective, Point
 from pyro_vfe.learning.phases import MPhase, Problem
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.parameters import restored_on_error, snapshot
 
 _BLOCK = 20
@@ -34,6 +35,7 @@ class Numerical(MPhase):
 
     monotone = True
 
+    @entry_point()
     def __init__(self, *, max_iter: int = 1000, tolerance_grad: float = 1e-12) -> None:
         """Args:
         max_iter: The most L-BFGS iterations of one M-phase.

@@ -18,6 +18,7 @@ import numpy as np
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.history import History, Numbers
+from pyro_vfe.program.options import check_fields
 
 StopRule = Callable[[History], str | None]
 """Says in words why to stop, or None. Called with the history after each reading."""
@@ -52,6 +53,7 @@ class Settled:
         """Raises:
         VFEError: The tolerance is no number of at least 0, or the window too short to have a spread.
         """
+        check_fields(self)
         if not (self.tol >= 0 and math.isfinite(self.tol)):
             raise VFEError(f"Settled was given tol={self.tol}.", hint="Pass nats per datum, such as 1e-3.")
         if int(self.window) != self.window or self.window < 2:
@@ -103,6 +105,7 @@ class GapBelow:
         """Raises:
         VFEError: The bound is no positive number, or the window no number of readings.
         """
+        check_fields(self)
         if not (self.bound > 0 and math.isfinite(self.bound)):
             raise VFEError(
                 f"GapBelow was given bound={self.bound}.",

@@ -18,7 +18,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vfe.energy.free_energy import FreeEnergy
-from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.errors import VFEError, VFEWarning, callers_level
 from pyro_vfe.learning.batches import are_several, out_of_step
 from pyro_vfe.learning.history import History, Numbers
 from pyro_vfe.learning.monitor import Monitor, SVICallback
@@ -27,6 +27,7 @@ from pyro_vfe.learning.stop_rules import StopRule
 from pyro_vfe.learning.svi_checks import arguments_of_steps, check_elbo, check_num_steps, check_optim
 from pyro_vfe.learning.svi_report import Unmonitored, ending, notes_of_own_parameters, run_as_html, run_as_text
 from pyro_vfe.learning.svi_step import Stepper
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 
@@ -78,6 +79,7 @@ class SVIRun:
         return lines
 
 
+@entry_point(learns=True)
 def fit(
     model: Program,
     guide: Program | None,
@@ -180,7 +182,8 @@ def fit(
         finally:
             watch.close(read=done)
     if len(losses) < num_steps and watch.stopped is None:
-        warnings.warn(f"fit did {len(losses)} of num_steps={num_steps} steps: {stopped}.", VFEWarning, stacklevel=2)
+        words = f"fit did {len(losses)} of num_steps={num_steps} steps: {stopped}."
+        warnings.warn(words, VFEWarning, stacklevel=callers_level())
     return _run_of(stepper, losses, watch, stopped, guide, are_several(batches), origin)
 
 

@@ -9,7 +9,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.optim import PyroOptim
 
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import VFEError, described
 from pyro_vfe.learning.batches import Arguments, check_batches, numbered
 
 
@@ -25,6 +25,12 @@ def check_optim(optim: object, name: str = "optim") -> None:
     """
     if isinstance(optim, PyroOptim):
         return
+    if getattr(optim, "__module__", "").startswith("pyro.optim") and callable(optim):
+        made = getattr(optim, "__name__", "Adam")
+        raise VFEError(
+            f"{name}= is {described(optim)}, which makes an optimiser and is none.",
+            hint=f'Call it: pyro.optim.{made}({{"lr": 0.01}}).',
+        )
     own = optim if isinstance(optim, type) else type(optim)
     if issubclass(own, torch.optim.Optimizer):
         rate = "0.01" if isinstance(optim, type) else f"{getattr(optim, 'defaults', {}).get('lr', 0.01)}"
@@ -34,10 +40,35 @@ def check_optim(optim: object, name: str = "optim") -> None:
             hint=f'Pass pyro.optim.{own.__name__}({{"lr": {rate}}}); or keep a loop of your own over '
             "vfe.FreeEnergy()(model, guide), with a vfe.Monitor.",
         )
-    found = getattr(optim, "__name__", type(optim).__name__)
     raise VFEError(
-        f"{name}= is {found}, which is no optimiser of Pyro's.", hint='Pass one such as pyro.optim.Adam({"lr": 0.01}).'
+        f"{name}= is {described(optim)}, which is no optimiser of Pyro's.",
+        hint='Pass one such as pyro.optim.Adam({"lr": 0.01}).',
     )
+
+
+def check_maker(optim: object) -> None:
+    """Checks that something is one of Pyro's optimisers, or makes a torch optimiser of a list of tensors.
+
+    Args:
+        optim: What a user gave.
+
+    Raises:
+        VFEError: It is neither.
+    """
+    if isinstance(optim, PyroOptim):
+        return
+    try:
+        made = optim([torch.zeros(1, requires_grad=True)]) if callable(optim) else None
+    except Exception as error:
+        raise VFEError(f"optim= is {described(optim)}, which makes no optimiser: {error}.", hint=_MAKERS) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise VFEError(f"optim= is {described(optim)}, which makes no optimiser.", hint=_MAKERS)
+
+
+_MAKERS = (
+    "Pass one of Pyro's, pyro.optim.Adam({\"lr\": 0.01}), or what makes one of torch's from a list of tensors, "
+    "functools.partial(torch.optim.Adam, lr=0.01)."
+)
 
 
 def check_elbo(elbo: object) -> None:
@@ -50,12 +81,11 @@ def check_elbo(elbo: object) -> None:
         VFEError: It is no ELBO.
     """
     if not isinstance(elbo, ELBO):
-        name = getattr(elbo, "__name__", type(elbo).__name__)
         of_modules = " An ELBOModule has its programs inside; pass them and the ELBO it was made by." * isinstance(
             elbo, ELBOModule
         )
         raise VFEError(
-            f"elbo= is {name}, which is no ELBO.{of_modules}",
+            f"elbo= is {described(elbo)}, which is no ELBO.{of_modules}",
             hint="Leave it out for vfe.FreeEnergy(), or pass an instance, such as pyro.infer.TraceEnum_ELBO().",
         )
 

@@ -19,10 +19,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vfe.energy.drawing import OnCost
-from pyro_vfe.errors import VFEError, VFEWarning
+from pyro_vfe.errors import VFEError, VFEWarning, callers_level
 from pyro_vfe.learning.batches import Arguments, are_several
 from pyro_vfe.learning.history import SLEEP, WAKE
-from pyro_vfe.learning.machine import Machine
+from pyro_vfe.learning.machine import Machine, no_recognition_model
 from pyro_vfe.learning.sleep_phase import Sleep
 from pyro_vfe.learning.start import Start
 from pyro_vfe.learning.stop_rules import StopRule
@@ -34,6 +34,7 @@ from pyro_vfe.learning.wake_sleep_optim import Both
 from pyro_vfe.learning.wake_sleep_run import WakeSleepRun
 from pyro_vfe.learning.wake_sleep_watch import WakeSleepCallback, Watch
 from pyro_vfe.program.dreams import DreamToArgs
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check
@@ -86,6 +87,7 @@ class WakeSleep:
         Bornschein and Bengio (2015), Reweighted wake-sleep.
     """
 
+    @entry_point()
     def __init__(
         self,
         model: Program,
@@ -141,6 +143,7 @@ class WakeSleep:
         self._sleeps = not reweighted or insomnia < 1
         self._phases = [0, 0]
 
+    @entry_point(learns=True)
     def step(self, *args: Any, **kwargs: Any) -> WakeSleepLosses:
         """Does a wake phase and then a sleep phase, and returns the loss of each.
 
@@ -153,6 +156,7 @@ class WakeSleep:
         """
         return self._step(args, kwargs, lambda phase, loss: None)
 
+    @entry_point(learns=True)
     def wake(self, *args: Any, **kwargs: Any) -> float:
         """Does a wake phase and returns its loss in nats: E_Q[-log P(v, u)]; reweighted, the estimate of -log p(u).
 
@@ -165,6 +169,7 @@ class WakeSleep:
         """
         return self._phase(0, self._wake, self._sleep, args, kwargs)
 
+    @entry_point(learns=True)
     def sleep(self, *args: Any, **kwargs: Any) -> float:
         """Does a sleep phase and returns its loss in nats: -log Q(v | u) of the dream.
 
@@ -177,6 +182,7 @@ class WakeSleep:
         """
         return self._phase(1, self._sleep, self._wake, args, kwargs)
 
+    @entry_point(learns=True)
     def run(
         self,
         *args: Any,
@@ -230,9 +236,8 @@ class WakeSleep:
         with origin.undone_on_error():
             losses, ended = self._steps(watch, source, num_steps, progress_bar, type(batches).__name__, origin)
         if len(losses) < num_steps and watch.stopped is None:
-            warnings.warn(
-                f"WakeSleep.run did {len(losses)} of num_steps={num_steps} steps: {ended}.", VFEWarning, stacklevel=2
-            )
+            words = f"WakeSleep.run did {len(losses)} of num_steps={num_steps} steps: {ended}."
+            warnings.warn(words, VFEWarning, stacklevel=callers_level())
         return WakeSleepRun(
             params=self._params(),
             history=watch.history,
@@ -360,11 +365,7 @@ class WakeSleep:
 
 def _check_options(guide: object, num_particles: int, num_dreams: int, insomnia: float) -> None:
     if guide is None:
-        raise VFEError(
-            "WakeSleep was given no guide: there is nothing that could learn from dreams.",
-            hint="Pass a guide that computes Q from the data, such as vfe.AutoAmortized(model, network); to learn a "
-            "model with the exact posterior, use vfe.EM(model) or vfe.fit(model, None, ...).",
-        )
+        raise no_recognition_model("no guide")
     for name, number in (("num_particles", num_particles), ("num_dreams", num_dreams)):
         if number < 1:
             raise VFEError(f"{name} is {number}.", hint="Use at least one.")

@@ -177,7 +177,7 @@ class _Enumerated:
     """A program whose latents are all to be enumerated, also those set to be sampled."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program = self.__wrapped__ = program  # whose signature it has
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with pyro.poutine.infer_config(config_fn=_enumerate_too):

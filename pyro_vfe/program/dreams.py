@@ -21,12 +21,14 @@ from pyro_vfe.errors import StructureError
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.chain_gaps import Gaps
 from pyro_vfe.program.dream_arguments import DreamtSite, with_dreams
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import Arguments, check, first_look, prepare
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.recorder import Site, is_computed, plates_around
+from pyro_vfe.program.returned import check_returned
 
 DreamToArgs = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
 """Called with the dreamt observations by site name and with the programs' arguments; returns `(args, kwargs)`."""
@@ -58,6 +60,7 @@ class Dream:
         return f"Dream of {_shapes(self.observations)}, from {_shapes(self.latents)}"
 
 
+@entry_point()
 def dream(
     model: Program,
     *args: Any,
@@ -122,7 +125,8 @@ def dreamt(
     """
     run = _Dreamer((args, kwargs))
     with torch.no_grad(), first_look((model,), args, kwargs), run, Gaps(is_whole=lambda name: True):
-        model(*args, **kwargs)
+        returned = model(*args, **kwargs)
+    check_returned({**run.latents, **run.observed}, returned, is_guide=False)
     observations = {name: site.value for name, site in run.observed.items()}
     if dream_to_args is None:
         seen = {name: site for name, site in run.observed.items() if site.mask is not False}

@@ -1,20 +1,20 @@
 """One ordinary run of guide and model, and what it tells: who reads whom, and hence which dim each latent takes."""
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.errors import EscapeError, PlateError, StructureError, VFEWarning
+from pyro_vfe.errors import EscapeError, PlateError, StructureError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.chain_sites import check_observed, time_plate
 from pyro_vfe.program.colouring import enumeration_dims
 from pyro_vfe.program.equal_sites import reads_itself
 from pyro_vfe.program.escapes import Escaped, Sites
+from pyro_vfe.program.guide_sites import check_guide, check_masks
 from pyro_vfe.program.lasting import ran_twice
 from pyro_vfe.program.left_over import first_look
 from pyro_vfe.program.log_prob import is_listed
@@ -23,6 +23,7 @@ from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
+from pyro_vfe.program.returned import check_returned
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 
 Program = Callable[..., Any]
@@ -206,6 +207,7 @@ def _ordinary_run(
     """Runs the guide and the model against it once, with sampled values."""
     families: dict[str, Any] = {}
     chosen: dict[str, Tensor] = {}
+    returned: list[tuple[Sized, object]] = []
     state = random_state()
 
     def draw(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
@@ -230,6 +232,7 @@ def _ordinary_run(
             check_given=lambda name, fn: check_same_support(name, fn, families[name]),
             provenance=provenance,
         )
+        returned[:] = [(record.sites, record.returned) for record in both]
         sites = {(site.role, site.name): site for record in both for site in record.sites.values()}
         hand_over_masks(sites)
         return sites
@@ -240,7 +243,16 @@ def _ordinary_run(
     findings.overwrites_saved |= overwrites_saved
     for key, site in sites.items():
         findings.sites.setdefault(key, _structure(site, provenance))
-        if site.kind != "unread" and model is not no_guide:  # A look at the latents alone calls the model a guide.
+    # A look at the latents alone calls the model a guide.
+    _check_run(sites.values(), returned, of_both=model is not no_guide)
+
+
+def _check_run(sites: Iterable[Site], returned: Sequence[tuple[Sized, object]], *, of_both: bool) -> None:
+    """Checks what an ordinary run of guide and model met, and what each of them returned."""
+    for met, result in returned:
+        check_returned(met, result, is_guide=of_both and met is returned[0][0])
+    for site in sites if of_both else ():
+        if site.kind != "unread":
             check_batch_dims(site)
             check_observed(site)
 
@@ -284,8 +296,8 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
 def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
     sites = findings.sites
     _check_plates(sites)
-    _check_masks(sites)
-    _check_guide_only(sites)
+    check_masks(sites)
+    check_guide(sites)
     unread = _unread(sites)
     nesting = max((-plate.dim for site in sites.values() for plate in site.plates), default=0)
     nesting = max(nesting, min_nesting) + extra_nesting
@@ -311,51 +323,6 @@ def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
         for name in sorted(site.scope & unread.keys() - {site.name}):
             raise missing_guide_site(name, unread[name].family, unread[name].support is not None)
     return frozenset(unread)
-
-
-def _check_masks(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
-    """A mask of the model's around a latent of the guide may read latents that the guide has."""
-    for site in sites.values():
-        lacking = sorted(name for name in site.scope if ("guide", name) not in sites)
-        if site.role == "guide" and lacking:
-            raise StructureError(
-                f"The model masks latent '{site.name}' by the value of '{lacking[0]}', which the guide lacks.",
-                hint=f"Give the guide a site '{lacking[0]}' too: it decides whether '{site.name}' exists.",
-            )
-
-
-def _check_guide_only(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
-    """A draw or factor of the guide counts in log Q with nothing beside it in the model."""
-    for site in sites.values():
-        if site.role != "guide" or ("model", site.name) in sites:
-            continue
-        if site.kind == "enumerated":
-            _warn_of_auxiliary(site)
-            continue
-        read = sorted(name for name in site.scope if name in {other.name for other in sites.values() if other.size > 1})
-        if site.kind == "observed" and read:
-            raise StructureError(
-                f"Site '{site.name}' of the guide weighs the values of latent '{read[0]}' by a factor: Q is then not "
-                "normalised, and F is no bound.",
-                hint="Put the weight into the distribution of the latent itself.",
-            )
-        if site.kind == "sampled" and not site.auxiliary:
-            warnings.warn(
-                f"The guide samples '{site.name}', which the model lacks: its log-probability counts in F with nothing "
-                "beside it. If that is meant, mark it with infer={'is_auxiliary': True}.",
-                stacklevel=2,
-            )
-
-
-def _warn_of_auxiliary(site: SiteStructure) -> None:
-    if not site.auxiliary:
-        warnings.warn(
-            f"The guide has a discrete latent '{site.name}', which the model lacks: it is summed out of the guide, and "
-            "a latent of the model that it was meant for is summed out of the model. Compare the spelling of the "
-            "names; if it is meant so, mark it with infer={'is_auxiliary': True}.",
-            VFEWarning,
-            stacklevel=2,
-        )
 
 
 def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:

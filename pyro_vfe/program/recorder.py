@@ -149,6 +149,7 @@ class Recorder(Messenger):
         self._arguments = args, kwargs
         try:
             gaps = Gaps(is_whole=self.given.__contains__, is_drawn=lambda name: name not in self.enumerated)
+            torch.clear_autocast_cache()  # It would hold weights as they were at the step before.
             with self, gaps, self.provenance or nullcontext():
                 self.returned = program(*args, **kwargs)
         except Escaped as escape:

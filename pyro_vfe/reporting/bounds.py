@@ -31,6 +31,7 @@ from pyro_vfe.energy.weight_means import (
 from pyro_vfe.errors import PlateKeptError, ScaleError, VFEError
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.dreams import Dream
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
@@ -273,6 +274,7 @@ class Bounds:
         return values.movedim(self.plates.index(self.plate), 0).flatten(1).sum(1) if values.dim() > 1 else values
 
 
+@entry_point()
 def bounds(
     model: Program,
     guide: Program | None,

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from pyro_vfe.errors import VFEError
 from pyro_vfe.learning.history import History
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import xarray
 
 
+@entry_point()
 def to_datatree(
     model: Program,
     guide: Program | None = None,

@@ -15,6 +15,7 @@ from pyro_vfe.learning.em_run import EMRun
 from pyro_vfe.learning.history import History
 from pyro_vfe.learning.rounding import SAFETY, magnitude, resolution
 from pyro_vfe.program.data import number_of_data
+from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.reporting.diagnose_history import look_at_history
 from pyro_vfe.reporting.diagnose_latents import look_at_latent, shares_of
@@ -87,6 +88,7 @@ class _Subjects:
             raise VFEError(f"diagnose was given more than one {what}.", hint="Ask for each by itself.")
 
 
+@entry_point()
 def diagnose(
     *subjects: Subject,
     gap_share: float = 0.05,

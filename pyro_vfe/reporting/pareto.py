@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyro_vfe.errors import VFEWarning
+from pyro_vfe.errors import VFEWarning, callers_level
 
 GOOD_K = 0.7
 """The largest k at which averages over weighted draws are to be trusted (Vehtari et al. 2024)."""
@@ -86,7 +86,7 @@ def warn_if_unreliable(log_weights: ArrayLike) -> float:
         "it a richer family (vfe.diagnose says where the gap is); where all latents are discrete, leave the guide out: "
         "the draws are then from the exact posterior.",
         VFEWarning,
-        stacklevel=3,
+        stacklevel=callers_level(),
     )
     return k
 
