@@ -19,6 +19,7 @@ from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Layout, Program, SiteStructure
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.unobserved import observes_nothing
 from pyro_vfe.program.variation import with_variations
 
 _SHOWN_STEPS = 40
@@ -43,11 +44,16 @@ class Explanation:
         return max(self.layout.sites.values(), key=self._entries)
 
     def __str__(self) -> str:
+        if not self.layout.sites:
+            return "The programs have no sample sites."
         site = self.largest_site
         size = 8 * self._entries(site)
         portioning = self.layout.portioning
         parts = [
             _shortened("\n".join(_aligned([_HEADER, *(_row(s, self.layout) for s in self.layout.sites.values())]))),
+            "the model observes nothing: log p(u) = 0, and the guide's F is KL(Q || P)"
+            if observes_nothing(self.layout)
+            else "",
             f"largest site table: '{site.name}' of the {site.role}, {self._cost(size)}",
             ""
             if portioning is None
@@ -148,6 +154,8 @@ def _handled(site: SiteStructure, layout: Layout) -> str:
     in_model = ("model", site.name) in layout.sites
     if site.kind == "observed":
         return f"observed ({site.family})"
+    if site.kind == "unread":
+        return f"read by nothing: it integrates to 1 ({site.family})"
     if site.kind == "sampled":
         return f"drawn ({site.family})"
     where = "under the guide" if in_guide and in_model else "inside the guide" if in_guide else "inside the model"

@@ -132,6 +132,7 @@ class FreeEnergy(ELBO):
             check=check,
             max_bytes=max_bytes,
             min_nesting=0 if math.isinf(nesting) else int(nesting),
+            needs_data=True,
         )
 
     @entry_point()

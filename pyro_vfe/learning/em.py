@@ -134,7 +134,7 @@ class EM:
         self._fixed = frozenset((fixed,) if isinstance(fixed, str) else fixed)
         self._floor = floor
         self._max_bytes = max_bytes
-        self._programs = Programs(check=check, max_bytes=max_bytes, pin_masked=True)
+        self._programs = Programs(check=check, max_bytes=max_bytes, pin_masked=True, needs_data=True)
         self._parameters = Parameters()
         self._watched_model = self._parameters.watched(model, "model")
         self._watched_guide = self._parameters.watched(own_guide, "guide")

@@ -37,6 +37,7 @@ from pyro_vfe.program.runs import enumerate_programs, tables_at
 from pyro_vfe.program.sharing import Unshareable
 from pyro_vfe.program.singular import other_leaves, singular_tables, with_sound_gradients
 from pyro_vfe.program.spot_check import agrees_at_random, spot_check
+from pyro_vfe.program.unobserved import warn_of_no_data
 from pyro_vfe.program.variation import with_variations
 
 Check = Literal["first", "always", False]
@@ -76,6 +77,7 @@ class Programs:
         max_bytes: float | None = None,
         min_nesting: int = 0,
         pin_masked: bool = False,
+        needs_data: bool = False,
     ) -> None:
         """Args:
         check: When enumerated tables are compared with ordinary runs: at the first call for a pair and where it does
@@ -83,11 +85,13 @@ class Programs:
         max_bytes: The most that one table may take; half of the free memory by default.
         min_nesting: Batch dims to reserve for plates even where the programs use fewer.
         pin_masked: Whether a latent that only the model has does not exist where it is masked (`enumerate_programs`).
+        needs_data: Whether to say of a model that it observes nothing.
         """
         self.check = check
         self.max_bytes = max_bytes
         self.min_nesting = min_nesting
         self.pin_masked = pin_masked
+        self.needs_data = needs_data
         self._pairs: OrderedDict[_PairKey, _Pair] = OrderedDict()
         self._identities, self._news = Identities(), News()
 
@@ -235,6 +239,8 @@ class Programs:
             raise (_explained(error, call) or _cannot_broadcast(error)) from error
         warn_of_priors(enumeration, layout)
         counters.told(call.before.runs)
+        if self.needs_data:
+            warn_of_no_data(call.model, layout, call.kwargs)
         self._pairs[call.key] = _Pair(layout, enumeration.lost, call.before.to_keep, shares, paths)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)

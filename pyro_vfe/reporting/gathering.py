@@ -83,7 +83,7 @@ class Gatherer:
 
     def __post_init__(self) -> None:
         self._parameters = Parameters()
-        self._programs = Programs(max_bytes=self.max_bytes)
+        self._programs = Programs(max_bytes=self.max_bytes, needs_data=True)
         self._watched = self._parameters.watched(self.model, "model")
 
     @torch.no_grad()
