@@ -385,7 +385,7 @@ def weighed_guide_of_data(data: Tensor) -> None:
 
 
 def _machine(model: Program, guide: Program) -> Machine:
-    return Machine(model, guide, check="first", max_bytes=None, on_cost="raise")
+    return Machine(model, guide, check="first", max_bytes=None, on_cost="raise", weighs_data=False)
 
 
 def test_wake_phases_learn_the_weight_of_data() -> None:

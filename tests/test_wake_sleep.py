@@ -369,7 +369,7 @@ def test_a_sleep_phase_follows_the_gradient_over_all_dreams() -> None:
 
 def test_the_loss_of_given_dreams_averages_to_the_expectation_over_all_of_them() -> None:
     expected, _ = expected_sleep_gradient()
-    machine = Machine(small, small_guide, check="first", max_bytes=None, on_cost="raise")
+    machine = Machine(small, small_guide, check="first", max_bytes=None, on_cost="raise", weighs_data=False)
     sleep = Sleep(machine, 1, None, 1.0)
     prior, emission = pyro.param("v_probs").detach(), pyro.param("u_probs").detach()
     loss = torch.zeros(())

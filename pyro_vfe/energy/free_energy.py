@@ -133,6 +133,7 @@ class FreeEnergy(ELBO):
             max_bytes=max_bytes,
             min_nesting=0 if math.isinf(nesting) else int(nesting),
             needs_data=True,
+            weighs_data=gradient == "vimco",
         )
 
     @entry_point()

@@ -55,7 +55,7 @@ class Sampler:
     subsamples: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._programs = Programs(check=self.check, max_bytes=self.max_bytes)
+        self._programs = Programs(check=self.check, max_bytes=self.max_bytes, weighs_data=True)
         self._guide = DrawnGuide(self.guide)
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class Sampler:
         self._guide.values, self._guide.summed = values or {}, frozenset()
         guide, model = ordinary_sites(self.model, self._guide, self.args, self.kwargs, self.subsamples)
         self._guide.summed = of_the_guide_alone(guide, model)
-        drawn = {name: site.value for name, site in guide.items() if site.kind == "sampled"}
+        drawn = {name: site.value for name, site in guide.items() if is_random(site)}
         self._guide.values = {name: value for name, value in drawn.items() if name not in self._guide.summed}
         try:
             return self._enumerated(1)

@@ -129,7 +129,8 @@ def _chain_written_out(variable: VariableShape) -> PlateError:
     return PlateError(
         f"Site '{variable.name}' is a chain along plate '{variable.chain}', and latents tie that plate's elements to"
         " another plate's, so the chain would have to be written out.",
-        hint="Write the chain as a Python loop, or move the latents that cross it.",
+        hint="Write the chain as a Python loop, or move the latents that cross it; where the guide has the chain, give "
+        "it these latents too.",
     )
 
 

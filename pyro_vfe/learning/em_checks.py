@@ -23,7 +23,7 @@ _ALIKE = 1e-9
 
 _POINT_OR_POSTERIOR = (
     "For its most probable value (MAP) give EM a guide with a point estimate of it: "
-    "pyro.infer.autoguide.AutoDelta(pyro.poutine.block(model, expose=['{name}'])). For a posterior over it use SVI: "
+    "pyro.infer.autoguide.AutoDelta(pyro.poutine.block(model, expose={names})). For a posterior over it use SVI: "
     "pyro.infer.SVI(model, guide, optim, loss=vfe.FreeEnergy())."
 )
 
@@ -40,7 +40,7 @@ def first_enumeration(pair: Pair) -> Enumeration:
     try:
         return pair.enumerate()
     except MissingGuideSiteError as error:
-        hint = _POINT_OR_POSTERIOR.replace("{name}", error.site)
+        hint = _POINT_OR_POSTERIOR.replace("{names}", f"['{error.site}']")
         raise MissingGuideSiteError(error.latent, site=error.site, hint=hint) from error
 
 
@@ -219,8 +219,16 @@ def _check_draws(enumeration: Enumeration) -> None:
             raise UnenumerableError(
                 f"The guide draws latent site '{site.name}' at random, from {family}: EM sums latents out or sets "
                 "them to a point, and does not sample.",
-                hint=_POINT_OR_POSTERIOR.replace("{name}", site.name),
+                hint=_POINT_OR_POSTERIOR.replace("{names}", str(_drawn_latents(enumeration))),
             )
+
+
+def _drawn_latents(enumeration: Enumeration) -> list[str]:
+    """The model's latents that the guide draws, or makes from a draw that the model lacks, as Pyro's autoguides do."""
+    drawn = {site.name for site in enumeration.sites.values() if site.role == "guide" and is_random(site)}
+    points = [site.name for site in enumeration.sites.values() if site.role == "guide" and site.kind == "sampled"]
+    both = [name for name in points if ("model", name) in enumeration.sites]
+    return [name for name in both if not drawn.isdisjoint(enumeration.reads["model", name])]
 
 
 def _check_subsamples(enumeration: Enumeration) -> None:

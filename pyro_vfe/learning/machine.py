@@ -22,7 +22,7 @@ from pyro_vfe.program.drawing_runs import Handled, IsEnumerable, Look, log_prob_
 from pyro_vfe.program.keeping import AsGiven
 from pyro_vfe.program.layout import Program, lay_out
 from pyro_vfe.program.masks import mask_guide
-from pyro_vfe.program.parameters import Strangers, stored_tensors, two_of_one_name
+from pyro_vfe.program.parameters import Strangers, naming_nan, stored_tensors, two_of_one_name
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import Recorder, Site
@@ -34,7 +34,14 @@ class Machine:
     """A generative and a recognition model; their parameters live in Pyro's store."""
 
     def __init__(
-        self, model: Program, guide: Program, *, check: Check, max_bytes: float | None, on_cost: OnCost
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        check: Check,
+        max_bytes: float | None,
+        on_cost: OnCost,
+        weighs_data: bool,
     ) -> None:
         """Args:
         model: The generative model.
@@ -42,6 +49,7 @@ class Machine:
         check: When enumerated tables are compared with ordinary runs.
         max_bytes: The most memory that tables may take.
         on_cost: What to do where summing all latents out would not fit: raise, or sample as many as it takes.
+        weighs_data: Whether each datum's draws have importance weights of their own.
         """
         self.theta: set[str] = set()
         """The names of the parameters that the model has read."""
@@ -61,7 +69,7 @@ class Machine:
         self.guide_at_dreams = Handled(guide, self.read_by_guide, hides=own, strangers=strangers)
         self.reads: Reads = {}
         """What the log-probability of each site depends on."""
-        self.programs = Programs(check=check, max_bytes=max_bytes)
+        self.programs = Programs(check=check, max_bytes=max_bytes, weighs_data=weighs_data)
         self.as_given = AsGiven()
         """Runs the programs where nothing is enumerated."""
         self._drawing = Drawing(on_cost)
@@ -91,7 +99,11 @@ class Machine:
         """
         if self._enumerates is not None:
             return
-        with undisturbed_randomness(), unchanged_buffers(self.model, self.held_guide):
+        with (
+            undisturbed_randomness(),
+            unchanged_buffers(self.model, self.held_guide),
+            naming_nan(self.given_model, self.given_guide),
+        ):
             layout = lay_out(self.model, self.held_guide, args, kwargs)
         if not any(site.role == "guide" for site in layout.sites.values()):
             raise no_recognition_model("a guide that samples nothing")

@@ -131,7 +131,8 @@ class WakeSleep:
         _check_options(guide, num_particles, num_dreams, insomnia)
         self.model = model
         self.guide = guide
-        self._machine = Machine(model, guide, check=check, max_bytes=max_bytes, on_cost=on_cost)
+        options: dict[str, Any] = {"check": check, "max_bytes": max_bytes, "on_cost": on_cost}
+        self._machine = Machine(model, guide, **options, weighs_data=reweighted)
         self._optims = optim_model, optim_guide
         self._both = Both(*self._optims, self._machine) if reweighted and insomnia > 0 else None
         awake = (

@@ -21,8 +21,8 @@ WORKING = 6
 """Tables that stand beside each site's own while it is summed: costs, weights, their products, gradients."""
 
 TOO_LARGE = (
-    "Let the site depend on fewer latents, sample some of them (infer={'enumerate': None} and a guide site of that "
-    'name, or vfe.FreeEnergy(on_cost="sample") with a guide that has them all), or raise max_bytes.'
+    "Let the site depend on fewer latents, sample some of them (guide sites of their names with infer={'enumerate': "
+    'None}, or vfe.FreeEnergy(on_cost="sample") with a guide that has them all), or raise max_bytes.'
 )
 
 
@@ -73,7 +73,8 @@ def within_limit(layout: Layout, max_bytes: float | None) -> Layout:
         return replace(layout, room=limit / max(1, needed))
     portions = [found for plate in _separable_plates(layout) if (found := _portioning(plate, layout, limit))]
     layout = replace(layout, portioning=max(portions, key=lambda found: found.length, default=None), room=1.0)
-    _check_each(layout, limit)
+    # Who names a limit names that of tables alone; otherwise what stands beside them has to fit, too.
+    _check_each(layout, limit if max_bytes is not None else limit / WORKING)
     return layout
 
 

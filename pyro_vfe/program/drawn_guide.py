@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import first_look
+from pyro_vfe.program.parameters import naming_nan
 from pyro_vfe.program.recorder import Recorder, Site, record_both
 from pyro_vfe.program.supports import is_enumerable
 
@@ -71,7 +72,7 @@ def ordinary_sites(
         subsamples: Subsample indices by plate name, to use instead of new ones.
     """
 
-    with first_look((guide, model), args, kwargs):
+    with naming_nan(model, guide), first_look((guide, model), args, kwargs):
         first, second = record_both(
             model,
             guide,

@@ -27,6 +27,7 @@ from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import Arguments, check, first_look, prepare
 from pyro_vfe.program.masking import unmasked
+from pyro_vfe.program.parameters import naming_nan
 from pyro_vfe.program.recorder import Site, is_computed, plates_around
 from pyro_vfe.program.returned import check_returned
 
@@ -124,7 +125,8 @@ def dreamt(
         dream_to_args: Makes the programs' arguments of a dream where names do not tell.
     """
     run = _Dreamer((args, kwargs))
-    with torch.no_grad(), first_look((model,), args, kwargs), run, Gaps(is_whole=lambda name: True):
+    look = first_look((model,), args, kwargs)
+    with torch.no_grad(), naming_nan(signed), look, run, Gaps(is_whole=lambda name: True):
         returned = model(*args, **kwargs)
     check_returned({**run.latents, **run.observed}, returned, is_guide=False)
     observations = {name: site.value for name, site in run.observed.items()}

@@ -40,6 +40,8 @@ def ran_twice(run: Callable[[Provenance], Sites], provenance: Callable[[], Prove
         if not first.kept.has_writes:
             break
         state = random_state()
+        for holder in (before, *sites.values()):  # An argument may be a site's datum itself.
+            second.kept.add(holder)
         with torch.enable_grad(), second.kept.saving():
             again = run(second)
         second.finish()

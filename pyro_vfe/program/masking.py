@@ -40,6 +40,14 @@ def without_mask(fn: Any, mask: Tensor | bool | None) -> tuple[Any, Tensor | boo
     return fn, None if mask is True else mask
 
 
+def mask_of_elements(fn: Any) -> Tensor | bool | None:
+    """The mask of single elements of one event, `fn.mask(mask).to_event(1)`; None where there is none."""
+    inner, mask = without_mask(fn, None)[0], None
+    while type(inner).__name__ in ("Independent", "ExpandedDistribution"):
+        inner, mask = without_mask(inner.base_dist, mask)
+    return mask
+
+
 def hand_over_masks(sites: "Mapping[tuple[Role, str], Site]") -> None:
     """Gives latents of the guide the masks that the model alone has around them: where they hold, both exist.
 

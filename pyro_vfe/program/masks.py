@@ -17,7 +17,7 @@ from pyro_vfe.errors import ScaleError, StructureError, VFEWarning
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout
-from pyro_vfe.program.masking import Pin, hand_over_masks, unmasked
+from pyro_vfe.program.masking import Pin, hand_over_masks, mask_of_elements, unmasked
 from pyro_vfe.program.recorder import Kind, Role, Site
 from pyro_vfe.program.tables import Labeller, over_dims
 
@@ -119,6 +119,13 @@ def mask_guide(sites: Mapping[SiteKey, Site]) -> None:
         mask, guide_mask = unmasked(site)[1], unmasked(guide_site)[1]
         if guide_mask is not None and not _same_mask(mask, guide_mask):
             raise _masked_differently(name)
+        if not _same_mask(mask_of_elements(site.fn), mask_of_elements(guide_site.fn)):
+            raise ScaleError(
+                f"Site '{name}' is one event, of which a mask hides other elements in the guide than in the model: F "
+                "would count the one's and not the other's.",
+                hint="Mask the same elements in both programs; or give them a plate in place of to_event, with "
+                "poutine.mask around them in the model.",
+            )
         is_made = type(guide_site.fn).__name__ == "Delta" and mask is not None and guide_mask is None
         if is_made and any(s.auxiliary and s.role == "guide" for s in sites.values()):
             raise ScaleError(

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_vfe.errors import NameClashError
+from pyro_vfe.errors import NameClashError, NotFiniteError, VFEError
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import check, prepare
 from pyro_vfe.program.recorder import Role
@@ -219,6 +219,43 @@ def two_of_one_name(names: Iterable[str]) -> NameClashError:
         hint='Give the modules names, `super().__init__("guide")` in a PyroModule, or their parts different ones; '
         "where the store holds parameters of earlier modules, start with fresh=True (EM, fit, WakeSleep), or call "
         "pyro.clear_param_store() first.",
+    )
+
+
+@contextmanager
+def naming_nan(*programs: Program) -> Iterator[None]:
+    """Says which parameters hold NaN where a distribution refuses them.
+
+    Args:
+        *programs: What runs.
+
+    Raises:
+        NotFiniteError: In place of a distribution's own error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        explanation = None if isinstance(error, VFEError) else nan_explained(error, *programs)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def nan_explained(error: Exception, *programs: Program) -> NotFiniteError | None:
+    """Returns what is to be said in place of an error that parameters cause which hold NaN; None where none does.
+
+    Args:
+        error: What a distribution or an operation said.
+        *programs: What ran.
+    """
+    names = nan_parameters(*programs)
+    return (
+        NotFiniteError(
+            f"The parameters {', '.join(names)} hold NaN ({str(error).splitlines()[0]}).",
+            hint="Set them to finite values (a smaller learning rate keeps them there); this step changed nothing.",
+        )
+        if names
+        else None
     )
 
 

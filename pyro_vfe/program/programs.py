@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyro_vfe.engine.factors import Factor
-from pyro_vfe.errors import NotFiniteError, StructureError, SupportError, VFEError
+from pyro_vfe.errors import StructureError, SupportError, VFEError
 from pyro_vfe.program.agreement import check_reads
 from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
@@ -30,7 +30,7 @@ from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.left_over import stale_parameter
 from pyro_vfe.program.masks import warn_of_priors
 from pyro_vfe.program.operations import KnownPaths
-from pyro_vfe.program.parameters import nan_parameters
+from pyro_vfe.program.parameters import naming_nan, nan_explained
 from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at
@@ -78,6 +78,7 @@ class Programs:
         min_nesting: int = 0,
         pin_masked: bool = False,
         needs_data: bool = False,
+        weighs_data: bool = False,
     ) -> None:
         """Args:
         check: When enumerated tables are compared with ordinary runs: at the first call for a pair and where it does
@@ -86,12 +87,14 @@ class Programs:
         min_nesting: Batch dims to reserve for plates even where the programs use fewer.
         pin_masked: Whether a latent that only the model has does not exist where it is masked (`enumerate_programs`).
         needs_data: Whether to say of a model that it observes nothing.
+        weighs_data: Whether each datum's draws have importance weights of their own.
         """
         self.check = check
         self.max_bytes = max_bytes
         self.min_nesting = min_nesting
         self.pin_masked = pin_masked
         self.needs_data = needs_data
+        self.weighs_data = weighs_data
         self._pairs: OrderedDict[_PairKey, _Pair] = OrderedDict()
         self._identities, self._news = Identities(), News()
 
@@ -113,7 +116,7 @@ class Programs:
         Raises:
             CostError: A table would not fit.
         """
-        with undisturbed_randomness(), unchanged_buffers(model, guide):
+        with undisturbed_randomness(), unchanged_buffers(model, guide), naming_nan(model, guide):
             layout = lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
             if not fits_at_once(layout, self.max_bytes):
                 layout = with_variations(layout, model, guide, args, kwargs)
@@ -147,7 +150,7 @@ class Programs:
             StructureError: The programs' structure changes from run to run.
             SpotCheckError: The enumerated tables differ from an ordinary run.
         """
-        options = given or {}, subsamples or {}, particles, differentiable, self.pin_masked
+        options = given or {}, subsamples or {}, particles, differentiable, self.pin_masked, self.weighs_data
         key = self._identities.of(model), self._identities.of(guide), particles > 1
         call = _Call(key, model, guide, args, kwargs, *options)
         known = self._pairs.get(key)
@@ -281,6 +284,7 @@ class _Call:
     particles: int
     differentiable: bool
     pin_masked: bool
+    weighs_data: bool
     before: Buffers = field(default_factory=Buffers)
     """The buffers of modules as they were before the call."""
     chance: list[Tensor] = field(default_factory=list)
@@ -331,7 +335,8 @@ class _Call:
         with undisturbed_randomness(), self.before.again():
             self.chance[:] = self.chance or random_state()
             set_random_state(self.chance)
-            return spot_check(*self._in_particles(layout), self.args, self.kwargs, layout, enumeration, share=share)
+            own = (*self._in_particles(layout), self.args, self.kwargs)
+            return spot_check(*own, layout, enumeration, share=share, weighs_data=self.weighs_data)
 
     def agrees(self, known: _Pair, enumeration: Enumeration, state: list[Tensor]) -> bool:
         """Whether one ordinary run agrees with an enumerated one that was made in a random state."""
@@ -354,13 +359,8 @@ def _explained(error: Exception, call: _Call) -> VFEError | None:
     """For what a distribution or an operation says of parameters that are NaN, or of another shape: which they are."""
     if isinstance(error, VFEError) and not isinstance(error, SupportError):
         return None
-    names = nan_parameters(call.model, call.guide) if isinstance(error, ValueError) else []
-    if not names:
-        return stale_parameter((call.guide, call.model), call.args, call.kwargs)
-    return NotFiniteError(
-        f"The parameters {', '.join(names)} hold NaN ({str(error).splitlines()[0]}).",
-        hint="Set them to finite values (a smaller learning rate keeps them there); this step changed nothing.",
-    )
+    found = nan_explained(error, call.model, call.guide) if isinstance(error, ValueError) else None
+    return found or stale_parameter((call.guide, call.model), call.args, call.kwargs)
 
 
 def _cannot_broadcast(error: Exception) -> StructureError:

@@ -18,7 +18,7 @@ from pyro_vfe.engine.logspace import times
 from pyro_vfe.engine.lookup import read, read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.chain_gaps import closing
-from pyro_vfe.program.enumeration import Enumeration, Portions, SiteKey
+from pyro_vfe.program.enumeration import Enumeration, Portions, SiteKey, is_random
 from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
@@ -56,6 +56,7 @@ def spot_check(
     seen: Enumeration,
     *,
     share: bool = False,
+    weighs_data: bool = False,
 ) -> frozenset[str]:
     """Compares each site's enumerated log-probability with an ordinary run's at joint assignments from a random start.
 
@@ -67,6 +68,7 @@ def spot_check(
         layout: Where each latent went.
         seen: An enumeration of the same programs; its draws and subsamples are used again.
         share: Whether it shared equal computations.
+        weighs_data: Whether each datum's draws have importance weights of their own.
 
     Returns:
         The latents whose values meet in some operation.
@@ -77,7 +79,7 @@ def spot_check(
     mixing = Mixing(layout.dims, layout.sizes)
     for attempt in range(_MOST_ATTEMPTS):
         if attempt == 0 or mixing.draws:  # Masks of dropout, say, may be alike for all values by chance.
-            _check(model, guide, args, kwargs, layout, seen, share, mixing)
+            _check(model, guide, args, kwargs, layout, seen, share, weighs_data, mixing)
     return frozenset(mixing.mixed)
 
 
@@ -89,6 +91,7 @@ def _check(
     layout: Layout,
     seen: Enumeration,
     share: bool,
+    weighs_data: bool,
     mixing: Mixing,
 ) -> None:
     state = random_state()
@@ -104,7 +107,9 @@ def _check(
         set_random_state(state)
         return _Round(assignment, *_ordinary_run(model, guide, args, kwargs, enumeration, assignment, given, layout))
 
-    check_elements(enumeration, lambda changed: run(0, {**draws, **changed})[1:])
+    # A point that an autoguide computes from a draw follows it.
+    made = {name: value for name, value in draws.items() if is_random(seen.sites["guide", name])}
+    check_elements(enumeration, lambda changed: run(0, {**made, **changed})[1:], weighs_data)
     if enumeration.portions is None:
         for number in range(plan.rounds):
             _compare(enumeration, run(number))
@@ -303,6 +308,9 @@ def _ordinary_run(
         own_value(site)
 
     def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        if name not in assignment:
+            point: Tensor = fn.sample()
+            return point
         index = over_dims(assignment[name], plates)
         return enumeration.supports[name][index.to(enumeration.supports[name].device)]
 

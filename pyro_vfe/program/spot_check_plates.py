@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import SpotCheckError
-from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
+from pyro_vfe.program.data import data_of
+from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey, is_random
 from pyro_vfe.program.recorder import Site
 
 Ordinary = tuple[Mapping[SiteKey, Site], Mapping[SiteKey, Tensor]]
@@ -23,17 +24,20 @@ _MOST_TRIES = 8
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
-def check_elements(enumeration: Enumeration, ordinary: Callable[[Mapping[str, Tensor]], Ordinary]) -> None:
+def check_elements(
+    enumeration: Enumeration, ordinary: Callable[[Mapping[str, Tensor]], Ordinary], weighs_data: bool
+) -> None:
     """Draws some elements of each plate anew, and looks whether the others notice.
 
     Args:
         enumeration: Programs with draws.
         ordinary: Runs the programs again, with other values of some draws.
+        weighs_data: Whether each datum's draws have importance weights of their own: then all kinds of draws count.
 
     Raises:
         SpotCheckError: Some site reads draws of other elements of its plate.
     """
-    for plate, names in sorted(_drawn_inside(enumeration).items()):
+    for plate, names in sorted(_drawn_inside(enumeration, weighs_data).items()):
         sites, before = ordinary({})
         drawn = {name: sites["guide", name] for name in names if ("guide", name) in sites}
         for changed in _some(enumeration.plates[plate]):
@@ -45,13 +49,18 @@ def check_elements(enumeration: Enumeration, ordinary: Callable[[Mapping[str, Te
                         raise _reads_others(site, plate, sorted(names))
 
 
-def _drawn_inside(enumeration: Enumeration) -> dict[str, set[str]]:
+def _drawn_inside(enumeration: Enumeration, weighs_data: bool) -> dict[str, set[str]]:
     """For each plate the draws that nothing reads from outside of it."""
+    inside = [(plate, name) for name in enumeration.draws for plate in enumeration.variables[name].plates]
+    if weighs_data:
+        data = data_of(enumeration.sites, enumeration.reads, enumeration.supports.keys() - enumeration.guided)
+        plates = {plate for kind in data.kinds for plate in kind.axes}
+        drawn = [site for (role, _), site in enumeration.sites.items() if role == "guide" and is_random(site)]
+        inside += [(plate, site.name) for site in drawn for plate in plates & site.plate_names]
     found: dict[str, set[str]] = {}
-    for name in enumeration.draws:
-        for plate in enumeration.variables[name].plates - {PARTICLES}:
-            if enumeration.plates[plate] > 1:
-                found.setdefault(plate, set()).add(name)
+    for plate, name in inside:
+        if plate != PARTICLES and enumeration.plates[plate] > 1:
+            found.setdefault(plate, set()).add(name)
     return found
 
 
@@ -62,7 +71,7 @@ def _some(size: int) -> Iterator[Tensor]:
     yield ~even
     if size > 2:
         order = torch.randperm(size)
-        yield order < size // 2
+        yield order < (size + 1) // 2
         yield order == 0
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Independent
 
-from pyro_vfe.errors import CostError, SupportError, UnenumerableError
+from pyro_vfe.errors import CostError, ScaleError, SupportError, UnenumerableError
+from pyro_vfe.program.masking import mask_of_elements
 
 MAX_VALUES = 2**20
 """A site with more joint values than this is never listed."""
@@ -71,7 +72,7 @@ def finite_support(fn: Any, name: str) -> Tensor:
     except NotImplementedError as error:
         raise UnenumerableError(
             f"Latent site '{name}' is {type(fn).__name__}, whose elements differ in their support ({error}).",
-            hint="Give the elements one support, or sample the site: infer={'enumerate': None}.",
+            hint="Give the elements one support, or let the guide draw the site: infer={'enumerate': None} there.",
         ) from error
     return values.reshape(values.shape[:1] + fn.event_shape)
 
@@ -119,17 +120,22 @@ def _event_part(fn: Independent) -> torch.Size:
 
 
 def _product_support(fn: Independent, name: str) -> Tensor:
-    elements = _event_part(fn)
-    size = support_size(fn)
+    mask = mask_of_elements(fn)
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ScaleError(
+            f"Latent site '{name}' is one event, of which a mask hides some elements: their values would be summed as "
+            "if each had probability 1.",
+            hint="Give the elements a plate in place of to_event, with poutine.mask around them.",
+        )
+    elements, base = _event_part(fn), finite_support(fn.base_dist, name)
+    size = len(base) ** math.prod(elements)
     if size > MAX_VALUES:
         raise CostError(
-            f"Latent site '{name}' has {size:.3g} joint values ({support_size(fn.base_dist)} to the power "
-            f"{math.prod(elements)}).",
-            hint="Give its elements a plate of their own instead of to_event, or sample it: "
-            "infer={'enumerate': None} and a site of that name in the guide, or vfe.FreeEnergy(on_cost=\"sample\").",
+            f"Latent site '{name}' has {len(base)} to the power {math.prod(elements)} joint values.",
+            hint="Give its elements a plate of their own instead of to_event, or let a guide draw it: a site of that "
+            "name there with infer={'enumerate': None}, or vfe.FreeEnergy(on_cost=\"sample\").",
             sites=(name,),
         )
-    base = finite_support(fn.base_dist, name)
     count = math.prod(elements)
     index = torch.arange(size, device=base.device)
     powers = len(base) ** torch.arange(count - 1, -1, -1, device=base.device)
