@@ -13,7 +13,15 @@ from torch.distributions import constraints
 
 import pyro_vfe as vfe
 from pyro_vfe.engine import cost
-from pyro_vfe.errors import CostError, NotFiniteError, ScaleError, SpotCheckError, StructureError, UnenumerableError
+from pyro_vfe.errors import (
+    CostError,
+    NotFiniteError,
+    PlateError,
+    ScaleError,
+    SpotCheckError,
+    StructureError,
+    UnenumerableError,
+)
 
 POINTS = torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64)
 KNOWN = torch.tensor([True, True, False])
@@ -345,3 +353,79 @@ def test_bernoulli_and_categorical_of_two_have_the_same_values() -> None:
     q, prior = torch.tensor([0.6, 0.4]), torch.tensor([0.7, 0.3])
     joint = prior.log() + dist.Normal(torch.tensor([0.0, 1.0]), 1.0).log_prob(torch.tensor(1.0))
     torch.testing.assert_close(vfe.FreeEnergy().loss(model, guide), (q * (q.log() - joint)).sum().item())
+
+
+# Advice that led to another error.
+
+
+def crossing(u: Tensor) -> None:
+    across, down = pyro.plate("across", 2, dim=-1), pyro.plate("down", 2, dim=-2)
+    with across:
+        x = pyro.sample("x", dist.Bernoulli(0.3))
+    with down:
+        y = pyro.sample("y", dist.Bernoulli(0.3))
+    with across, down:
+        pyro.sample("u", dist.Normal(x + y, 1.0), obs=u)
+
+
+def guide_across(u: Tensor) -> None:
+    with pyro.plate("across", 2, dim=-1):
+        pyro.sample("x", dist.Bernoulli(0.4))
+
+
+def test_shares_of_plates_that_cross_are_refused_and_the_whole_gap_is_there() -> None:
+    terms = vfe.FreeEnergy().decompose(crossing, guide_across, torch.ones(2, 2))
+    with pytest.raises(StructureError, match="ask for the whole gap"):
+        terms.gap_by_site()
+    assert terms.gap > 0
+
+
+def chains(u: Tensor) -> None:
+    initial, transition = torch.ones(2) / 2, torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    time, sequences = pyro.plate("time", 4, dim=-1), pyro.plate("sequences", 3, dim=-2)
+    with time:
+        shared = pyro.sample("shared", vfe.MarkovChain(initial, transition))
+    with sequences, time:
+        own = pyro.sample("own", vfe.MarkovChain(initial, transition))
+        pyro.sample("u", dist.Normal(own + shared, 1.0), obs=u)
+
+
+def guide_of_the_shared_chain(infer: dict[str, Any]) -> Callable[[Tensor], None]:
+    def guide(u: Tensor) -> None:
+        with pyro.plate("time", 4, dim=-1):
+            pyro.sample("shared", vfe.MarkovChain(torch.ones(2) / 2, torch.ones(2, 2) / 2), infer=infer)
+
+    return guide
+
+
+def test_a_chain_that_sequences_share_is_drawn_where_the_guide_marks_it() -> None:
+    u = torch.ones(3, 4)
+    with pytest.raises(PlateError, match=r"let the guide draw one of them \(infer=\{'enumerate': None\}\)"):
+        vfe.FreeEnergy().loss(chains, no_guide, u)
+    with pytest.raises(PlateError):
+        vfe.FreeEnergy().loss(chains, guide_of_the_shared_chain({}), u)
+    assert vfe.FreeEnergy().loss(chains, guide_of_the_shared_chain(DRAWN), u) > 0
+
+
+def test_a_summed_chain_of_the_guide_goes_on_from_the_states_that_are_known() -> None:
+    initial, transition = torch.ones(2) / 2, torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    states, known = torch.tensor([0, 1, 1]), torch.tensor([True, False, False])
+    rates, u = torch.tensor([1.0, 5.0]), torch.tensor([1.0, 4.0, 2.0])
+
+    def model() -> None:
+        with pyro.plate("time", 3):
+            z = pyro.sample("z", vfe.MarkovChain(initial, transition), obs=states, obs_mask=known)
+            pyro.sample("u", dist.Poisson(rates[z]), obs=u)
+
+    def guide() -> None:
+        with pyro.plate("time", 3):
+            pyro.sample("z_unobserved", vfe.MarkovChain(initial, torch.tensor([[0.5, 0.5], [0.4, 0.6]])))
+
+    expected = torch.tensor(0.0)
+    for one in range(2):
+        for two in range(2):
+            q = 0.5 * torch.tensor([[0.5, 0.5], [0.4, 0.6]])[one, two]  # from state 0, which is known
+            path = torch.tensor([0, one, two])
+            steps = initial[0].log() + transition[0, one].log() + transition[one, two].log()
+            expected = expected + q * (q.log() - steps - dist.Poisson(rates[path]).log_prob(u).sum())
+    torch.testing.assert_close(vfe.FreeEnergy().loss(model, guide), expected.item())

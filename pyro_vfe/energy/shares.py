@@ -45,7 +45,7 @@ def gap_shares(enumeration: Enumeration, max_bytes: float | None = None) -> dict
     if graph.variables.keys() - enumeration.variables.keys():
         raise StructureError(
             "The gap has no shares by site here: latents that only the model has tie the elements of a plate together.",
-            hint="Give the guide those latents too.",
+            hint="Give the guide those latents too, unless their plates cross its own; or ask for the whole gap.",
         )
     costs: list[Factor] = []
     weights: dict[str, Table] = {}

@@ -191,5 +191,5 @@ def _check_member(start: VariableShape, member: VariableShape, is_chain: bool, k
         raise PlateError(
             f"The chain '{start.name}' in the plates {sorted(start.plates)} is tied to '{member.name}' in the plates"
             f" {sorted(member.plates)}: all elements of the plates they do not share would form one state.",
-            hint="Put both in the same plates, or sample one of them in the guide.",
+            hint="Put both in the same plates, or let the guide draw one of them (infer={'enumerate': None}).",
         )

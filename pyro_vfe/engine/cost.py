@@ -126,7 +126,8 @@ def check_cost(
     raise CostError(
         f"Summing the latents out exactly needs {readable_bytes(needed)}, above the limit of {readable_bytes(limit)}."
         f" The largest table is over {_listed(largest.scope)}: {readable_bytes(itemsize * largest.entries)}.",
-        hint="Sample one of these sites in the guide, coarsen its support, subsample a plate, or raise max_bytes.",
+        hint="Let the guide draw one of these sites (infer={'enumerate': None}), coarsen its support, subsample a "
+        "plate, or raise max_bytes.",
         sites=largest.scope,
         excess=needed / limit if limit else 1.0,
     )

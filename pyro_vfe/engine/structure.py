@@ -141,6 +141,7 @@ def _guard(structure: Structure, unrolling: Unrolling, touched: list[bool]) -> N
         raise CostError(
             f"The sites {sites[:8]} are tied across the elements of plate '{unrolling.plate}', so its"
             f" {unrolling.size} elements would have to be written out: {count:,} factors.",
-            hint="Make the plate smaller, or sample one of the sites that ties its elements together in the guide.",
+            hint="Make the plate smaller, or let the guide draw one of the sites that ties its elements together "
+            "(infer={'enumerate': None}).",
             sites=sites,
         )

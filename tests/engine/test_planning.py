@@ -115,7 +115,9 @@ def clique(size: int, states: int) -> FactorGraph:
 
 @pytest.mark.parametrize("decide", [eliminate, log_normalizer, mode])
 def test_a_clique_of_forty_raises_before_anything_is_allocated(decide: type[object]) -> None:
-    with pytest.raises(CostError, match=r"largest table is over 'v_.* PiB.* Sample one of these sites|largest table"):
+    with pytest.raises(
+        CostError, match=r"largest table is over 'v_.* PiB.* Let the guide draw one of these sites|largest table"
+    ):
         decide(clique(40, 3))
 
 
