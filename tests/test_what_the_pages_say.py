@@ -1,5 +1,7 @@
 """Sentences of the pages, each run: what is refused, what is equal, and whether following a message's advice works."""
 
+import builtins
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from test_docs import PAGES
 from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_vfe as vfe
+from pyro_vfe import errors
 from pyro_vfe.engine import cost
 from pyro_vfe.errors import (
     CostError,
@@ -429,3 +433,14 @@ def test_a_summed_chain_of_the_guide_goes_on_from_the_states_that_are_known() ->
             steps = initial[0].log() + transition[0, one].log() + transition[one, two].log()
             expected = expected + q * (q.log() - steps - dist.Poisson(rates[path]).log_prob(u).sum())
     torch.testing.assert_close(vfe.FreeEnergy().loss(model, guide), expected.item())
+
+
+# Names.
+
+
+@pytest.mark.parametrize("page", sorted({page.name for page in PAGES}))
+def test_names_that_a_page_mentions_exist(page: str) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.name == page)
+    strange = set(re.findall(r"\bvfe\.(\w+)", text)) - {*vfe.__all__, "errors"}
+    strange |= set(re.findall(r"`(\w+(?:Error|Warning))`", text)) - {*vars(errors), *vars(builtins)}
+    assert not strange
