@@ -12,6 +12,7 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vfe.energy.particles import Sampler
+from pyro_vfe.energy.particles import Particles, Sampler, drawn_sites
 from pyro_vfe.energy.weight_means import (
     effective_sample_size,
     jackknife,
@@ -28,14 +29,18 @@ from pyro_vfe.energy.weight_means import (
     log_means_without_each,
     means_without_each,
 )
+from pyro_vfe.energy.weight_shares import WeightShares, weight_shares
+from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import PlateKeptError, ScaleError, VFEError
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.dreams import Dream
 from pyro_vfe.program.entry_points import entry_point
+from pyro_vfe.program.enumeration import is_random
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
-from pyro_vfe.program.programs import Check
+from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.reporting.bounds_dream import arguments_of, log_weights_of
 from pyro_vfe.reporting.bounds_remarks import cautions, remarks_on
 from pyro_vfe.reporting.bounds_views import as_html, as_text
@@ -43,6 +48,9 @@ from pyro_vfe.reporting.pareto import pareto_k
 
 _MOST_LOOKED_AT = 1000
 """To estimate a Pareto k takes about a millisecond."""
+
+_MOST_BYTES = 2**28
+"""Sums that tell what draws are worth shall not cost more than the draws."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +83,10 @@ class Bounds:
 
     remarks: tuple[str, ...] = ()
     """What the programs gave cause to say."""
+
+    exact_share: Tensor | None = None
+    """E_Q[w]^2 / E_Q[w^2] of each datum, shape `(*plates)`: what part of many draws even ones would be worth as much,
+    by a sum over all that the guide may draw. None where it draws what is not discrete, or the sum does not fit."""
 
     plate: str | None = None
     """The plate that entries are elements of; None for scalars."""
@@ -175,7 +187,10 @@ class Bounds:
 
     @cached_property
     def effective_sample_size(self) -> Tensor:
-        """How many even weights the K weights of each datum are worth, shape `(*plates)`."""
+        """How many even weights the K weights of each datum are worth as far as they tell, shape `(*plates)`.
+
+        Draws that have missed a mode know nothing of it: `exact_share` does.
+        """
         return effective_sample_size(self.log_weights)
 
     @cached_property
@@ -338,6 +353,7 @@ def bounds(
     with reading(params, args, kwargs):
         drawn = sampler.particles(num_particles)
         dreamt = None if dream is None else log_weights_of(dream, sampler, drawn)
+        shares = _weight_shares(sampler, drawn)
     return Bounds(
         log_weights=drawn.weights.by_datum,
         dream_log_weights=dreamt,
@@ -345,8 +361,31 @@ def bounds(
         outside=drawn.weights.outside[0],
         plates=drawn.data.plates,
         num_data=number_of_data(drawn.first),
-        remarks=remarks_on(drawn),
+        remarks=remarks_on(drawn, shares),
+        exact_share=None if shares is None else shares.share,
     )
+
+
+def _weight_shares(sampler: Sampler, drawn: Particles) -> WeightShares | None:
+    """What the weights are worth exactly; None where the guide draws what cannot be summed, or too much."""
+    random = [site for site in drawn_sites(drawn.first).values() if is_random(site)]
+    if not random:
+        return None
+    limit = min(table_limit(sampler.max_bytes), _MOST_BYTES)
+    try:
+        with torch.no_grad(), undisturbed_randomness(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = Programs(check=sampler.check, max_bytes=limit).enumerate(
+                sampler.model,
+                sampler.guide,
+                sampler.args,
+                sampler.kwargs,
+                subsamples=sampler.subsamples,
+                differentiable=False,
+            )
+            return None if run.is_sampled else weight_shares(run, drawn.data, limit)
+    except Exception:  # What can be drawn need not be what can be enumerated: then there is no more than the draws.
+        return None
 
 
 def _pareto_k(columns: Tensor) -> Tensor:

@@ -63,12 +63,18 @@ def _of_the_weights(found: "Bounds") -> str:
     of = "each datum" if found.weight.dim() else "all data together"
     if found.plates:
         of = f"each element of {' and '.join(map(repr, found.plates))}"
-    worth, k = found.effective_sample_size.flatten(), found.worst_pareto_k
+    k, share = found.worst_pareto_k, found.exact_share
     known = k[~k.isnan()]
     tail = _tail(float(known.max())) if len(known) else "too few different weights for a Pareto k"
+    of_many = "" if share is None else f", exactly {_least(share.flatten() * found.num_particles)}"
+    worth = f"worth {_least(found.effective_sample_size.flatten())} even ones as far as they tell{of_many}"
+    return f"K = {found.num_particles:,} draws, weights for {of}; {worth}; {tail}"
+
+
+def _least(worth: Tensor) -> str:
+    """How many even draws, in words: the least and the middle of several data."""
     least = f"{float(worth.min()):,.1f}"
-    number = least if len(worth) == 1 else f"{least} (min), {float(worth.median()):,.1f} (median)"
-    return f"K = {found.num_particles:,} draws, weights for {of}; worth {number} even ones; {tail}"
+    return least if len(worth) == 1 else f"{least} (min), {float(worth.median()):,.1f} (median)"
 
 
 def _tail(largest: float) -> str:
