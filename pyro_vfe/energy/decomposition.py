@@ -31,10 +31,13 @@ from pyro_vfe.energy.terms import NAMES, Terms, mean_terms, measured
 from pyro_vfe.errors import NotFiniteError, PlateError, PlateKeptError, ScaleError
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.entry_points import entry_point
-from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.enumeration import Enumeration, is_random
 
 if TYPE_CHECKING:
     import xarray
+
+_MOST_NAMED = 3
+"""So many sites are named; more are too many to read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,13 @@ class Decomposition:
     def free_energy(self) -> Tensor:
         """F itself: the negative ELBO."""
         return self.energy - self.entropy
+
+    @property
+    def random(self) -> tuple[str, ...]:
+        """What was drawn at random for these numbers, in words: draws of the guide, subsamples. None where exact."""
+        if self.exact or not self.runs:
+            return ()
+        return drawn_in_words(self.runs[0])
 
     @property
     def impossible(self) -> tuple[str, ...]:
@@ -264,6 +274,24 @@ def decomposition(runs: Sequence[Enumeration], max_bytes: float | None = None) -
         unsplit=mean.unsplit,
         runs=precise,
         max_bytes=max_bytes,
+    )
+
+
+def drawn_in_words(run: Enumeration) -> tuple[str, ...]:
+    """What of a run is drawn at random, in words.
+
+    Args:
+        run: Of both programs.
+    """
+    drawn = [site.name for site in run.sites.values() if site.role == "guide" and is_random(site)]
+    # Pyro's autoguides draw 'w_unconstrained' for 'w'.
+    bases = {name: name.removesuffix("_unconstrained") for name in drawn}
+    names = [f"'{base if ('model', base) in run.sites else name}'" for name, base in bases.items()]
+    shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+    plates = dict.fromkeys(plate for plate, _, _ in run.subsampled)
+    return (
+        *((f"the guide's draws of {shown}",) if names else ()),
+        *(f"the subsample of plate '{plate}'" for plate in plates),
     )
 
 

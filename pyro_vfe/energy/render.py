@@ -126,7 +126,7 @@ def _notes(terms: "Decomposition") -> list[str]:
         spread = (
             "" if terms.stderr is None or terms.stderr.dim() else f"; standard error of F {float(terms.stderr):.2g}"
         )
-        notes.append(f"not exact: part of it is sampled{spread}")
+        notes.append(f"not exact, because of {' and '.join(terms.random) or 'what is drawn'}{spread}")
     if terms.runs and terms.runs[0].supports and not terms.runs[0].guided:
         notes.append(
             "all discrete latents are summed out inside the model: there is nothing for the guide to lose on them"

@@ -12,6 +12,7 @@ from math import nan
 from typing import Any
 
 from pyro_vfe.errors import DegenerateError, VFEError, located
+from pyro_vfe.learning.alike import alike_latents
 from pyro_vfe.learning.batch_checks import check_e_phase, check_subsamples, no_closed_form
 from pyro_vfe.learning.batches import Arguments, fingerprint, numbered
 from pyro_vfe.learning.belief import Belief
@@ -138,6 +139,8 @@ class BatchLoop:
     """The number of elements that the subsampled data plate has."""
     learned: dict[str, None] = field(default_factory=dict)
     """The parameters that the M-phase changes, of all batches so far."""
+    alike: dict[str, str] = field(default_factory=dict)
+    """Latents whose values the last batch did not tell apart, and the fact in words."""
     _eps: float = nan
     _certified: set[str] = field(default_factory=set)
     _doubts: dict[str, str] = field(default_factory=dict)
@@ -173,9 +176,15 @@ class BatchLoop:
                 enumeration = pair.enumerate()
                 belief = self.e_phase.belief(enumeration, self.epoch, pair.max_bytes)
                 check_finite(belief)
+                self.alike = alike_latents(enumeration)
                 total.add(visit_of(enumeration, belief, self._share(enumeration), pair.max_bytes))
         self.last = total
         self.rows.append(total.row(self.epoch, FINAL))
+
+    @property
+    def rounding(self) -> float:
+        """A change of F, in nats, that rounding explains."""
+        return SAFETY * self._eps * self.last.magnitude
 
     def _run_epoch(self, batches: Iterable[object]) -> None:
         for number, arguments in numbered(batches, self.epoch):
@@ -284,7 +293,7 @@ class BatchLoop:
 
     def _settled(self, before: Tally) -> bool:
         """Whether the last two changes are within the tolerance; one alone may be a turn, as visits have many G."""
-        floor = SAFETY * self._eps * max(before.magnitude, self.last.magnitude)
+        floor = max(SAFETY * self._eps * before.magnitude, self.rounding)
         free_energies = [row.free_energy for row in self.rows[-3:]]
         changes = [abs(last - following) for last, following in pairwise(free_energies)]
         return len(changes) > 1 and max(changes) <= max(self.tol * self.last.num_data, floor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_vfe.errors import VFEWarning, callers_level
+from pyro_vfe.learning.alike import note_on
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.em_loop import params_and_updates
 from pyro_vfe.learning.em_run import counted, parameter_table
@@ -68,7 +69,7 @@ def batch_run(loop: BatchLoop, looked: bool, origin: Start) -> BatchRun:
     warned = _warnings(loop)
     for text in warned:
         warnings.warn(text, VFEWarning, stacklevel=callers_level())
-    notes = [*warned, *loop.remarks]
+    notes = [*warned, *loop.remarks, *map(note_on, loop.alike.values())]
     if not looked:
         notes.append("The batches can be read only once: F is that of the batches as they were visited.")
     if loop.stopped:
@@ -78,7 +79,7 @@ def batch_run(loop: BatchLoop, looked: bool, origin: Start) -> BatchRun:
         converged=loop.converged,
         n_iter=loop.epoch,
         num_batches=loop.last.num_batches,
-        history=History(tuple(loop.rows), round(loop.last.num_data)),
+        history=History(tuple(loop.rows), round(loop.last.num_data), rounding=loop.rounding, alike=tuple(loop.alike)),
         params=params,
         updates=updates,
         notes=(*notes, *origin.notes(params)),

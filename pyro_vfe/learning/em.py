@@ -16,6 +16,7 @@ import torch
 from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEWarning, callers_level
+from pyro_vfe.learning.alike import Alike, alike_states, notes_on
 from pyro_vfe.learning.batch_checks import check_options
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.batch_run import BatchRun, batch_run
@@ -24,7 +25,6 @@ from pyro_vfe.learning.closed_form import ClosedForm
 from pyro_vfe.learning.coordinate import Coordinate, mean_fields
 from pyro_vfe.learning.e_phases import Exact
 from pyro_vfe.learning.em_checks import (
-    alike_components,
     check_accelerable,
     check_e_phase,
     check_floor,
@@ -169,8 +169,8 @@ class EM:
             callback: Called after each phase with its number and a dict of F, surprise, gap (total, in nats), phase,
                 iteration and start; where it returns True the start ends with the E-phase.
             seed: Of the random starts, which leave the global random state alone; `MonteCarlo` draws from that.
-            acceleration: "squarem" for jumps along the path, which are taken where F falls. The history has one row for
-                a jump and its E-phase, and none for the M-phase before.
+            acceleration: "squarem" for jumps along the path, which are taken where F falls. A jump and its E-phase are
+                one row of the history, 'jump', in the place of those of the M-phase and the E-phase.
             params: Values of parameters by name to start from, such as `run.params` of another run, in place of those
                 in Pyro's store; parameters that it lacks start from the programs' own values.
             fresh: Whether all parameters that the programs read start from the programs' own values, not from Pyro's
@@ -204,9 +204,11 @@ class EM:
             with Report(max_iter, n_init, progress_bar, callback) as report:
                 starts = Starts(pair, new_loop)
                 end = starts.run(n_init, int(seed))
+            alike = alike_states(end.state.enumeration)
+            gain = starts.gain_of_another(int(seed)) if alike and end.loop.converged else None
         if not end.loop.converged and not end.loop.stopped:
             warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=callers_level())
-        return _run_of(end, starts, pair, e_phase, origin)
+        return _run_of(end, starts, pair, e_phase, origin, alike, gain)
 
     @entry_point(learns=True)
     def run_batches(
@@ -380,17 +382,24 @@ def _result(row: Row, updates: Mapping[str, str], notes: tuple[str, ...] = ()) -
     return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates, notes)
 
 
-def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase, origin: Start) -> EMRun:
+def _run_of(
+    end: End, starts: Starts, pair: Pair, e_phase: EPhase, origin: Start, alike: Alike, gain: float | None
+) -> EMRun:
     """The result of the best start; the parameters in the store are its own."""
     params, updates = params_and_updates(pair, e_phase, end.loop.updates)
-    alike = alike_components(end.state.enumeration)
     rises = () if end.loop.rounding.reported is None else (end.loop.rounding.reported,)
+    of_alike = notes_on(alike, gain, end.state.enumeration)
     stopped = ("stopped by the callback",) if end.loop.stopped else ()
-    notes = (*rises, *end.loop.remarks, *alike, *stopped, *origin.notes(params))
+    notes = (*rises, *end.loop.remarks, *of_alike, *stopped, *origin.notes(params))
     return EMRun(
         converged=end.loop.converged,
         n_iter=end.state.iteration,
-        history=History(tuple(end.loop.rows), end.loop.num_data),
+        history=History(
+            tuple(end.loop.rows),
+            end.loop.num_data,
+            rounding=end.loop.rounding.at(end.state.belief, end.state.enumeration),
+            random=() if end.state.belief.sampled is None else ("draws of the E-phase",),
+        ),
         params=params,
         updates=updates,
         notes=notes,
@@ -398,4 +407,6 @@ def _run_of(end: End, starts: Starts, pair: Pair, e_phase: EPhase, origin: Start
         enumeration=end.state.enumeration.numbers(),
         belief=end.state.belief,
         max_bytes=pair.max_bytes,
+        alike=alike,
+        gain_elsewhere=gain,
     )

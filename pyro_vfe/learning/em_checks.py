@@ -3,9 +3,6 @@
 from collections.abc import Iterable, Mapping
 from math import inf
 
-import torch
-
-from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import MissingGuideSiteError, StructureError, UnenumerableError, VFEError
 from pyro_vfe.learning.e_phases import Annealed, Exact, Hard, MonteCarlo
 from pyro_vfe.learning.em_loop import updates_guide
@@ -14,12 +11,7 @@ from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
 from pyro_vfe.program.enumeration import Enumeration, is_random
 from pyro_vfe.program.given import check_option
-from pyro_vfe.program.masking import unmasked
-from pyro_vfe.program.recorder import Site
 from pyro_vfe.program.supports import unwrapped
-
-_ALIKE = 1e-9
-"""The relative difference between log-probabilities up to which components count as alike."""
 
 _POINT_OR_POSTERIOR = (
     "For its most probable value (MAP) give EM a guide with a point estimate of it: "
@@ -177,39 +169,6 @@ def check_learned(pair: Pair) -> None:
     """
     if not pair.learned:
         _nothing_to_learn(pair)
-
-
-def alike_components(enumeration: Enumeration) -> list[str]:
-    """Notes on latents whose values the data do not tell apart although they read them: EM is at a saddle point there.
-
-    Args:
-        enumeration: The factors at the end of a run.
-    """
-    alike: dict[str, bool] = {}
-    for factor in (*enumeration.observed, *enumeration.model_latents):
-        hidden = _is_hidden(enumeration.sites["model", factor.name])
-        for table in () if hidden else factor.tables:
-            for name in table.axes:
-                if name != factor.name and name in enumeration.variables and alike.get(name, True):
-                    alike[name] = _is_constant(table, name)
-    return [
-        f"What depends on '{name}' is equally probable under every value of '{name}': its components are alike, and EM "
-        "cannot tell them apart. Start them from different parameters, or use n_init."
-        for name, is_alike in alike.items()
-        if is_alike
-    ]
-
-
-def _is_hidden(site: Site) -> bool:
-    """Whether a site is masked out everywhere: it then tells nothing of what it reads."""
-    mask = unmasked(site)[1]
-    return mask is not None and not bool(torch.as_tensor(mask).any())
-
-
-def _is_constant(table: Table, name: str) -> bool:
-    low, high = table.values.detach().aminmax(dim=table.axes.index(name))
-    # Where one value is impossible (-inf) and another is not, both sides of the inequality are infinite.
-    return bool(((high == low) | (low.isfinite() & (high - low <= _ALIKE * (1 + low.abs())))).all())
 
 
 def _check_draws(enumeration: Enumeration) -> None:

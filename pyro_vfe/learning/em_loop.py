@@ -18,7 +18,7 @@ from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.e_phases import Annealed
 from pyro_vfe.learning.floors import hold_floors
 from pyro_vfe.learning.guided import surprise_of
-from pyro_vfe.learning.history import START, Row
+from pyro_vfe.learning.history import JUMP, START, Row
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase, Problem
 from pyro_vfe.learning.rounding import Rounding
@@ -170,6 +170,19 @@ class Loop:
     _is_calm: bool = False
     """Whether that was within the tolerance."""
 
+    def quietly(self, max_iter: int) -> "Loop":
+        """Returns a loop of as many iterations at most that has not run, tells nobody and warns of nothing.
+
+        Args:
+            max_iter: The most iterations.
+        """
+        jumps = None if self.acceleration is None else Squarem()
+        rounding = Rounding(self.pair, self.rounding.eps)
+        limit = min(max_iter, self.max_iter)
+        return Loop(
+            self.pair, self.e_phase, self.m_phase, self.tol, limit, rounding, self.num_data, lambda _: False, jumps
+        )
+
     def run(self) -> State:
         """Iterates until F has stopped falling, and returns the end."""
         if updates_guide(self.e_phase):
@@ -187,19 +200,20 @@ class Loop:
         return state
 
     def _iterated(self, state: State) -> State:
-        """One M-phase and the E-phase after it."""
+        """One M-phase and the E-phase after it, or a jump and the E-phase there."""
         iteration = state.iteration + 1
         with located(f"the M-phase of iteration {iteration}"):
             self.remarks = []
             self.updates.update(m_step(self.pair, self.m_phase, state, notes=self.remarks))
         after = self._jumped(state, snapshot(self.pair.parameters.readers))
+        phase = "E" if after is None else JUMP
         if after is None:
             after = self._e_step_after_m_step(state)
             moved = row_after_m_step(state.belief, after.enumeration, after.belief.surprise, iteration)
             self._check_fall("M", self._m_phase_lowers(state), moved.free_energy, after, state)
             self._record(moved)
             self._check_fall("E", self.e_phase.monotone, after.free_energy, after, state)
-        self._record(row_of(after.belief, iteration, "E"))
+        self._record(row_of(after.belief, iteration, phase))
         return after
 
     def _e_step_after_m_step(self, state: State) -> State:

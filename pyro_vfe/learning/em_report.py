@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pyro_vfe.learning.history import EPOCH, Row
+from pyro_vfe.learning.history import EPOCH, JUMP, Row
 
 Callback = Callable[[int, dict[str, Any]], Any]
 """Called with the number of phases before this one and with where it led; what returns True stops EM. Other values do
@@ -53,7 +53,7 @@ class Report:
         return tell
 
     def _show(self, row: Row) -> None:
-        if row.phase not in ("E", EPOCH):
+        if row.phase not in ("E", JUMP, EPOCH):
             return
         self.bar.set_postfix_str(row_in_words(row))
         self.bar.update(row.iteration - self.bar.n)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.energy.decomposition import Decomposition, decomposition
+from pyro_vfe.learning.alike import Alike
 from pyro_vfe.learning.belief import Belief, expected_log_joint
 from pyro_vfe.learning.history import History
 from pyro_vfe.program.data import number_of_data
@@ -74,6 +75,10 @@ class EMRun:
     """Q at the end."""
     max_bytes: float | None = field(default=None, repr=False)
     """The most memory that further tables may take."""
+    alike: Alike = field(default_factory=dict, repr=False)
+    """Latents with values under which all that depends on them is equally probable, and these values."""
+    gain_elsewhere: float | None = None
+    """Where there are such and EM converged: by how much random starts ended lower, in nats; None where all failed."""
 
     @property
     def free_energy(self) -> float:

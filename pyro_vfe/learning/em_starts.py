@@ -1,19 +1,25 @@
 """EM from several starts, of which the best end is kept."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import nan
+from math import isfinite, nan
 
 import torch
 from torch import Tensor
 
 from pyro_vfe.errors import VFEError
+from pyro_vfe.learning.alike import WORTH
 from pyro_vfe.learning.em_loop import Loop, State, m_step
 from pyro_vfe.learning.em_run import Restart
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.restarts import random_belief
 from pyro_vfe.program.parameters import restore, snapshot
+from pyro_vfe.program.randomness import undisturbed_randomness
+
+_TRIES, _LOOKED = 3, 50
+"""So many random starts, of so many iterations, are a look at what lies elsewhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +93,37 @@ class Starts:
         margin = loop.tol * loop.num_data
         if self.best is None or state.free_energy < self.best.state.free_energy - margin:
             self.best = End(loop, state)
+
+    def gain_of_another(self, seed: int) -> float | None:
+        """Returns by how much the best of a few random starts ends below the best end, in nats; None if all failed.
+
+        They are those that more starts would begin with, and stop early: for a look at what lies elsewhere.
+
+        Args:
+            seed: Of the random starts.
+        """
+        assert self.best is not None
+        others = [restart.free_energy for restart in self.restarts[1:]]
+        if not others:
+            others = self._tried(seed)
+        known = [other for other in others if isfinite(other)]
+        return self.best.state.free_energy - min(known) if known else None
+
+    def _tried(self, seed: int) -> list[float]:
+        assert self.best is not None
+        loop, here = self.best.loop, self.best.state
+        generator = torch.Generator().manual_seed(seed)
+        trial = Starts(self.pair, lambda _: loop.quietly(_LOOKED))
+        with self._best_kept(), undisturbed_randomness(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for start in range(1, 1 + _TRIES):
+                try:
+                    trial._run_one(start, generator, dict(here.parameters))
+                except VFEError:
+                    continue
+                if trial.best is not None and trial.best.state.free_energy < here.free_energy - WORTH:
+                    break
+        return [restart.free_energy for restart in trial.restarts]
 
     @contextmanager
     def _best_kept(self) -> Iterator[None]:

@@ -2,8 +2,8 @@ r"""How a free energy fell, phase by phase.
 
     d F  =  d surprise  +  d gap
 
-An E-phase moves the gap alone, an M-phase both; a step of SVI moves both at once. A wake phase moves both as an M-phase
-does, a sleep phase the gap alone, and that in either direction.
+An E-phase moves the gap alone, an M-phase both; a jump of SQUAREM, and a step of SVI, move both at once. A wake phase
+moves both as an M-phase does, a sleep phase the gap alone, and that in either direction.
 
 References:
     Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 START = "start"
 """The phase of a row before any phase."""
+
+JUMP = "jump"
+"""The phase of a row after a jump of the parameters (SQUAREM) and the E-phase there."""
 
 EPOCH = "epoch"
 """The phase of a row that sums over the batches of an epoch, each at the parameters of its visit."""
@@ -48,6 +51,9 @@ _CHANGES = ("d F", "= d surprise", "+ d gap")
 
 _UNKNOWN = "\N{EM DASH}"
 
+_ROUNDED = "~0"
+"""A change that is none: rounding explains it."""
+
 Numbers = NDArray[np.float64]
 
 
@@ -58,7 +64,8 @@ class Row:
     iteration: int
     """The number of M-phases (of epochs, of steps of SVI or of wake-sleep) so far, this one included."""
     phase: str
-    """'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'; of wake-sleep 'wake' or 'sleep'."""
+    """'start', 'E', 'M' or 'jump'; of a run on batches 'epoch' or 'final'; of SVI 'step'; of wake-sleep 'wake' or
+    'sleep'."""
     free_energy: float
     """F(Q, G) in nats, summed over the data."""
     surprise: float
@@ -79,24 +86,31 @@ class History:
     """One per phase, in order; the first is the start."""
     num_data: int = 1
     """The number of data that the sums are over."""
+    rounding: float = 0.0
+    """A change of F, in nats, that rounding explains; printed as ~0. 0 where it is not known."""
+    random: tuple[str, ...] = ()
+    """What makes readings differ beside what was learned, in words: draws, subsamples, mini-batches."""
+    alike: tuple[str, ...] = ()
+    """Latents whose values all readings found equally probable: no gradient tells their components apart."""
 
     def __len__(self) -> int:
         """The number of rows."""
         return len(self.rows)
 
-    def of(self, phase: str) -> "History":
-        """Returns the rows of one phase: `history.of("E").free_energy` is F after each iteration.
+    def of(self, *phases: str) -> "History":
+        """Returns the rows of some phases: `history.of("E", "jump").free_energy` is F after each iteration.
 
         Args:
-            phase: 'start', 'E' or 'M'; of a run on batches 'epoch' or 'final'; of SVI 'step'; of wake-sleep 'wake' or
-                'sleep'.
+            *phases: 'start', 'E', 'M', 'jump'; of a run on batches 'epoch' or 'final'; of SVI 'step'; of wake-sleep
+                'wake' or 'sleep'.
         """
-        return History(tuple(row for row in self.rows if row.phase == phase), self.num_data)
+        return replace(self, rows=tuple(row for row in self.rows if row.phase in phases))
 
     @property
     def per_datum(self) -> "History":
         """The same, every row divided by the number of its data."""
-        return History(tuple(_per_datum(row, row.num_data or self.num_data) for row in self.rows))
+        rows = tuple(_per_datum(row, row.num_data or self.num_data) for row in self.rows)
+        return replace(self, rows=rows, num_data=1, rounding=self.rounding / self.num_data)
 
     @property
     def iteration(self) -> NDArray[np.int64]:
@@ -170,7 +184,7 @@ class History:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         if self._left_out:
             lines.insert(_SHOWN + 1, f"... {self._left_out} more ...".rjust(len(lines[0])))
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(line.rstrip() for line in [*lines, *self._notes(cells)])
 
     def _repr_html_(self) -> str:
         style = "style='text-align:right;padding:2px 12px;font-variant-numeric:tabular-nums'"
@@ -178,7 +192,20 @@ class History:
         rows = [_html_row("th", style, header), *(_html_row("td", style, row) for row in cells)]
         if self._left_out:
             rows.insert(_SHOWN + 1, f"<tr><td {style} colspan={len(header)}>... {self._left_out} more ...</td></tr>")
-        return f"<table>{''.join(rows)}</table>"
+        notes = "".join(f"<div>{escape(note)}</div>" for note in self._notes(self._cells()))
+        return f"<table>{''.join(rows)}</table>{notes}"
+
+    def _notes(self, cells: Sequence[Sequence[str]]) -> list[str]:
+        is_hidden = any(_ROUNDED in row for row in cells)
+        return [f"{_ROUNDED}: up to {self.rounding:.1g} nats are rounding"] if is_hidden else []
+
+    def _change(self, value: float) -> str:
+        """A signed number of four decimals; a small one keeps its magnitude, and the first row has none."""
+        if np.isnan(value):
+            return ""
+        if 0 < abs(value) <= self.rounding:
+            return _ROUNDED
+        return f"{value:+.1e}" if value != 0 and abs(value) < 1e-3 else f"{value + 0.0:+,.4f}"
 
     @property
     def _left_out(self) -> int:
@@ -215,7 +242,7 @@ class History:
         # Sums over different numbers of data have no difference that means anything.
         comparable = np.diff(self._sizes, prepend=self._sizes[:1]) == 0
         return columns + [
-            (title, [_change(float(change[i])) if comparable[i] else "" for i in kept])
+            (title, [self._change(float(change[i])) if comparable[i] else "" for i in kept])
             for title, change in zip(_CHANGES, changes, strict=True)
         ]
 
@@ -233,13 +260,6 @@ def _differences(values: Numbers) -> Numbers:
 def _level(value: float) -> str:
     # Rounded first, and added to zero, so that what rounds to zero has no sign.
     return _UNKNOWN if np.isnan(value) else f"{round(value, 4) + 0.0:,.4f}"
-
-
-def _change(value: float) -> str:
-    """A signed number of four decimals; a small one keeps its magnitude, and the first row has none."""
-    if np.isnan(value):
-        return ""
-    return f"{value:+.1e}" if value != 0 and abs(value) < 1e-3 else f"{value + 0.0:+,.4f}"
 
 
 def _html_row(tag: str, style: str, cells: Sequence[str]) -> str:

@@ -119,7 +119,7 @@ class Monitor:
     @property
     def history(self) -> History:
         """F, surprise and gap of all readings, in nats; `iteration` is the number of steps before each."""
-        return History(tuple(self._rows), self._num_data or 1)
+        return self._reader.history(self._rows, self._num_data)
 
     @property
     def stopped(self) -> str | None:
@@ -128,8 +128,8 @@ class Monitor:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why something could not be read, in words, at the first reading that it happened to."""
-        return self._notes
+        """What could not be read, and why, at the first reading that it happened to; and components that are alike."""
+        return (*self._notes, *self._reader.notes)
 
     @property
     def is_held_out(self) -> bool:

@@ -90,8 +90,17 @@ class Rounding:
         """
         known_to_be_large = self.floor > 0 and abs(change) > _FAR * self.floor
         if abs(change) > self.floor and not known_to_be_large:
-            self.floor = max(self.floor, SAFETY * self.eps * magnitude(belief, enumeration))
+            self.floor = self.at(belief, enumeration)
         return abs(change) <= self.floor
+
+    def at(self, belief: Belief, enumeration: Enumeration) -> float:
+        """Returns the change of F that rounding explains, as far as it is known, in nats.
+
+        Args:
+            belief: Q, at the present parameters.
+            enumeration: The present factors.
+        """
+        return max(self.floor, SAFETY * self.eps * magnitude(belief, enumeration))
 
     def probe(self, belief: Belief) -> None:
         """Measures what a change in the last place of every parameter does to the surprise.

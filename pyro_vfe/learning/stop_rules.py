@@ -1,30 +1,22 @@
 r"""When training may end: what the history of its free energy says.
 
-    settled:    |m2 - m1| + 2 sqrt( (s1^2 + s2^2) / window )  <=  tol        m, s of F per datum in two windows
+    settled:    |change| + 2 errors  <=  tol       from one window of readings of F per datum to the next (`rest`)
 
 Batches and particles make F noisy, and two noisy means are close by chance now and then. Their difference counts with
 twice its standard error: rather than not knowing of a change, the rule knows that there is none beyond the tolerance.
-
-References:
-    Schuirmann (1987), A comparison of the two one-sided tests procedure and the power approach for assessing the
-    equivalence of average bioavailability.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from pyro_vfe.errors import VFEError
-from pyro_vfe.learning.history import History, Numbers
+from pyro_vfe.learning.history import History
+from pyro_vfe.learning.rest import WINDOW, change_of
 from pyro_vfe.program.options import check_fields
 
 StopRule = Callable[[History], str | None]
 """Says in words why to stop, or None. Called with the history after each reading."""
-
-_ERRORS = 2.0
-"""How many standard errors a change may be off."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Settled:
 
     The change between the windows' means counts with twice its standard error. Where readings are noisier than the
     tolerance, as those of mini-batches are, the rule waits: take a larger window, a larger tolerance, or let the
-    `Monitor` read held-out data.
+    `Monitor` read held-out data. What `diagnose` calls rest is the same.
 
     Example:
         >>> from pyro_vfe.learning.history import Row
@@ -46,7 +38,7 @@ class Settled:
 
     tol: float = 1e-3
     """The change that counts as none, in nats per datum."""
-    window: int = 5
+    window: int = WINDOW
     """How many readings are averaged, and compared with as many before them."""
 
     def __post_init__(self) -> None:
@@ -67,17 +59,12 @@ class Settled:
         Args:
             history: Of all readings so far; those whose F is not finite settle nothing.
         """
-        free_energies = _last(history, 2 * self.window).free_energy
-        if len(free_energies) < 2 * self.window or not np.isfinite(free_energies).all():
-            return None
-        before, after = free_energies[: self.window], free_energies[self.window :]
-        change = float(after.mean() - before.mean())
-        error = math.sqrt((_variance(before) + _variance(after)) / self.window)
-        if abs(change) + _ERRORS * error > self.tol:
+        change = change_of(_last(history, 2 * self.window).free_energy, self.window)
+        if change is None or not change.rests(self.tol):
             return None
         return (
-            f"F per datum has settled: it changed by {change:.2g} nats (tol={self.tol:g}) between the last two windows "
-            f"of {self.window} readings"
+            f"F per datum has settled: it changed by {change.nats:.2g} nats (tol={self.tol:g}) between the last two "
+            f"windows of {self.window} readings"
         )
 
 
@@ -139,7 +126,3 @@ def without_a_gap(rules: Iterable[StopRule]) -> str:
 def _last(history: History, number: int) -> History:
     """The last readings, per datum."""
     return History(history.rows[-number:], history.num_data).per_datum
-
-
-def _variance(values: Numbers) -> float:
-    return float(values.var(ddof=1))

@@ -6,19 +6,24 @@ Looking must not steer: random states, gradients and the buffers of modules (the
 the same after it as before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, isfinite, nan
 from typing import Any
 
 from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
-from pyro_vfe.learning.history import STEP, Row
+from pyro_vfe.learning.alike import alike_latents, note_on
+from pyro_vfe.learning.batches import Arguments, fingerprint
+from pyro_vfe.learning.history import STEP, History, Row
+from pyro_vfe.learning.rounding import SAFETY, resolution
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
+
+_BATCHES = "the mini-batch of each reading"
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,32 @@ class Reader:
         if not self._trains_on_F:  # Its loss is another bound; what is wanted is F, and no gradient.
             self._elbo = copy(elbo)
             self._elbo.gradient = "leave-one-out"
+        self._random: dict[str, None] = {}
+        self._last: Arguments | None = None
+        self._may_be_alike = True
+        self.alike: dict[str, str] = {}
+        """Latents whose values no reading told apart, and the fact in words."""
+        self.rounding = 0.0
+        """A change of F, in nats, that rounding explains."""
         self._to_skip = 0
         self._next_skip = 1
         self._knows_total = True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the history should know, in words."""
+        return tuple(map(note_on, self.alike.values()))
+
+    def history(self, rows: Sequence[Row], num_data: int | None, *random: str) -> History:
+        """Returns the readings with what is known of them all.
+
+        Args:
+            rows: The readings.
+            num_data: The number of data of the last one, if it is known.
+            *random: What else makes them differ, in words.
+        """
+        drawn = (*self._random, *random)
+        return History(tuple(rows), num_data or 1, rounding=self.rounding, random=drawn, alike=tuple(self.alike))
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Reading:
         """Returns F, surprise and gap at the present parameters.
@@ -60,6 +88,7 @@ class Reader:
             step: The number of steps so far.
             loss: What training has of F at these arguments, in nats, for where F cannot be summed; None for nothing.
         """
+        self._look_at_data((args, kwargs))
         with undisturbed_randomness(), unchanged_buffers():
             if self._to_skip:
                 self._to_skip -= 1
@@ -75,10 +104,28 @@ class Reader:
                 self._knows_total = True
                 row = self._total_alone(args, kwargs, step, loss)
                 return Reading(row, f"F cannot be taken apart. {error}")
+        self._look_at(terms)
         problem = f"F is infinite: {'; '.join(terms.impossible)}." if terms.impossible else None
         if terms.unsplit is not None:
             problem = f"{problem or 'F does not split into surprise and gap.'} {terms.unsplit}"
         return Reading(_row_of(terms, step), problem)
+
+    def _look_at_data(self, own: Arguments) -> None:
+        """Notices data that change from reading to reading."""
+        last, self._last = self._last, own
+        if last is not None and _BATCHES not in self._random and _are_others(last, own):
+            self._random[_BATCHES] = None
+
+    def _look_at(self, terms: Decomposition) -> None:
+        """Remembers what a reader of the history should know of its readings."""
+        self._random |= dict.fromkeys(terms.random)
+        run = terms.runs[0]
+        size = abs(float(terms.energy)) + abs(float(terms.entropy))
+        if isfinite(size):
+            self.rounding = max(self.rounding, SAFETY * resolution(run) * size)
+        if self._may_be_alike:  # What has been told apart once stays so.
+            self.alike = alike_latents(run)
+            self._may_be_alike = bool(self.alike)
 
     def _total_alone(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Row:
         """F where its parts cannot be told: as one number, or else what training has of it."""
@@ -89,6 +136,15 @@ class Reader:
             except VFEError:
                 self._knows_total = False
         return Row(step, STEP, free_energy, nan, nan, nan)
+
+
+def _are_others(one: Arguments, two: Arguments) -> bool:
+    """Whether two readings are of different data; not where nobody can tell."""
+    pairs = zip((*one[0], *one[1].values()), (*two[0], *two[1].values()), strict=False)
+    try:
+        return any(own is not other and fingerprint(own) != fingerprint(other) for own, other in pairs)
+    except VFEError:
+        return False
 
 
 def _row_of(terms: Decomposition, step: int) -> Row:

@@ -79,13 +79,18 @@ class Watch:
         self._num_data: int | None = None
         self.stopped: str | None = None
         """Why the run should end, in words."""
-        self.notes: tuple[str, ...] = ()
-        """Why something could not be read, in words, at the first reading that it happened to."""
+        self._problems: tuple[str, ...] = ()
+        self._random = ("the dreams of sleep phases",) if sleeps else ()
 
     @property
     def history(self) -> History:
         """F, surprise and gap of all readings, in nats."""
-        return History(tuple(self._rows), self._num_data or 1)
+        return self._reader.history(self._rows, self._num_data, *self._random)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be read, and why, at the first reading that it happened to; and components that are alike."""
+        return (*self._problems, *self._reader.notes)
 
     @property
     def is_held_out(self) -> bool:
@@ -162,14 +167,14 @@ class Watch:
 
     def _warn_of(self, reading: Reading, phase: str, number: int) -> None:
         """Says once why something is not known."""
-        if reading.problem is None or self.notes:
+        if reading.problem is None or self._problems:
             return
         problem = reading.problem + (without_a_gap(self._rules) if isnan(reading.row.gap) else "")
         data = "the arguments of the step" if self._held_out is None else "the held-out arguments"
         moment = "Before the first step" if phase == START else f"After the {phase} phase of step {number}"
-        self.notes = (f"{moment}, at {data}: {problem}",)
+        self._problems = (f"{moment}, at {data}: {problem}",)
         warnings.warn(
-            f"{self.notes[0]} Training goes on, and this is said once.", VFEWarning, stacklevel=callers_level()
+            f"{self._problems[0]} Training goes on, and this is said once.", VFEWarning, stacklevel=callers_level()
         )
 
 

@@ -17,8 +17,8 @@ from pyro_vfe.learning.rounding import SAFETY, magnitude, resolution
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.reporting.diagnose_history import look_at_history
-from pyro_vfe.reporting.diagnose_latents import look_at_latent, shares_of
+from pyro_vfe.reporting.diagnose_history import look_at_history, rests, series_of
+from pyro_vfe.reporting.diagnose_latents import look_at_alike, look_at_latent, shares_of
 from pyro_vfe.reporting.diagnose_notebook import Notebook, Thresholds
 from pyro_vfe.reporting.diagnose_terms import (
     gap_by_site,
@@ -55,6 +55,8 @@ class _Subjects:
     terms: Decomposition | None = None
     history: History | None = None
     run: EMRun | None = None
+    converged: bool | None = None
+    """What the run says of itself; None where it says nothing."""
     notes: tuple[str, ...] = field(default=())
 
     def add(self, subject: Subject) -> None:
@@ -81,6 +83,18 @@ class _Subjects:
         self._check_new(self.history, "history")
         self.history = history
         self.run = subject if isinstance(subject, EMRun) else self.run
+        self.converged = getattr(subject, "converged", None)
+
+    def rests(self, flat: float) -> bool | None:
+        """Whether F is known to rest; None without a history.
+
+        Args:
+            flat: A change that is none, nats per datum.
+        """
+        if self.history is None:
+            return None
+        series = series_of(self.history, self.converged)
+        return series is not None and rests(series, self.converged, flat)
 
     @staticmethod
     def _check_new(known: object, what: str) -> None:
@@ -120,9 +134,10 @@ def diagnose(
             (Binomial), and for a latent without plate, chain or loop; nor for a state that is rare under the prior.
         collapsed: Q has collapsed if this share of the elements is on one value, and five times as many are elsewhere
             under the exact posterior.
-        flat: F rests if it falls by no more than this many nats per datum from one reading of EM to the next, or
-            from one window of noisy readings to the next (beyond three standard errors). It has risen from its lowest
-            by ten times this (beyond six standard errors).
+        flat: F rests if it changes by no more than this many nats per datum from one iteration of EM to the next, or
+            from one window of five other readings to the next, two standard errors included, as `Settled` has it. It
+            falls if it does by more than this and four standard errors; in between nobody knows yet. It has risen from
+            its lowest by ten times this (beyond six standard errors).
         spread: The standard error of F over particles is too large from this many nats per datum on, or where it is
             larger than a gap that is not closed.
         rounding: A phase of EM may raise F by this share of F, where only a history is known; an `EMRun` tells its own
@@ -178,22 +193,25 @@ def _look(known: _Subjects, notebook: Notebook) -> None:
     if terms is None and known.run is not None:
         terms = known.run.decomposition()
     if terms is not None:
-        _look_at_terms(terms, known.run, notebook)
+        _look_at_terms(terms, known.run, known.rests(notebook.thresholds.flat) is not False, notebook)
     if known.history is not None:
         allowed = None if known.run is None else _allowed_rise(known.run)
-        look_at_history(known.history, allowed, None if terms is None else float(terms.gap), notebook)
+        gap = None if terms is None else float(terms.gap)
+        look_at_history(known.history, allowed, gap, known.converged, notebook)
 
 
-def _look_at_terms(terms: Decomposition, run: EMRun | None, notebook: Notebook) -> None:
+def _look_at_terms(terms: Decomposition, run: EMRun | None, may_rest: bool, notebook: Notebook) -> None:
     by_site = None
     if not look_at_support(terms, notebook):
         if terms.unsplit is None:
             by_site = gap_by_site(terms, notebook)
-            look_at_gap(terms, by_site, notebook)
+            look_at_gap(terms, by_site, may_rest, notebook)
             look_at_elements(terms, notebook)
         else:
             notebook.skip("the gap", terms.unsplit)
         look_at_spread(terms, notebook)
+    if run is not None:
+        look_at_alike(run.alike, run.gain_elsewhere, run.enumeration, notebook)
     runs = terms.runs
     is_exact = False
     if not runs and run is not None:

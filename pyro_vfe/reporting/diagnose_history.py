@@ -1,9 +1,7 @@
-r"""What a history tells: where F rose, whether it still falls, and what is left of it once it rests.
+r"""What a history tells: where F rose, whether it rests or still falls, and what is left of it once it rests.
 
-Phases of EM are compared row by row. Readings of SVI and of batches are noisy and are compared by windows of them:
-
-    fall  =  mean(the window before the last) - mean(the last window)
-    noise^2  =  (variance of successive differences) / 2                what varies besides a trend
+Phases of EM are compared row by row. Readings of SVI and of batches may be noisy and are compared by windows of them,
+as `learning.rest` has it: F rests, or falls, or nobody knows yet.
 
 References:
     von Neumann, Kent, Bellinson and Hart (1941), The mean square successive difference.
@@ -13,18 +11,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyro_vfe.learning.history import BATCH, EPOCH, SLEEP, START, STEP, WAKE, History, Numbers, Row
+from pyro_vfe.learning.alike import APART, UNKNOWN
+from pyro_vfe.learning.history import (
+    BATCH,
+    EPOCH,
+    JUMP,
+    SLEEP,
+    START,
+    STEP,
+    WAKE,
+    History,
+    Numbers,
+    Row,
+)
+from pyro_vfe.learning.rest import WINDOW, Change, change_of
 from pyro_vfe.reporting.diagnose_notebook import Notebook, nats, per_datum
 
-_PHASES = (START, "E", "M")
-_NOISY = (STEP, EPOCH, BATCH, SLEEP, WAKE)
+_PHASES = (START, "E", "M", JUMP)
 _FEWEST = 4
 """Fewer readings than this tell of no trend."""
-_WINDOW = 5
-_SURE = 3.0
-"""A fall by so many standard errors is one."""
 _VERY_SURE = 6.0
-"""So many for a rise from the lowest window, which is the lowest of many."""
+"""By so many standard errors F has risen from its lowest window, which is the lowest of many."""
 _RISEN = 10.0
 """F has risen if it did by so many times what counts as flat."""
 
@@ -48,32 +55,39 @@ class Series:
     free_energy: Numbers
     num_data: int
     """The number of data of the last reading."""
+    random: tuple[str, ...]
+    """What makes readings differ beside what was learned, in words."""
+    window: int
+    """How many readings are averaged; one where F is exact."""
 
     @property
-    def is_noisy(self) -> bool:
-        """Whether the readings differ by more than F."""
-        return self.phase in _NOISY
+    def is_exact(self) -> bool:
+        """Whether readings differ by F alone."""
+        return self.window == 1
 
     @property
-    def window(self) -> int:
-        """How many readings are averaged."""
+    def change(self) -> Change | None:
+        """How F changed over the last two windows; None where there are too few readings for these."""
+        return change_of(self.free_energy, self.window)
+
+    def fall(self, flat: float) -> Change | None:
+        """How F fell at the end, if it is known to: over long windows where there are many readings, or short ones.
+
+        Args:
+            flat: A change that is none, nats per datum.
+        """
         count = len(self.rows)
-        return max(count // 10, min(_WINDOW, count // _FEWEST), 1) if self.is_noisy else 1
-
-    @property
-    def scatter(self) -> float:
-        """The standard deviation of single readings beside their trend."""
-        changes = np.diff(self.free_energy[len(self.rows) // 2 :])  # the beginning falls steeply
-        return float(changes.std() / np.sqrt(2))
-
-    @property
-    def noise(self) -> float:
-        """The standard error of the difference of two windows' means."""
-        return float(self.scatter * np.sqrt(2 / self.window)) if self.is_noisy else 0.0
+        windows = {self.window} if self.is_exact else {min(self.window, count // 2), max(self.window, count // 10)}
+        changes = [change_of(self.free_energy, window) for window in sorted(windows)]
+        return next((change for change in changes if change is not None and change.falls(flat)), None)
 
 
 def look_at_history(
-    history: History, rounding: float | None, gap_known_to_be: float | None, notebook: Notebook
+    history: History,
+    rounding: float | None,
+    gap_known_to_be: float | None,
+    converged: bool | None,
+    notebook: Notebook,
 ) -> None:
     """Writes down what is wrong with how F fell, and what is left of it.
 
@@ -81,45 +95,77 @@ def look_at_history(
         history: The readings.
         rounding: A rise that is none, nats; None where it is not known.
         gap_known_to_be: The gap at the end in nats, where a decomposition says so.
+        converged: What the run says of itself; None where it says nothing.
         notebook: Where to write.
     """
     _look_at_phases(history, rounding, notebook)
-    series = _series(history)
-    if series is None:
-        notebook.skip("whether F has settled", "The history has no readings to tell it by.")
+    series = series_of(history, converged)
+    if series is None or not _is_readable(series, notebook):
         return
-    if np.isnan(series.free_energy).all():
-        notebook.skip(
-            "whether F has settled",
-            "No reading of the history knows F; where a run or a Monitor was given, its notes say why.",
-        )
-        return
-    if not np.isfinite(series.free_energy[-1]):
-        _find_not_finite(series, notebook)
-        return
-    if not np.isfinite(series.free_energy).all():
-        notebook.skip("whether F has settled", "Some of its readings are not finite.")
-        return
-    fewest = _FEWEST if series.is_noisy else 2
-    if len(series.rows) < fewest:
-        notebook.skip("whether F has settled", f"The history has too few readings ({len(series.rows)}).")
-        return
+    _look_at_alike(history, notebook)
     notebook.look("whether F rose or still falls")
     if gap_known_to_be is None:
         _look_at_spread(series, notebook)
-    if not _diverges(series, notebook) and not _still_falls(series, notebook):
-        _look_at_rest(series, gap_known_to_be, notebook)
+    if not _diverges(series, notebook) and not _still_falls(series, converged, notebook):
+        if rests(series, converged, notebook.thresholds.flat):
+            _look_at_rest(series, gap_known_to_be, notebook)
+        else:
+            notebook.skip("whether F rests", _why_not_known(series, converged, notebook.thresholds.flat))
 
 
-def _series(history: History) -> Series | None:
-    """The readings that tell of a trend."""
-    for phase in (STEP, "E", EPOCH, BATCH, SLEEP, WAKE):
-        rows = history.of(phase).rows
+def series_of(history: History, converged: bool | None) -> Series | None:
+    """Returns the readings that tell of a trend.
+
+    Args:
+        history: All readings.
+        converged: What the run says of itself; None where it says nothing.
+    """
+    for phases in ((STEP,), ("E", JUMP), (EPOCH,), (BATCH,), (SLEEP,), (WAKE,)):
+        rows = history.of(*phases).rows
         if rows:
             sizes = [row.num_data or history.num_data for row in rows]
             values = np.array([row.free_energy for row in rows]) / np.array(sizes)
-            return Series(phase, rows, values, sizes[-1])
+            is_exact = (phases[0] == "E" and not history.random) or (phases[0] == EPOCH and converged is True)
+            return Series(phases[0], rows, values, sizes[-1], history.random, 1 if is_exact else WINDOW)
     return None
+
+
+def rests(series: Series, converged: bool | None, flat: float) -> bool:
+    """Whether F is known to rest at the end of some readings.
+
+    Args:
+        series: The readings.
+        converged: What the run says of itself; None where it says nothing.
+        flat: A change that is none, nats per datum.
+    """
+    change = series.change
+    return change is not None and change.rests(flat) and not (series.is_exact and converged is False)
+
+
+def _is_readable(series: Series, notebook: Notebook) -> bool:
+    """Whether readings tell of a trend; writes down why they do not."""
+    what = "whether F has settled"
+    if np.isnan(series.free_energy).all():
+        notebook.skip(what, "No reading of the history knows F; where a run or a Monitor was given, its notes say why.")
+    elif not np.isfinite(series.free_energy[-1]):
+        _find_not_finite(series, notebook)
+    elif not np.isfinite(series.free_energy).all():
+        notebook.skip(what, "Some of its readings are not finite.")
+    elif len(series.rows) < (2 if series.is_exact else _FEWEST):
+        notebook.skip(what, f"Not known yet: the history has too few readings ({len(series.rows)}).")
+    else:
+        return True
+    return False
+
+
+def _look_at_alike(history: History, notebook: Notebook) -> None:
+    """Writes down latents whose components no reading told apart."""
+    known = {finding.site for finding in notebook.of("states-alike")}
+    for name in history.alike:
+        if name not in known:
+            fact = f"At every reading all that depends on '{name}' is equally probable under each of its values."
+            notebook.may_be_a_saddle = True
+            notebook.find("states-alike", name, 0.0, f"{fact} {UNKNOWN}", APART)
 
 
 def _look_at_phases(history: History, rounding: float | None, notebook: Notebook) -> None:
@@ -159,12 +205,13 @@ def _look_at_phases(history: History, rounding: float | None, notebook: Notebook
 def _look_at_spread(series: Series, notebook: Notebook) -> None:
     """Writes down whether the last reading is too rough to be read by itself."""
     stderr = float(series.rows[-1].stderr)
+    of_what = " and ".join(series.random) or "what is drawn at random"
     if np.isnan(stderr):
         notebook.find(
             "spread-unknown",
             None,
             1,
-            "Part of F is sampled, and readings of one particle each do not tell how far they are off.",
+            f"Each reading of F hangs on {of_what}, and is of one particle, which does not tell how far it is off.",
             "Let the readings have more: vfe.Monitor(model, guide, elbo=vfe.FreeEnergy(num_particles=10)).",
         )
     elif stderr > notebook.thresholds.spread * series.num_data:
@@ -172,8 +219,8 @@ def _look_at_spread(series: Series, notebook: Notebook) -> None:
             "spread-too-large",
             None,
             stderr,
-            f"F of the last reading has a standard error of {nats(stderr)} over particles: differences of that size "
-            "between readings mean nothing.",
+            f"F of the last reading has a standard error of {nats(stderr)} over particles, from {of_what}: differences "
+            "of that size between readings mean nothing.",
             "Let the readings have more: vfe.Monitor(model, guide, elbo=vfe.FreeEnergy(num_particles=...)).",
             stderr,
         )
@@ -182,7 +229,7 @@ def _look_at_spread(series: Series, notebook: Notebook) -> None:
 def _find_not_finite(series: Series, notebook: Notebook) -> None:
     last = series.rows[-1].free_energy
     kind = "support-mismatch" if np.isposinf(last) else "not-finite"
-    if any(finding.kind == kind for finding in notebook.findings):
+    if notebook.of(kind):
         return
     notebook.find(
         kind,
@@ -198,13 +245,17 @@ def _find_not_finite(series: Series, notebook: Notebook) -> None:
 
 def _diverges(series: Series, notebook: Notebook) -> bool:
     """Whether the last window is well above the lowest."""
-    if not series.is_noisy:
+    window, values = series.window, series.free_energy
+    if series.is_exact or len(values) < 2 * window:
         return False
-    means = np.convolve(series.free_energy, np.ones(series.window) / series.window, mode="valid")
+    window = max(window, len(values) // 10)
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
     rise = float(means[-1] - means.min())
-    if not rise > max(_RISEN * notebook.thresholds.flat, _VERY_SURE * series.noise):
+    place = int(means.argmin())
+    error = np.sqrt((values[place : place + window].var(ddof=1) + values[-window:].var(ddof=1)) / window)
+    if not rise > max(_RISEN * notebook.thresholds.flat, _VERY_SURE * error):
         return False
-    lowest = series.rows[int(means.argmin()) + series.window - 1].iteration
+    lowest = series.rows[place + window - 1].iteration
     notebook.find(
         "diverging",
         series.phase,
@@ -218,22 +269,42 @@ def _diverges(series: Series, notebook: Notebook) -> bool:
     return True
 
 
-def _still_falls(series: Series, notebook: Notebook) -> bool:
-    """Whether F fell over the last two windows."""
-    width, values = series.window, series.free_energy
-    fall = float(values[-2 * width : -width].mean() - values[-width:].mean())
-    if not fall > max(notebook.thresholds.flat, _SURE * series.noise):
+def _still_falls(series: Series, converged: bool | None, notebook: Notebook) -> bool:
+    """Whether F fell at the end, or a run of EM that F was falling in was stopped."""
+    change = series.fall(notebook.thresholds.flat)
+    if change is None and series.is_exact and converged is False and series.change and series.change.nats < 0:
+        change = series.change
+    if change is None:
         return False
-    over = f"the last {2 * width} readings" if width > 1 else "the last two readings"
+    num_data, steps = series.num_data, np.diff(series.free_energy[-2 * change.window :])
+    # Where no reading is above the one before, the last step tells more than means of windows.
+    fall = -float(steps[-1]) if (steps < 0).all() else -change.nats
+    over = "at the last reading" if (steps < 0).all() else f"from {change.window} readings to the next {change.window}"
+    stopped = ", and the run had not converged" if converged is False else ""
     notebook.find(
         "not-settled",
         series.phase,
         fall,
-        f"F still falls: by {per_datum(fall, series.num_data)} over {over}.",
+        f"F still falls: by {per_datum(fall, num_data)} {over}{stopped}.",
         "Go on: more steps (or iterations), until F rests. Judge guide and model then.",
-        fall * series.num_data,
+        fall * num_data,
     )
     return True
+
+
+def _why_not_known(series: Series, converged: bool | None, flat: float) -> str:
+    """Why it is not known yet whether F rests, in words."""
+    change, count = series.change, len(series.rows)
+    if series.is_exact and converged is False:
+        return "Not known yet: the run had not converged."
+    if change is None:
+        return f"Not known yet: that takes {2 * series.window} readings, and the history has {count}."
+    noise = f" Readings differ by {' and '.join(series.random)}: read held-out data, or more." if series.random else ""
+    return (
+        f"Not known yet: from {change.window} readings to the next {change.window} it changed by "
+        f"{per_datum(change.nats, series.num_data)}, give or take {nats(2 * change.error)}, where no more than "
+        f"{nats(flat)} counts as rest (flat=).{noise}"
+    )
 
 
 def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Notebook) -> None:
@@ -245,9 +316,12 @@ def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Noteb
     if not np.isfinite(gap):
         notebook.skip("whose share of F is left", "The history does not know the gap.")
         return
+    if notebook.may_be_a_saddle:
+        notebook.skip("whose share of F is left", "Components are alike: another start may lower the surprise.")
+        return
     notebook.look("whose share of F is left")
     surprise = float(np.mean([row.surprise / (row.num_data or num_data) for row in last]))
-    is_small_share = gap_known_to_be is not None and not any(f.kind == "guide-bottleneck" for f in notebook.findings)
+    is_small_share = gap_known_to_be is not None and not notebook.of("guide-bottleneck")
     if gap < notebook.thresholds.gap_per_datum or is_small_share:
         _find_model(surprise, gap, series, notebook)
     elif gap_known_to_be is None:
@@ -256,24 +330,23 @@ def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Noteb
 
 def _find_model(surprise: float, gap: float, series: Series, notebook: Notebook) -> None:
     num_data = series.num_data
-    is_rough = series.noise > notebook.thresholds.flat
     # Of latents that are sampled the history has no gap: what their part of the guide costs is in the surprise.
-    is_sampled = series.rows[-1].stderr != 0
+    is_drawn = any("guide's draws" in source for source in series.random)
+    is_drawn |= not series.random and series.rows[-1].stderr != 0
     left = (
         "the surprise is an estimate from draws of the guide, which includes what the guide costs for the latents that "
         "are drawn. A richer guide for these may lower it."
-        if is_sampled
-        else "neither more steps nor a richer guide can lower it."
+        if is_drawn
+        else "at these parameters a richer guide would save no more than the gap, and steps like the last ones little."
     )
-    noise = f", as far as readings tell that scatter by {per_datum(series.scatter, num_data)}" if is_rough else ""
     notebook.find(
         "model-bottleneck",
         None,
         surprise,
-        f"F rests{noise}. What is left is surprise, {per_datum(surprise, num_data)}, beside a gap of "
+        f"F rests. What is left is surprise, {per_datum(surprise, num_data)}, beside a gap of "
         f"{per_datum(max(gap, 0.0), num_data)}: {left}",
-        "If it is not low enough, change the model: more states, another likelihood, other starts. Compare models by "
-        "held-out surprise, or with az.loo and az.compare on vfe.to_inference_data(...).",
+        "If it is not low enough, try other starts, or change the model: more states, another likelihood. Compare "
+        "models by held-out surprise, or with az.loo and az.compare on vfe.to_inference_data(...).",
     )
 
 
@@ -286,8 +359,8 @@ def _find_guide(gap: float, series: Series, notebook: Notebook) -> None:
         None,
         gap,
         f"F rests with a gap of {per_datum(gap, series.num_data)}{from_where}: so much is the guide's.",
-        "Give the guide more freedom. To see where: vfe.diagnose(vfe.FreeEnergy().decompose(model, guide, ...)) names "
-        "the site and the data.",
+        "Give the guide more freedom, or another start. To see where: vfe.diagnose(vfe.FreeEnergy().decompose(model, "
+        "guide, ...)) names the site and the data.",
         gap * series.num_data,
     )
 

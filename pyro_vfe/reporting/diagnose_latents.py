@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyro_vfe.learning.alike import WORTH, Alike, fact_of, verdict, whole
+from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.reporting.diagnose_notebook import Notebook, nats, percent
 from pyro_vfe.reporting.diagnose_views import View
 
@@ -130,21 +132,42 @@ def _unused(view: View, share: float | None, notebook: Notebook) -> bool:
 
 def _alike(view: View, notebook: Notebook) -> None:
     """Whether the data say nothing of a latent that is undecided."""
+    if any(finding.site == view.site for finding in notebook.of("states-alike")):
+        return
     if view.prior is None or view.count < _ELEMENTS_PER_STATE * len(view.values):
         return
     told = float(view.weights @ _divergence(view.posterior, view.prior)) / view.count
     open_nats = float(view.weights @ torch.special.entr(view.posterior).sum(-1)) / view.count
     if not (told <= _ALIKE and open_nats >= _CERTAIN):
         return
+    notebook.may_be_a_saddle = True
     notebook.find(
         "states-alike",
         view.site,
         told,
         f"The posterior of {_named(view)} is its prior for all {_elements(view)}: the data are as probable under "
         "every one of its values.",
-        "If its states have parameters that start equal, they stay equal: start them apart. If nothing observed "
-        f"depends on {_named(view)}, the model does not need it.",
+        "If its states have parameters that start equal, they stay equal, and F may be at a saddle point: start them "
+        "apart, at random (vfe.EM(...).run(n_init=10) does, and tells what it gains). If nothing observed depends on "
+        f"{_named(view)}, the model does not need it.",
     )
+
+
+def look_at_alike(alike: Alike, gain: float | None, run: Enumeration, notebook: Notebook) -> None:
+    """Writes down which values of latents were alike at the end of a run of EM, and what that costs.
+
+    Args:
+        alike: Which are.
+        gain: By how much a random start ended lower, in nats; None where that is not known.
+        run: The factors at the end.
+        notebook: Where to write.
+    """
+    cost = gain if gain is not None and gain > WORTH else 0.0
+    fact, way_out = verdict(gain)
+    for name in alike if cost else whole(alike, run):
+        groups = alike[name]
+        notebook.may_be_a_saddle |= gain is None or cost > 0
+        notebook.find("states-alike", name, 0.0, f"{fact_of(name, groups, run)} {fact}", way_out, cost, groups[0])
 
 
 def _information(view: View, probabilities: Tensor) -> float:

@@ -53,6 +53,16 @@ class Notebook:
     looked_at: list[str] = field(default_factory=list)
     not_looked_at: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    may_be_a_saddle: bool = False
+    """Whether components are alike and another start may do better."""
+
+    def of(self, kind: str) -> list[Finding]:
+        """Returns the findings of a kind so far.
+
+        Args:
+            kind: Which.
+        """
+        return [finding for finding in self.findings if finding.kind == kind]
 
     def find(
         self,

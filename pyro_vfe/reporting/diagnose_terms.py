@@ -75,12 +75,13 @@ def gap_by_site(terms: Decomposition, notebook: Notebook) -> dict[str, float] | 
         return None
 
 
-def look_at_gap(terms: Decomposition, by_site: dict[str, float] | None, notebook: Notebook) -> None:
+def look_at_gap(terms: Decomposition, by_site: dict[str, float] | None, may_rest: bool, notebook: Notebook) -> None:
     """Writes down whether the gap is a sizeable share of what the guide is for.
 
     Args:
         terms: The whole, with a finite gap.
         by_site: The gap of each latent, if it is known.
+        may_rest: Whether the guide may be at its best: a history would know if F still falls.
         notebook: Where to write.
     """
     notebook.look("how large the gap is beside the complexity")
@@ -88,6 +89,9 @@ def look_at_gap(terms: Decomposition, by_site: dict[str, float] | None, notebook
     share = gap / (gap + complexity) if gap > 0 else 0.0
     limits = notebook.thresholds
     if share < limits.gap_share or gap < limits.gap_per_datum * terms.num_data:
+        return
+    if not may_rest:
+        notebook.skip("whether the guide is the bottleneck", f"F is not known to rest; the gap is {nats(gap)} so far.")
         return
     worst = max(by_site, key=lambda name: by_site[name]) if by_site else None
     of_each = f" ({nats(gap / terms.num_data)} per datum)" if terms.num_data > 1 else ""
@@ -109,9 +113,10 @@ def _advice(terms: Decomposition, worst: str | None) -> str:
     site = "the latents" if worst is None else f"'{worst}'"
     return (
         f"Train the guide further while the gap falls. Where it stays, let {site} in the guide depend on the data and "
-        f"on other latents, as the posterior does; or leave {site} out of the guide, to be summed out exactly. For "
-        "vfe.AutoMeanField, init='posterior' is a good start, and vfe.EM(model, guide, e_phase=vfe.Coordinate()) finds "
-        "its best values in closed form."
+        f"on other latents, as the posterior does; or leave {site} out of the guide, to be summed out exactly. A guide "
+        "whose best values are the posterior's needs another start: for vfe.AutoMeanField init='posterior', or "
+        "init_scale=0.1 where latents are exchangeable; vfe.EM(model, guide, e_phase=vfe.Coordinate()) leads to the "
+        "optimum nearby in closed form."
     )
 
 
@@ -183,16 +188,18 @@ def look_at_spread(terms: Decomposition, notebook: Notebook) -> None:
         terms: The whole.
         notebook: Where to write.
     """
-    if not terms.runs or not terms.runs[0].is_sampled:
+    if not terms.random:
         return
     notebook.look("the spread of F over particles")
-    particles = len(terms.runs)
+    particles, of_what = len(terms.runs), " and ".join(terms.random)
     if terms.stderr is None:
+        if not terms.runs[0].is_sampled:  # A subsample that the user chose is what it is.
+            return
         notebook.find(
             "spread-unknown",
             None,
             particles,
-            "Part of F is sampled, and one particle does not tell how far F and surprise are off.",
+            f"F hangs on {of_what}, and one particle does not tell how far F and surprise are off.",
             "Ask again with vfe.FreeEnergy(num_particles=10) or more.",
         )
         return
@@ -209,8 +216,8 @@ def look_at_spread(terms: Decomposition, notebook: Notebook) -> None:
         "spread-too-large",
         None,
         stderr,
-        f"F = {float(terms.free_energy):,.4g} nats has a standard error of {nats(stderr)} over {particles} particles"
-        f"{beside}: differences of that size mean nothing, and the same goes for the surprise.",
+        f"F = {float(terms.free_energy):,.4g} nats has a standard error of {nats(stderr)} over {particles} particles, "
+        f"from {of_what}{beside}: differences of that size mean nothing, and the same goes for the surprise.",
         f"Take about num_particles={needed:,}.",
         stderr,
     )

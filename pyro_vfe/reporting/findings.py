@@ -50,7 +50,11 @@ KINDS = {
     "unused-state": Kind(
         "A state is never used", "how many elements Q expects in such states", "the gap of the latent if Q is to blame"
     ),
-    "states-alike": Kind("The data do not tell the states apart", "what they tell of them, mean nats per element"),
+    "states-alike": Kind(
+        "The data do not tell the states apart",
+        "what they tell of them, mean nats per element",
+        "how much lower a random start of EM ended, where one was made",
+    ),
     "spread-unknown": Kind("The spread over particles is not known", "the number of particles"),
     "model-bottleneck": Kind("The model is the bottleneck", "the surprise, nats per datum"),
 }
@@ -178,7 +182,7 @@ class Diagnosis:
         priced = [finding.severity for finding in self.findings if finding.severity > 0]
         if any(math.isinf(nats) for nats in priced):
             return f"{count}: F is infinite or not a number."
-        return f"{count}." if priced else f"{count}; nothing here costs nats."
+        return f"{count}." if priced else f"{count}, without a price in nats."
 
     def _footers(self) -> list[str]:
         """What comes after the findings, a paragraph each."""
