@@ -427,7 +427,7 @@ CONSTANT = torch.ones(24, 3)
 def test_components_that_are_too_many_are_no_saddle(model: Model, u: Tensor) -> None:
     run = vfe.EM(model).run(u, progress_bar=False)
     (finding,) = vfe.diagnose(run).of("states-alike")
-    assert finding.severity == 0 and finding.advice == "Take fewer components." and "saddle" not in finding.problem
+    assert finding.severity == 0 and "fewer components do as well" in finding.advice and "saddle" not in finding.problem
     pyro.clear_param_store()
     again = vfe.EM(model).run(u, n_init=5, progress_bar=False)
     assert run.free_energy - again.free_energy < 1.0
@@ -441,6 +441,19 @@ def test_components_that_differ_are_not_called_alike() -> None:
         assert not vfe.diagnose(run).of("states-alike")
 
 
+def test_the_steps_of_a_loop_are_told_of_together() -> None:
+    def model(u: Tensor) -> None:
+        rates = pyro.param("rates", tensor([4.0, 4.0]), constraint=constraints.positive)
+        for i in range(len(u)):
+            v = pyro.sample(f"v_{i}", dist.Categorical(torch.ones(2)))
+            pyro.sample(f"u_{i}", dist.Poisson(rates[v]), obs=u[i])
+
+    run = vfe.EM(model).run(SPIKES, progress_bar=False)
+    (note,), (finding,) = run.notes, vfe.diagnose(run)
+    assert "'v_0', 'v_1', 'v_2' and 9 more" in note and "n_init=10" in note
+    assert finding.kind == "states-alike" and finding.severity > 1
+
+
 def test_values_that_are_alike_by_design_are_left_in_peace() -> None:
     def model(u: Tensor) -> None:
         rates = pyro.param("rates", tensor([2.0, 8.0]), constraint=constraints.positive)
@@ -448,9 +461,12 @@ def test_values_that_are_alike_by_design_are_left_in_peace() -> None:
             v = pyro.sample("v", dist.Categorical(torch.ones(4)))
             pyro.sample("u", dist.Poisson(rates[v % 2]), obs=u)
 
-    run = vfe.EM(model).run(SPIKES, progress_bar=False)
-    assert not any("alike" in note for note in run.notes)
-    assert not vfe.diagnose(run).of("states-alike")
+    for rates in ([2.0, 8.0], [0.1, 0.1 + 1e-9]):  # At an optimum, and near a saddle point: v and v + 2 stay alike.
+        pyro.clear_param_store()
+        pyro.param("rates", tensor(rates), constraint=constraints.positive)
+        run = vfe.EM(model).run(SPIKES, tol=1e-3, progress_bar=False)
+        assert not any("alike" in note for note in run.notes)
+        assert not vfe.diagnose(run).of("states-alike")
 
 
 def test_svi_at_a_saddle_says_that_its_components_are_alike_and_that_the_price_is_not_known() -> None:

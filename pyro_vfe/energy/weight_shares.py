@@ -58,7 +58,7 @@ def weight_shares(run: Enumeration, data: Data, max_bytes: float | None = None) 
         parts = [_of_part(run, part, kind.axes, weight_of(run, part, kind.axes), max_bytes) for part in kind.parts]
         of_kind = parts[0] if kind.axes == kind.plates else torch.stack(parts, -1)
         found.append(of_kind if len(data.kinds) == 1 else of_kind.flatten(1))
-    share, covered = torch.cat(found, -1).exp()
+    share, covered = torch.cat(found, -1).exp().clamp(max=1.0)
     return WeightShares(share, covered)
 
 

@@ -9,7 +9,8 @@ References:
     Fukumizu and Amari (2000), Local minima and plateaus in hierarchical structures of multilayer perceptrons.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ APART = "Start their parameters at different values, at random, or let vfe.EM(..
 
 Alike = Mapping[str, tuple[tuple[int, ...], ...]]
 """For each latent with such values the groups of them that are alike, as indices of its support."""
+
+Facts = Mapping[tuple[str, ...], str]
+"""What is alike in words, by the names of the latents."""
+
+_NAMED = 3
+"""So many latents are named."""
 
 
 def alike_states(enumeration: Enumeration) -> Alike:
@@ -52,14 +59,13 @@ def alike_states(enumeration: Enumeration) -> Alike:
     return {name: tuple(map(tuple, found)) for name, found in groups.items() if found}
 
 
-def alike_latents(enumeration: Enumeration) -> dict[str, str]:
+def alike_latents(enumeration: Enumeration) -> Facts:
     """Returns latents none of whose values the data tell apart although they read them, and the fact in words.
 
     Args:
         enumeration: The factors.
     """
-    found = alike_states(enumeration)
-    return {name: fact_of(name, found[name], enumeration) for name in whole(found, enumeration)}
+    return facts(whole(alike_states(enumeration), enumeration), enumeration)
 
 
 def note_on(fact: str) -> str:
@@ -71,31 +77,39 @@ def note_on(fact: str) -> str:
     return f"{fact} {UNKNOWN} {APART}"
 
 
-def notes_on(alike: Alike, gain: float | None, enumeration: Enumeration) -> list[str]:
-    """Notes of a run of EM that ended where components are alike.
+def worth_saying(alike: Alike, gain: float | None, enumeration: Enumeration) -> Facts:
+    """Returns what is alike at the end of a run of EM and should not be, in words.
 
     Args:
-        alike: Which are.
-        gain: By how much a random start ended lower, in nats; None where there was none.
+        alike: Which values are.
+        gain: By how much a random start ended lower that told them apart, in nats; None where there was none.
         enumeration: The factors at the end.
     """
-    # Some of the values may be alike by design; a random start that gains shows that they are not.
-    named = alike if gain is not None and gain > WORTH else whole(alike, enumeration)
-    return [f"{fact_of(name, alike[name], enumeration)} {' '.join(verdict(gain))}" for name in named]
+    # Some of the values may be alike by design.
+    return facts(alike if gain is not None and gain > WORTH else whole(alike, enumeration), enumeration)
 
 
-def fact_of(name: str, groups: tuple[tuple[int, ...], ...], enumeration: Enumeration) -> str:
-    """What is alike, in words.
+def facts(alike: Alike, enumeration: Enumeration) -> Facts:
+    """Returns what is alike, in words, by latents, those together of which the same is true: the steps of a loop, say.
 
     Args:
-        name: The latent.
-        groups: Its values that are.
+        alike: Groups of values by latent.
         enumeration: The factors.
     """
-    if len(groups) == 1 and len(groups[0]) == enumeration.variables[name].size:
-        return f"What depends on '{name}' is equally probable under every value of '{name}': its components are alike."
+    together: dict[tuple[Any, ...], list[str]] = {}
+    for name, groups in alike.items():
+        together.setdefault((enumeration.variables[name].size, groups), []).append(name)
+    return {tuple(names): _fact(names, groups, size) for (size, groups), names in together.items()}
+
+
+def _fact(names: Sequence[str], groups: tuple[tuple[int, ...], ...], size: int) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    listed = ", ".join(f"'{name}'" for name in names[:_NAMED]) + more
+    own = listed if len(names) == 1 else "each"
+    if len(groups[0]) == size:
+        return f"What depends on {listed} is equally probable under every value of {own}: the components are alike."
     values = "; ".join(", ".join(map(str, group)) for group in groups)
-    return f"What depends on '{name}' is equally probable under some values of '{name}' ({values}): they are alike."
+    return f"What depends on {listed} is equally probable under some values of {own} ({values}): these are alike."
 
 
 def verdict(gain: float | None) -> tuple[str, str]:
@@ -107,21 +121,23 @@ def verdict(gain: float | None) -> tuple[str, str]:
     if gain is None:
         return UNKNOWN, APART
     if gain > WORTH:
-        return f"No step tells them apart: F is at a saddle point. A random start ended {gain:.4g} nats lower.", APART
+        return f"F is at a saddle point: a random start, which told them apart, ended {gain:.4g} nats lower.", APART
     return (
-        f"A random start gained {max(gain, 0.0):.2g} nats by telling them apart, no more than a parameter is worth.",
-        "Take fewer components.",
+        f"Random starts, of a few iterations each, gained {max(gain, 0.0):.2g} nats by telling them apart, no more "
+        "than a parameter is worth.",
+        "As far as these starts tell, fewer components do as well.",
     )
 
 
-def whole(alike: Alike, enumeration: Enumeration) -> list[str]:
+def whole(alike: Alike, enumeration: Enumeration) -> Alike:
     """Returns the latents all of whose values are alike.
 
     Args:
         alike: Groups of values.
         enumeration: The factors.
     """
-    return [name for name, groups in alike.items() if len(groups[0]) == enumeration.variables[name].size]
+    sizes = {name: enumeration.variables[name].size for name in alike}
+    return {name: groups for name, groups in alike.items() if len(groups[0]) == sizes[name]}
 
 
 def _is_hidden(site: Site) -> bool:

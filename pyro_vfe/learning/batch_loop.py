@@ -12,7 +12,7 @@ from math import nan
 from typing import Any
 
 from pyro_vfe.errors import DegenerateError, VFEError, located
-from pyro_vfe.learning.alike import alike_latents
+from pyro_vfe.learning.alike import Facts, alike_latents
 from pyro_vfe.learning.batch_checks import check_e_phase, check_subsamples, no_closed_form
 from pyro_vfe.learning.batches import Arguments, fingerprint, numbered
 from pyro_vfe.learning.belief import Belief
@@ -139,7 +139,7 @@ class BatchLoop:
     """The number of elements that the subsampled data plate has."""
     learned: dict[str, None] = field(default_factory=dict)
     """The parameters that the M-phase changes, of all batches so far."""
-    alike: dict[str, str] = field(default_factory=dict)
+    alike: Facts = field(default_factory=dict)
     """Latents whose values the last batch did not tell apart, and the fact in words."""
     _eps: float = nan
     _certified: set[str] = field(default_factory=set)

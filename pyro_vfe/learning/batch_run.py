@@ -79,7 +79,12 @@ def batch_run(loop: BatchLoop, looked: bool, origin: Start) -> BatchRun:
         converged=loop.converged,
         n_iter=loop.epoch,
         num_batches=loop.last.num_batches,
-        history=History(tuple(loop.rows), round(loop.last.num_data), rounding=loop.rounding, alike=tuple(loop.alike)),
+        history=History(
+            tuple(loop.rows),
+            round(loop.last.num_data),
+            rounding=loop.rounding,
+            alike=tuple(name for names in loop.alike for name in names),
+        ),
         params=params,
         updates=updates,
         notes=(*notes, *origin.notes(params)),

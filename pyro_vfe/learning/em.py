@@ -16,7 +16,7 @@ import torch
 from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEWarning, callers_level
-from pyro_vfe.learning.alike import Alike, alike_states, notes_on
+from pyro_vfe.learning.alike import Alike, alike_states, verdict, worth_saying
 from pyro_vfe.learning.batch_checks import check_options
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.batch_run import BatchRun, batch_run
@@ -205,7 +205,7 @@ class EM:
                 starts = Starts(pair, new_loop)
                 end = starts.run(n_init, int(seed))
             alike = alike_states(end.state.enumeration)
-            gain = starts.gain_of_another(int(seed)) if alike and end.loop.converged else None
+            alike, gain = starts.told_apart(alike, int(seed)) if alike and end.loop.converged else (alike, None)
         if not end.loop.converged and not end.loop.stopped:
             warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=callers_level())
         return _run_of(end, starts, pair, e_phase, origin, alike, gain)
@@ -388,7 +388,9 @@ def _run_of(
     """The result of the best start; the parameters in the store are its own."""
     params, updates = params_and_updates(pair, e_phase, end.loop.updates)
     rises = () if end.loop.rounding.reported is None else (end.loop.rounding.reported,)
-    of_alike = notes_on(alike, gain, end.state.enumeration)
+    of_alike = [
+        f"{fact} {' '.join(verdict(gain))}" for fact in worth_saying(alike, gain, end.state.enumeration).values()
+    ]
     stopped = ("stopped by the callback",) if end.loop.stopped else ()
     notes = (*rises, *end.loop.remarks, *of_alike, *stopped, *origin.notes(params))
     return EMRun(

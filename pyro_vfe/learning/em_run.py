@@ -78,7 +78,7 @@ class EMRun:
     alike: Alike = field(default_factory=dict, repr=False)
     """Latents with values under which all that depends on them is equally probable, and these values."""
     gain_elsewhere: float | None = None
-    """Where there are such and EM converged: by how much random starts ended lower, in nats; None where all failed."""
+    """Where there are such and EM converged: by how much a random start ended lower, in nats; None where all failed."""
 
     @property
     def free_energy(self) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import VFEError
-from pyro_vfe.learning.alike import WORTH
+from pyro_vfe.learning.alike import WORTH, Alike, alike_states
 from pyro_vfe.learning.em_loop import Loop, State, m_step
 from pyro_vfe.learning.em_run import Restart
 from pyro_vfe.learning.pair import Pair
@@ -94,22 +94,28 @@ class Starts:
         if self.best is None or state.free_energy < self.best.state.free_energy - margin:
             self.best = End(loop, state)
 
-    def gain_of_another(self, seed: int) -> float | None:
-        """Returns by how much the best of a few random starts ends below the best end, in nats; None if all failed.
+    def told_apart(self, alike: Alike, seed: int) -> tuple[Alike, float | None]:
+        """Returns which of the values that are alike at the best end a lower one tells apart, and how much lower it is.
 
-        They are those that more starts would begin with, and stop early: for a look at what lies elsewhere.
+        Where there were no other starts a few are tried: those that more starts would begin with, which stop early.
+        Where none is lower all values stay alike; the gain is None where all starts failed.
 
         Args:
+            alike: The values that are alike at the best end.
             seed: Of the random starts.
         """
         assert self.best is not None
-        others = [restart.free_energy for restart in self.restarts[1:]]
-        if not others:
-            others = self._tried(seed)
-        known = [other for other in others if isfinite(other)]
-        return self.best.state.free_energy - min(known) if known else None
+        trial = self if len(self.restarts) > 1 else self._tried(seed)
+        known = [restart.free_energy for restart in trial.restarts if isfinite(restart.free_energy)]
+        if trial is self:
+            return alike, self.best.state.free_energy - min(known[1:]) if known[1:] else None
+        gain = self.best.state.free_energy - min(known) if known else None
+        if gain is None or gain <= WORTH or trial.best is None:
+            return alike, gain
+        still = alike_states(trial.best.state.enumeration)
+        return {name: groups for name, groups in alike.items() if still.get(name) != groups}, gain
 
-    def _tried(self, seed: int) -> list[float]:
+    def _tried(self, seed: int) -> "Starts":
         assert self.best is not None
         loop, here = self.best.loop, self.best.state
         generator = torch.Generator().manual_seed(seed)
@@ -123,7 +129,7 @@ class Starts:
                     continue
                 if trial.best is not None and trial.best.state.free_energy < here.free_energy - WORTH:
                     break
-        return [restart.free_energy for restart in trial.restarts]
+        return trial
 
     @contextmanager
     def _best_kept(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Any
 from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.free_energy import FreeEnergy
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
-from pyro_vfe.learning.alike import alike_latents, note_on
+from pyro_vfe.learning.alike import Facts, alike_latents, note_on
 from pyro_vfe.learning.batches import Arguments, fingerprint
 from pyro_vfe.learning.history import STEP, History, Row
 from pyro_vfe.learning.rounding import SAFETY, resolution
@@ -55,7 +55,7 @@ class Reader:
         self._random: dict[str, None] = {}
         self._last: Arguments | None = None
         self._may_be_alike = True
-        self.alike: dict[str, str] = {}
+        self.alike: Facts = {}
         """Latents whose values no reading told apart, and the fact in words."""
         self.rounding = 0.0
         """A change of F, in nats, that rounding explains."""
@@ -77,7 +77,13 @@ class Reader:
             *random: What else makes them differ, in words.
         """
         drawn = (*self._random, *random)
-        return History(tuple(rows), num_data or 1, rounding=self.rounding, random=drawn, alike=tuple(self.alike))
+        return History(
+            tuple(rows),
+            num_data or 1,
+            rounding=self.rounding,
+            random=drawn,
+            alike=tuple(name for names in self.alike for name in names),
+        )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, loss: float | None) -> Reading:
         """Returns F, surprise and gap at the present parameters.

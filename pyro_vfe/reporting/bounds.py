@@ -383,9 +383,10 @@ def _weight_shares(sampler: Sampler, drawn: Particles) -> WeightShares | None:
                 subsamples=sampler.subsamples,
                 differentiable=False,
             )
-            return None if run.is_sampled else weight_shares(run, drawn.data, limit)
+            shares = None if run.is_sampled else weight_shares(run, drawn.data, limit)
     except Exception:  # What can be drawn need not be what can be enumerated: then there is no more than the draws.
         return None
+    return shares if shares is not None and bool(shares.share.isfinite().all()) else None
 
 
 def _pareto_k(columns: Tensor) -> Tensor:

@@ -160,12 +160,12 @@ def _is_readable(series: Series, notebook: Notebook) -> bool:
 
 def _look_at_alike(history: History, notebook: Notebook) -> None:
     """Writes down latents whose components no reading told apart."""
-    known = {finding.site for finding in notebook.of("states-alike")}
-    for name in history.alike:
-        if name not in known:
-            fact = f"At every reading all that depends on '{name}' is equally probable under each of its values."
-            notebook.may_be_a_saddle = True
-            notebook.find("states-alike", name, 0.0, f"{fact} {UNKNOWN}", APART)
+    names = [name for name in history.alike if name not in notebook.alike]
+    if names:
+        notebook.may_be_a_saddle = True
+        listed = f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        fact = f"At every reading all that depends on {listed} is equally probable under every value."
+        notebook.find("states-alike", names[0], 0.0, f"{fact} {UNKNOWN}", APART)
 
 
 def _look_at_phases(history: History, rounding: float | None, notebook: Notebook) -> None:
@@ -299,12 +299,23 @@ def _why_not_known(series: Series, converged: bool | None, flat: float) -> str:
         return "Not known yet: the run had not converged."
     if change is None:
         return f"Not known yet: that takes {2 * series.window} readings, and the history has {count}."
-    noise = f" Readings differ by {' and '.join(series.random)}: read held-out data, or more." if series.random else ""
+    noise = f" Readings differ by {' and '.join(series.random)}: {_steadier(series.random)}." if series.random else ""
     return (
         f"Not known yet: from {change.window} readings to the next {change.window} it changed by "
         f"{per_datum(change.nats, series.num_data)}, give or take {nats(2 * change.error)}, where no more than "
         f"{nats(flat)} counts as rest (flat=).{noise}"
     )
+
+
+def _steadier(random: tuple[str, ...]) -> str:
+    """What makes readings differ less, in words."""
+    ways = {
+        "mini-batch": "let the Monitor read held-out data (held_out=)",
+        "guide's draws": "let it average over more particles (elbo=vfe.FreeEnergy(num_particles=...))",
+        "subsample": "let it average over more particles (elbo=vfe.FreeEnergy(num_particles=...))",
+    }
+    found = [way for source, way in ways.items() if any(source in words for words in random)]
+    return "; ".join(dict.fromkeys(found)) or "take more draws, or smaller steps, at the end"
 
 
 def _look_at_rest(series: Series, gap_known_to_be: float | None, notebook: Notebook) -> None:

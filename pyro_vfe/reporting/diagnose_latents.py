@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_vfe.learning.alike import WORTH, Alike, fact_of, verdict, whole
+from pyro_vfe.learning.alike import WORTH, Alike, verdict, worth_saying
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.reporting.diagnose_notebook import Notebook, nats, percent
 from pyro_vfe.reporting.diagnose_views import View
@@ -132,7 +132,7 @@ def _unused(view: View, share: float | None, notebook: Notebook) -> bool:
 
 def _alike(view: View, notebook: Notebook) -> None:
     """Whether the data say nothing of a latent that is undecided."""
-    if any(finding.site == view.site for finding in notebook.of("states-alike")):
+    if not notebook.alike.isdisjoint(view.members):
         return
     if view.prior is None or view.count < _ELEMENTS_PER_STATE * len(view.values):
         return
@@ -141,6 +141,7 @@ def _alike(view: View, notebook: Notebook) -> None:
     if not (told <= _ALIKE and open_nats >= _CERTAIN):
         return
     notebook.may_be_a_saddle = True
+    notebook.alike |= set(view.members)
     notebook.find(
         "states-alike",
         view.site,
@@ -164,10 +165,10 @@ def look_at_alike(alike: Alike, gain: float | None, run: Enumeration, notebook: 
     """
     cost = gain if gain is not None and gain > WORTH else 0.0
     fact, way_out = verdict(gain)
-    for name in alike if cost else whole(alike, run):
-        groups = alike[name]
+    for names, of_names in worth_saying(alike, gain, run).items():
         notebook.may_be_a_saddle |= gain is None or cost > 0
-        notebook.find("states-alike", name, 0.0, f"{fact_of(name, groups, run)} {fact}", way_out, cost, groups[0])
+        notebook.alike |= set(names)
+        notebook.find("states-alike", names[0], 0.0, f"{of_names} {fact}", way_out, cost, alike[names[0]][0])
 
 
 def _information(view: View, probabilities: Tensor) -> float:

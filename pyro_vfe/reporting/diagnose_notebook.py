@@ -55,6 +55,8 @@ class Notebook:
     notes: list[str] = field(default_factory=list)
     may_be_a_saddle: bool = False
     """Whether components are alike and another start may do better."""
+    alike: set[str] = field(default_factory=set)
+    """The latents of which that was said."""
 
     def of(self, kind: str) -> list[Finding]:
         """Returns the findings of a kind so far.

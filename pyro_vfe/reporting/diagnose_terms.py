@@ -112,9 +112,9 @@ def _advice(terms: Decomposition, worst: str | None) -> str:
         return "Q is the E-phase's, and not the exact posterior: end with vfe.Exact(), or let the E-phase do more."
     site = "the latents" if worst is None else f"'{worst}'"
     return (
-        f"Train the guide further while the gap falls. Where it stays, let {site} in the guide depend on the data and "
-        f"on other latents, as the posterior does; or leave {site} out of the guide, to be summed out exactly. A guide "
-        "whose best values are the posterior's needs another start: for vfe.AutoMeanField init='posterior', or "
+        "Train the guide further while F falls, which a run tells, given beside these terms. Where it stays, let "
+        f"{site} in the guide depend on the data and on other latents, as the posterior does; or leave {site} out of "
+        "the guide, to be summed out exactly. Or start it elsewhere: for vfe.AutoMeanField init='posterior', or "
         "init_scale=0.1 where latents are exchangeable; vfe.EM(model, guide, e_phase=vfe.Coordinate()) leads to the "
         "optimum nearby in closed form."
     )

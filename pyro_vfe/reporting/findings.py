@@ -33,7 +33,7 @@ class Kind:
 KINDS = {
     "support-mismatch": Kind("The guide allows what the model forbids", "the gap, nats", "infinite"),
     "not-finite": Kind("F is not a number", "F at the last reading, nats", "infinite"),
-    "guide-bottleneck": Kind("The guide is the bottleneck", "the gap, nats per datum", "the gap"),
+    "guide-bottleneck": Kind("The guide leaves a gap", "the gap, nats per datum", "the gap"),
     "guide-collapsed": Kind(
         "Q has collapsed to one value", "the share of elements that Q has on it", "the gap of the latent"
     ),
