@@ -16,7 +16,7 @@ import torch
 from pyro.optim import PyroOptim
 
 from pyro_vfe.errors import VFEWarning, callers_level
-from pyro_vfe.learning.alike import Alike, alike_states, verdict, worth_saying
+from pyro_vfe.learning.alike import alike_states
 from pyro_vfe.learning.batch_checks import check_options
 from pyro_vfe.learning.batch_loop import BatchLoop
 from pyro_vfe.learning.batch_run import BatchRun, batch_run
@@ -39,17 +39,16 @@ from pyro_vfe.learning.em_loop import (
     State,
     e_step,
     m_step,
-    params_and_updates,
     row_after_m_step,
     row_of,
     words_of,
 )
 from pyro_vfe.learning.em_report import Callback, Report
 from pyro_vfe.learning.em_run import EMRun, PhaseResult
-from pyro_vfe.learning.em_starts import End, Starts
+from pyro_vfe.learning.em_starts import Starts, run_of
 from pyro_vfe.learning.gradient import Gradient
 from pyro_vfe.learning.guided import surprise_of
-from pyro_vfe.learning.history import History, Row
+from pyro_vfe.learning.history import Row
 from pyro_vfe.learning.minibatch import BatchMethod, Incremental
 from pyro_vfe.learning.pair import Pair
 from pyro_vfe.learning.phases import EPhase, MPhase
@@ -208,7 +207,7 @@ class EM:
             alike, gain = starts.told_apart(alike, int(seed)) if alike and end.loop.converged else (alike, None)
         if not end.loop.converged and not end.loop.stopped:
             warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=callers_level())
-        return _run_of(end, starts, pair, e_phase, origin, alike, gain)
+        return run_of(end, starts, pair, e_phase, origin, alike, gain)
 
     @entry_point(learns=True)
     def run_batches(
@@ -380,35 +379,3 @@ def _steps_of_adam() -> Gradient:
 
 def _result(row: Row, updates: Mapping[str, str], notes: tuple[str, ...] = ()) -> PhaseResult:
     return PhaseResult(row.phase, row.free_energy, row.surprise, row.gap, updates, notes)
-
-
-def _run_of(
-    end: End, starts: Starts, pair: Pair, e_phase: EPhase, origin: Start, alike: Alike, gain: float | None
-) -> EMRun:
-    """The result of the best start; the parameters in the store are its own."""
-    params, updates = params_and_updates(pair, e_phase, end.loop.updates)
-    rises = () if end.loop.rounding.reported is None else (end.loop.rounding.reported,)
-    of_alike = [
-        f"{fact} {' '.join(verdict(gain))}" for fact in worth_saying(alike, gain, end.state.enumeration).values()
-    ]
-    stopped = ("stopped by the callback",) if end.loop.stopped else ()
-    notes = (*rises, *end.loop.remarks, *of_alike, *stopped, *origin.notes(params))
-    return EMRun(
-        converged=end.loop.converged,
-        n_iter=end.state.iteration,
-        history=History(
-            tuple(end.loop.rows),
-            end.loop.num_data,
-            rounding=end.loop.rounding.at(end.state.belief, end.state.enumeration),
-            random=() if end.state.belief.sampled is None else ("draws of the E-phase",),
-        ),
-        params=params,
-        updates=updates,
-        notes=notes,
-        restarts=tuple(starts.restarts),
-        enumeration=end.state.enumeration.numbers(),
-        belief=end.state.belief,
-        max_bytes=pair.max_bytes,
-        alike=alike,
-        gain_elsewhere=gain,
-    )

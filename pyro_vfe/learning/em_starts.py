@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import VFEError
-from pyro_vfe.learning.alike import WORTH, Alike, alike_states
-from pyro_vfe.learning.em_loop import Loop, State, m_step
-from pyro_vfe.learning.em_run import Restart
+from pyro_vfe.learning.alike import WORTH, Alike, alike_states, verdict, worth_saying
+from pyro_vfe.learning.em_loop import Loop, State, m_step, params_and_updates
+from pyro_vfe.learning.em_run import EMRun, Restart
+from pyro_vfe.learning.history import History
 from pyro_vfe.learning.pair import Pair
+from pyro_vfe.learning.phases import EPhase
 from pyro_vfe.learning.restarts import random_belief
+from pyro_vfe.learning.start import Start
 from pyro_vfe.program.parameters import restore, snapshot
 from pyro_vfe.program.randomness import undisturbed_randomness
 
@@ -139,3 +142,45 @@ class Starts:
         finally:
             if self.best is not None:
                 restore(self.best.state.parameters)
+
+
+def run_of(
+    end: End, starts: Starts, pair: Pair, e_phase: EPhase, origin: Start, alike: Alike, gain: float | None
+) -> EMRun:
+    """Returns the result of EM: that of its best start, whose parameters are in the store.
+
+    Args:
+        end: The end of the best start.
+        starts: All starts.
+        pair: The programs.
+        e_phase: The E-phase.
+        origin: What the first start began with.
+        alike: Latents whose values the model does not tell apart.
+        gain: What another start would gain, in nats; None where none was tried.
+    """
+    params, updates = params_and_updates(pair, e_phase, end.loop.updates)
+    rises = () if end.loop.rounding.reported is None else (end.loop.rounding.reported,)
+    of_alike = [
+        f"{fact} {' '.join(verdict(gain))}" for fact in worth_saying(alike, gain, end.state.enumeration).values()
+    ]
+    stopped = ("stopped by the callback",) if end.loop.stopped else ()
+    notes = (*rises, *end.loop.remarks, *of_alike, *stopped, *origin.notes(params))
+    return EMRun(
+        converged=end.loop.converged,
+        n_iter=end.state.iteration,
+        history=History(
+            tuple(end.loop.rows),
+            end.loop.num_data,
+            rounding=end.loop.rounding.at(end.state.belief, end.state.enumeration),
+            random=() if end.state.belief.sampled is None else ("draws of the E-phase",),
+        ),
+        params=params,
+        updates=updates,
+        notes=notes,
+        restarts=tuple(starts.restarts),
+        enumeration=end.state.enumeration.numbers(),
+        belief=end.state.belief,
+        max_bytes=pair.max_bytes,
+        alike=alike,
+        gain_elsewhere=gain,
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyro_vfe.engine.factors import Factor
-from pyro_vfe.errors import StructureError, SupportError, VFEError
+from pyro_vfe.errors import VFEError
 from pyro_vfe.program.agreement import check_reads
 from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
@@ -24,13 +24,13 @@ from pyro_vfe.program.cost import fits_at_once, within_limit
 from pyro_vfe.program.counters import Counters
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
+from pyro_vfe.program.failures import cannot_broadcast, explained, unstable
 from pyro_vfe.program.identity import Identities, Identity, News
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
-from pyro_vfe.program.left_over import stale_parameter
 from pyro_vfe.program.masks import warn_of_priors
 from pyro_vfe.program.operations import KnownPaths
-from pyro_vfe.program.parameters import naming_nan, nan_explained
+from pyro_vfe.program.parameters import naming_nan
 from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at
@@ -203,7 +203,7 @@ class Programs:
         try:
             return self._enumerate_anew(call)
         except Exception as error:
-            explanation = _explained(error, call)
+            explanation = explained(error, call.programs, call.args, call.kwargs)
             if explanation is None:
                 raise
             raise explanation from error
@@ -234,12 +234,12 @@ class Programs:
                 paths.add(enumeration, call.spot_check(layout, enumeration, shares))
                 check_reads(layout, enumeration)
         except StructureChanged as error:
-            raise counters.explained(_unstable(error), call.before.runs) from error
+            raise counters.explained(unstable(error), call.before.runs) from error
         except VFEError as error:
             counters.explained(error, call.before.runs)
             raise
         except Exception as error:
-            raise (_explained(error, call) or _cannot_broadcast(error)) from error
+            raise (explained(error, call.programs, call.args, call.kwargs) or cannot_broadcast(error)) from error
         warn_of_priors(enumeration, layout)
         counters.told(call.before.runs)
         if self.needs_data:
@@ -289,6 +289,11 @@ class _Call:
     """The buffers of modules as they were before the call."""
     chance: list[Tensor] = field(default_factory=list)
     """The random state of its first check: what fails there is not given another chance."""
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """The guide and the model, in the order in which they run."""
+        return self.guide, self.model
 
     def enumeration(self, layout: Layout, share: bool) -> tuple[Enumeration, bool]:
         """One enumerated run, and whether it could share equal computations."""
@@ -353,32 +358,6 @@ class _Call:
         return tuple(  # type: ignore[return-value]
             in_particles(program, self.particles, layout.nesting) for program in (self.model, self.guide)
         )
-
-
-def _explained(error: Exception, call: _Call) -> VFEError | None:
-    """For what a distribution or an operation says of parameters that are NaN, or of another shape: which they are."""
-    if isinstance(error, VFEError) and not isinstance(error, SupportError):
-        return None
-    found = nan_explained(error, call.model, call.guide) if isinstance(error, ValueError) else None
-    return found or stale_parameter((call.guide, call.model), call.args, call.kwargs)
-
-
-def _cannot_broadcast(error: Exception) -> StructureError:
-    said = str(error).rstrip(". ")
-    return StructureError(
-        f"The programs run with sampled values but not with enumerated ones: {type(error).__name__}: {said}.",
-        hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
-        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0; "
-        "join latents by torch.stack(torch.broadcast_tensors(...), -1). A table that a latent indexes needs an entry "
-        "for each of its values.",
-    )
-
-
-def _unstable(error: Exception) -> StructureError:
-    return StructureError(
-        f"The structure of the programs changes from one run to the next: {error}.",
-        hint="Let the sites depend on the arguments and on the latents only, not on other randomness.",
-    )
 
 
 def ordinary_draws(

@@ -140,13 +140,12 @@ class Recorder(Messenger):
         self.parameters: list[Tensor] = []
         """What the program has read of parameters, as it reads them."""
         self.returned: Any = None
-        self._arguments: Arguments = ((), {})
         self._names: dict[str, str] = {}
         self._surroundings: dict[object, tuple[tuple[Plate, ...], dict[str, int], frozenset[Subsample]]] = {}
 
     def run(self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Site]:
         """Runs `program` once and returns its sites by name, in order."""
-        self._arguments = args, kwargs
+        self._arguments: Arguments = args, kwargs
         try:
             gaps = Gaps(is_whole=self.given.__contains__, is_drawn=lambda name: name not in self.enumerated)
             torch.clear_autocast_cache()  # It would hold weights as they were at the step before.
@@ -158,9 +157,8 @@ class Recorder(Messenger):
                     fn = self.sites[name].fn
                     raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn)) from escape
             raise
-        for site in self.sites.values():
-            if site.kind == "observed":
-                self._fill_gaps(site)
+        for site in filter(lambda site: site.kind == "observed", self.sites.values()):
+            self._fill_gaps(site)
         return self.sites
 
     def _fill_gaps(self, site: Site) -> None:

@@ -1,0 +1,54 @@
+"""What is to be said of programs that fail while they are enumerated: why, and the way out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pyro_vfe.errors import StructureError, SupportError, VFEError
+from pyro_vfe.program.layout import Program
+from pyro_vfe.program.left_over import stale_parameter
+from pyro_vfe.program.parameters import nan_explained
+
+
+def explained(
+    error: Exception, programs: Sequence[Program], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> VFEError | None:
+    """Returns which parameters are NaN, or left over in another shape, where that is why a run failed; else None.
+
+    Args:
+        error: What a distribution or an operation said.
+        programs: What ran.
+        args: Arguments of the programs.
+        kwargs: Keyword arguments of the programs.
+    """
+    if isinstance(error, VFEError) and not isinstance(error, SupportError):
+        return None
+    found = nan_explained(error, *programs) if isinstance(error, ValueError) else None
+    return found or stale_parameter(programs, args, kwargs)
+
+
+def cannot_broadcast(error: Exception) -> StructureError:
+    """Returns the error for programs that run with single values and not with all at once.
+
+    Args:
+        error: What came of running them.
+    """
+    said = str(error).rstrip(". ")
+    return StructureError(
+        f"The programs run with sampled values but not with enumerated ones: {type(error).__name__}: {said}.",
+        hint="Enumerated values carry extra dims to the left of the plates: index with `table[z]`, broadcast, use "
+        "`[..., None]` and dims counted from the right, not `view`, `flatten`, `x[:, z]` or sums over dim 0; "
+        "join latents by torch.stack(torch.broadcast_tensors(...), -1). A table that a latent indexes needs an entry "
+        "for each of its values.",
+    )
+
+
+def unstable(error: Exception) -> StructureError:
+    """Returns the error for programs with other sites, or other reads, at each run.
+
+    Args:
+        error: In what two runs differed.
+    """
+    return StructureError(
+        f"The structure of the programs changes from one run to the next: {error}.",
+        hint="Let the sites depend on the arguments and on the latents only, not on other randomness.",
+    )
