@@ -178,6 +178,17 @@ def test_a_prior_that_a_guide_approximates_draws_no_warning() -> None:
     assert terms.free_energy.item() == pytest.approx((0.25 * (0.25 / p).log()).sum().item())  # KL(Q || P), Q uniform
 
 
+def test_an_automatic_guide_hides_no_forgotten_obs() -> None:
+    def emitting(u: Tensor) -> None:
+        with pyro.plate("data", len(u)):
+            v = pyro.sample("v", dist.Bernoulli(HALF[0]))
+            pyro.sample("emission", dist.Bernoulli(0.1 + 0.8 * v))
+
+    for guide in (vfe.AutoMeanField(emitting), vfe.AutoStructured(emitting)):
+        with pytest.warns(VFEWarning, match="Nothing reads site emission"):
+            vfe.FreeEnergy().decompose(emitting, guide, U)
+
+
 def test_explain_says_that_nothing_reads_a_site_and_that_nothing_is_observed() -> None:
     said = str(vfe.explain(forgotten, None, U))
     assert "read by nothing: it integrates to 1 (Poisson)" in said

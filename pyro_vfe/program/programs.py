@@ -243,7 +243,7 @@ class Programs:
         warn_of_priors(enumeration, layout)
         counters.told(call.before.runs)
         if self.needs_data:
-            warn_of_no_data(call.model, layout, call.kwargs)
+            warn_of_no_data(call.model, call.guide, layout, call.args, call.kwargs)
         self._pairs[call.key] = _Pair(layout, enumeration.lost, call.before.to_keep, shares, paths)
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)

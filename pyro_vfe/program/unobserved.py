@@ -1,7 +1,12 @@
 """Models that observe nothing: F is then no statement about data, and most often an `obs=` has been forgotten."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
 
 from pyro_vfe.engine.ordering import listed
 from pyro_vfe.errors import VFEWarning, callers_level
@@ -19,15 +24,20 @@ def observes_nothing(layout: Layout) -> bool:
     return bool(kinds) and "observed" not in kinds
 
 
-def warn_of_no_data(model: Program, layout: Layout, kwargs: Mapping[str, object]) -> None:
+def warn_of_no_data(
+    model: Program, guide: Program, layout: Layout, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """Says that a model observes nothing, with the sites that nothing reads.
 
     A model whose latents the guide has, all of them, may be a prior to be approximated: F is KL(Q || P) then, and
-    nothing is said, unless a site has the name of an argument.
+    nothing is said, unless a site has the name of an argument, or tensors are given and the guide is automatic: it
+    would have the latent that was to be observed, too.
 
     Args:
         model: The generative model.
+        guide: The guide.
         layout: What ordinary runs met.
+        args: The programs' arguments.
         kwargs: The programs' keyword arguments.
     """
     if not observes_nothing(layout):
@@ -36,7 +46,9 @@ def warn_of_no_data(model: Program, layout: Layout, kwargs: Mapping[str, object]
     ends = [one.name for one in own if not any(one.name in site.scope for site in own if site.name != one.name)]
     signature = signature_of(model)
     arguments = kwargs.keys() if signature is None else signature.parameters.keys() | kwargs.keys()
-    told = [name for name in ends if ("guide", name) not in layout.sites or name in arguments]
+    given = any(isinstance(argument, Tensor) for argument in (*args, *kwargs.values()))
+    automatic = given and isinstance(inspect.unwrap(guide), AutoGuide)
+    told = [name for name in ends if automatic or ("guide", name) not in layout.sites or name in arguments]
     if told:
         name = told[-1]
         warnings.warn(
