@@ -108,7 +108,7 @@ def test_a_layer_too_wide_to_list_is_drawn() -> None:
         pyro.sample("v", dist.Bernoulli(logits=pyro.param("logits", torch.zeros(40))).to_event(1))
 
     pyro.set_rng_seed(0)
-    with pytest.raises(CostError, match=r"'v' has 1\.1e"):
+    with pytest.raises(CostError, match="'v' has 2 to the power 40"):
         vfe.FreeEnergy().loss(wide, guide, torch.tensor(20.0))
     # Q is the prior, so F is the expected cost of the data: v's sum has mean 20 and variance 10.
     elbo = sampling(1e9, num_particles=2000, vectorize_particles=True)

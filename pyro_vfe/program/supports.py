@@ -132,8 +132,8 @@ def _product_support(fn: Independent, name: str) -> Tensor:
     if size > MAX_VALUES:
         raise CostError(
             f"Latent site '{name}' has {len(base)} to the power {math.prod(elements)} joint values.",
-            hint="Give its elements a plate of their own instead of to_event, or let a guide draw it: a site of that "
-            "name there with infer={'enumerate': None}, or vfe.FreeEnergy(on_cost=\"sample\").",
+            hint="Give its elements a plate of their own instead of to_event, or sample it: a site of that name in the "
+            "guide with infer={'enumerate': None}, or with vfe.FreeEnergy(on_cost=\"sample\").",
             sites=(name,),
         )
     count = math.prod(elements)
