@@ -37,6 +37,10 @@ _ELSEWHERE = {
 """What other libraries, and Pyro's SVI, call the options."""
 
 
+_TAKEN_ELSEWHERE = ("model", "guide", "params")
+"""What is checked where it is taken, in more words."""
+
+
 def entry_point(*, learns: bool = False) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Returns a decorator of what a user calls.
 
@@ -155,7 +159,7 @@ class _Call:
         self.takes_data = any(p.kind is p.VAR_POSITIONAL for p in own)
         self.hands_on = any(p.kind is p.VAR_KEYWORD for p in own)
         self.options = [p.name for p in own if p.kind is p.KEYWORD_ONLY]
-        kinds = {p.name: kind_of(p.annotation) for p in own if p.name not in ("model", "guide")}
+        kinds = {p.name: kind_of(p.annotation) for p in own if p.name not in _TAKEN_ELSEWHERE}
         self._kinds = {name: kind for name, kind in kinds.items() if kind is not None}
         self._places = [(place, name) for place, name in enumerate(self.positional) if name in self._kinds]
         self._counts = {p.name for p in own if int in (p.annotation, *get_args(p.annotation))}
