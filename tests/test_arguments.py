@@ -210,6 +210,24 @@ def test_free_energy_is_made_before_it_is_asked() -> None:
             call()
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_data_that_a_program_does_not_take_are_told(name: str) -> None:
+    def lacks_data() -> None:
+        pass
+
+    with pytest.raises(VFEError, match=r"The (guide|model), which takes \(u\), cannot be called.*argument: 'u'"):
+        ENTRIES[name](model, guide)
+    with pytest.raises(VFEError, match=r"The model, which takes \(u\), cannot.*too many positional arguments"):
+        ENTRIES[name](model, guide, U, U)
+    with pytest.raises(VFEError, match=r"The guide, which takes \(\), cannot be called.*Let the guide take"):
+        ENTRIES[name](model, lacks_data, U)
+
+
+def test_an_error_within_a_program_is_its_own() -> None:
+    with pytest.raises(TypeError, match="has no len"):
+        vfe.posterior(lambda u: model(len(3)), U)  # type: ignore[arg-type]
+
+
 def test_programs_among_the_data_are_told() -> None:
     with pytest.raises(VFEError, match=r"posterior was given the function guide among the data.*After the model come"):
         vfe.posterior(model, guide, U)

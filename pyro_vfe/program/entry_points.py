@@ -65,6 +65,8 @@ def entry_point(*, learns: bool = False) -> Callable[[Callable[_Arguments, _Resu
                     if "nference tensor" in str(error):  # Torch's words, at the beginning of a sentence or within.
                         raise _made_in_inference_mode(call.programs(args, kwargs)) from error
                     raise
+                except TypeError as error:
+                    raise call.unfit_data(args, kwargs) or error from error
 
         return entered
 
@@ -212,22 +214,42 @@ class _Call:
                 f"{self.who} was given {described(rest[0])} after its positional arguments ({names}).",
                 hint="Its options go by keyword, and the data to the calls that run the programs.",
             )
-        model = self.programs(args, kwargs).get("model")
-        signature = signature_of(model) if callable(model) else None
+        if self._unbound("model", args, kwargs):
+            stranger = next(part for part in rest if callable(part))
+            before = " and ".join(role for role in ("model", "guide") if role in self.parameters)
+            first = f"After the {before} come" if before else "It has its programs: pass"
+            raise VFEError(
+                f"{self.who} was given {described(stranger)} among the data, and the model cannot be called with that: "
+                f"{self._unbound('model', args, kwargs)}.",
+                hint=f"{first} the data alone.",
+            )
+
+    def unfit_data(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> VFEError | None:
+        """The error for data that a program cannot be called with, if it is that."""
+        for role in ("model", "guide") if self.takes_data and kwargs.get("batches") is None else ():
+            mismatch = self._unbound(role, args, kwargs)
+            if mismatch:
+                signature = signature_of(self.programs(args, kwargs)[role])  # type: ignore[arg-type]
+                return VFEError(
+                    f"The {role}, which takes {signature}, cannot be called with the data that {self.who} was given: "
+                    f"{mismatch}.",
+                    hint="Pass the data as the model takes them."
+                    if role == "model"
+                    else "Let the guide take what the model takes: both are called with the same data.",
+                )
+        return None
+
+    def _unbound(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Why a program cannot be called with the data, in Python's words; nothing where it can."""
+        program = self.programs(args, kwargs).get(role)
+        signature = signature_of(program) if callable(program) else None
         try:
             if signature is not None:
                 own = {name: value for name, value in kwargs.items() if name not in self.parameters}
-                signature.bind(*rest, **own)
+                signature.bind(*args[len(self.positional) :], **own)
         except TypeError as error:
-            stranger = next(part for part in rest if callable(part))
-            before = " and ".join(role for role in ("model", "guide") if role in self.parameters)
-            raise VFEError(
-                f"{self.who} was given {described(stranger)} among the data, and the model cannot be called with that: "
-                f"{error}.",
-                hint=f"After the {before} come the data alone."
-                if before
-                else "It has its programs: pass the data alone.",
-            ) from error
+            return str(error)
+        return ""
 
     def _check_keyword(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         model = self.programs(args, kwargs).get("model")

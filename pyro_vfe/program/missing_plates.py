@@ -54,12 +54,13 @@ def cannot_score(site: Site, error: Exception) -> tuple[str, str]:
         site: The site.
         error: What the distribution said.
     """
-    fact = f"Site '{site.name}' of the {site.role} cannot score its value: {error}"
+    said = str(error).partition("\n")[0].removesuffix(", but found invalid values:")  # and then all of them
+    fact = f"Site '{site.name}' of the {site.role} cannot score its value: {said}."
     value: Any = site.value
     if value.is_floating_point() and bool(value.isnan().any()):
         return fact, (
-            "The value holds NaN. Where that is a missing datum, hide it: `with pyro.poutine.mask(mask=~u.isnan()):` "
-            "around the site, u being the data."
+            f"The value holds NaN, {int(value.isnan().sum())} of {value.numel()} numbers. Where that is a missing "
+            "datum, hide it: `with pyro.poutine.mask(mask=~u.isnan()):` around the site, u being the data."
         )
     if "not broadcastable" in str(error):
         return fact, "Give the data the size of the site's plates and of one event."
