@@ -18,6 +18,10 @@ class VFEError(ValueError):
         self.problem = problem
 
 
+class ArgumentError(VFEError, TypeError):
+    """A program that cannot be called with the data that it was given."""
+
+
 class CostError(VFEError):
     """An exact computation that would not fit; raised before anything large is allocated."""
 

@@ -9,6 +9,7 @@ pathwise gradient is, stays true of these two points.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import permutations
 from typing import Any, TypeVar
 from unittest import mock
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 MAX_OUTCOMES = 3_000
 
+_fork_rng = torch.random.fork_rng
+
 
 class _Script:
     """The choices of one run, and what else each of them could have been."""
@@ -27,6 +30,7 @@ class _Script:
     def __init__(self, choices: list[int]) -> None:
         self.choices = choices
         self.probabilities: list[list[float]] = []
+        self._num_given = len(choices)
 
     def choose(self, probabilities: list[float]) -> int:
         """The index of one of some values of these probabilities."""
@@ -37,7 +41,15 @@ class _Script:
         if position == len(self.choices):
             self.choices.append(0)
         self.probabilities.append([probabilities[n] for n in possible])
-        return possible[self.choices[position]]
+        return possible[min(self.choices[position], len(possible) - 1)]  # What is taken back may have fewer.
+
+    @contextmanager
+    def fork_rng(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Stands in for torch.random.fork_rng, whose draws are taken back: they are none of the outcome's."""
+        position = len(self.probabilities)
+        with _fork_rng(*args, **kwargs):
+            yield
+        del self.probabilities[position:], self.choices[max(position, self._num_given) :]
 
     @property
     def probability(self) -> float:
@@ -87,6 +99,7 @@ def outcomes(function: Callable[[], T]) -> Iterator[tuple[float, T]]:
             mock.patch.object(torch, "bernoulli", script.bernoulli),
             mock.patch.object(torch, "multinomial", script.multinomial),
             mock.patch.object(torch, "randperm", script.randperm),
+            mock.patch.object(torch.random, "fork_rng", script.fork_rng),
             mock.patch.object(torch.distributions.normal, "_standard_normal", script.standard_normal),
         ):
             result = function()

@@ -780,6 +780,7 @@ class Counted(nn.Module):
         return self.inner(data)
 
 
+@pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
 def test_a_step_calls_each_network_once() -> None:
     nets = {name: Counted(net) for name, net in LAYERED.items()}
     single = Counted(fresh())

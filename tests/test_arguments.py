@@ -224,8 +224,9 @@ def test_data_that_a_program_does_not_take_are_told(name: str) -> None:
 
 
 def test_an_error_within_a_program_is_its_own() -> None:
-    with pytest.raises(TypeError, match="has no len"):
+    with pytest.raises(TypeError, match="has no len") as caught:
         vfe.posterior(lambda u: model(len(3)), U)  # type: ignore[arg-type]
+    assert caught.value.__cause__ is None
 
 
 def test_programs_among_the_data_are_told() -> None:

@@ -528,7 +528,10 @@ def test_a_program_that_depends_on_its_calls_is_told_of() -> None:
         calls += 1
         mixture(counts + calls)
 
-    with pytest.warns(VFEWarning, match="depends on how often it is called"):
+    with (
+        pytest.warns(VFEWarning, match="depends on how often it is called"),
+        pytest.warns(VFEWarning, match="'calls' in the closure of model"),
+    ):
         quiet(vfe.EM(model, check=False), COUNTS, max_iter=12, tol=0)
 
 

@@ -17,6 +17,9 @@ import pyro_vfe as vfe
 from pyro_vfe.errors import SpotCheckError, VFEWarning
 from pyro_vfe.program import operations
 
+# They count their runs on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
+
 STATES, FEATURES, MANY = 3, 4, 60
 ROOT = noise(STATES, seed=1).softmax(-1)
 ROWS = noise(STATES, FEATURES, seed=2)

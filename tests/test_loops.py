@@ -33,6 +33,7 @@ def test_gradients_equal_those_of_the_full_joint_table(name: str) -> None:
     check_gradients(name)
 
 
+@pytest.mark.filterwarnings("ignore:The model observes nothing")
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program_specs())
 def test_random_programs(spec: ProgramSpec) -> None:

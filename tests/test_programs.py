@@ -198,6 +198,7 @@ def test_bad_input_names_the_site_and_the_way_out(name: str) -> None:
         assert word in str(refusal.value)
 
 
+@pytest.mark.filterwarnings("ignore:The model observes nothing")
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program_specs())
 def test_random_programs(spec: ProgramSpec) -> None:

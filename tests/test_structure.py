@@ -270,6 +270,7 @@ class Counted:
         pyro.sample("u", dist.Normal(blind_to_dims(z) if self.lies else MEANS[z], 1.0), obs=POINTS[0])
 
 
+@pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
 def test_a_failed_spot_check_names_the_site_and_both_values() -> None:
     with pytest.raises(SpotCheckError) as refusal:
         for seed in range(10):
@@ -279,6 +280,7 @@ def test_a_failed_spot_check_names_the_site_and_both_values() -> None:
     assert f"{dist.Normal(MEANS[0], 1.0).log_prob(POINTS[0]).item():.4f}"[:6] in str(refusal.value)
 
 
+@pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
 def test_check_says_how_often_the_program_is_checked() -> None:
     runs = {}
     for check in ("first", "always", False):
@@ -295,11 +297,13 @@ def test_check_says_how_often_the_program_is_checked() -> None:
     assert runs["first"][0] == runs["always"][0] > runs[False][0]
 
 
+@pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
 def test_without_a_check_the_user_is_trusted() -> None:
     wrong = -dist.Normal(MEANS[0], 1.0).log_prob(POINTS[0]).item()
     assert vfe.FreeEnergy(check=False).loss(Counted(lies=True), empty) == pytest.approx(wrong, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
 def test_a_program_that_begins_to_lie_is_caught_by_check_always() -> None:
     model, elbo = Counted(lies=False), vfe.FreeEnergy(check="always")
     elbo.loss(model, empty)

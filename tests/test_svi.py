@@ -276,6 +276,7 @@ def test_a_copy_computes_the_same(copied: Callable[[Any], Any], used: bool) -> N
     assert elbo.loss(mixture, mixture_guide, COUNTS[:2]) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:At each of the last 9 calls")
 def test_programs_that_come_and_go_are_not_taken_for_one_another() -> None:
     elbo = vfe.FreeEnergy()
     for size in range(2, 70):

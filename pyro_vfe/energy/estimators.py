@@ -14,6 +14,7 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -38,11 +39,11 @@ def surrogate_loss(runs: Sequence[Enumeration], side_by_side: int = 1, max_bytes
         [part.expectation(downstream_of=draws) for part in own] for own, draws in zip(parts, scored, strict=True)
     ]
     count = len(runs) * side_by_side
-    loss = torch.stack([result.total for own in results for result in own]).sum()
+    loss = reduce(torch.add, [result.total for own in results for result in own])
     if count > 1 and scored[0]:
         for baseline, run in zip(_baselines(results, runs, count), runs, strict=True):
             loss = loss - _score_cost(run, baseline)
-    return loss / count
+    return loss / count if count > 1 else loss
 
 
 def _baselines(

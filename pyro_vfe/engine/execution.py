@@ -136,8 +136,9 @@ def _sliced(component: Component, slots: list[Factor], graph: FactorGraph, semir
 def without_plates(factor: Factor, plates: Iterable[str], graph: FactorGraph) -> Factor:
     """Returns the factor, its scale applied, multiplied out over plates, also those whose axis it lacks."""
     gone = frozenset(plates)
-    reduced = applied(factor).mapped(lambda table: _multiplied_out(table, gone, graph))
-    return replace(reduced, plates=factor.plates - gone)
+    whole = applied(factor)
+    first = None if whole.first is None else _multiplied_out(whole.first, gone, graph)
+    return Factor(whole.name, _multiplied_out(whole.table, gone, graph), whole.plates - gone, whole.scale, first)
 
 
 def _multiplied_out(table: Table, gone: frozenset[str], graph: FactorGraph) -> Table:

@@ -15,6 +15,7 @@ References:
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Expectation:
     @property
     def total(self) -> Tensor:
         """The whole expectation, a scalar."""
-        return self.inside.values.sum() + self.outside
+        return self.inside.values.sum() + self.outside if self.inside.axes else self.outside
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +89,10 @@ def expected(
     plain = _Pass(graph, keep_plates, downstream_of, careful=False)
     result = plain.run(order, terms)
     # 0 * inf is 0 here. Where an infinity met anything, the plain products are not finite.
-    if bool(torch.isfinite(result.total.detach())):
+    if math.isfinite(result.total.item()):
         return result
     careful = _Pass(graph, keep_plates, downstream_of, careful=True).run(order, terms)
-    if not bool(torch.isfinite(careful.total.detach())):
+    if not math.isfinite(careful.total.item()):
         return careful
     # Every infinity has probability zero: without them value and gradient are those of the plain products.
     return plain.run(order, [term.mapped(_without_infinities) for term in terms])
@@ -235,14 +236,14 @@ class _Pass:
 
     def _collected(self, done: Sequence[_Term]) -> Expectation:
         axes = tuple(sorted(self.keep_plates))
-        outside: Tensor = torch.zeros(())
+        outside: list[Tensor] = []
         inside: Tensor = torch.zeros([self.graph.plates[plate] for plate in axes])
         for term in map(self._reduced, map(self._without_variables, done)):
             if self.keep_plates and term.plates >= self.keep_plates:
                 inside = inside.to(term.table.values) + term.table.aligned(axes)
             else:
-                outside = outside.to(term.table.values) + self._reduced(term, keep=frozenset()).table.values
-        return Expectation(Table(inside, axes), outside, self.downstream)
+                outside.append(self._reduced(term, keep=frozenset()).table.values)
+        return Expectation(Table(inside, axes), reduce(torch.add, outside or [torch.zeros(())]), self.downstream)
 
     def _without_variables(self, term: _Term) -> _Term:
         """Drops the axes of variables that no conditional sums: draws, which have one value."""

@@ -189,7 +189,8 @@ class Factor:
 
     def mapped(self, function: Callable[[Table], Table]) -> "Factor":
         """Returns the factor with its tables replaced by what `function` makes of them."""
-        return replace(self, table=function(self.table), first=None if self.first is None else function(self.first))
+        table, first = function(self.table), None if self.first is None else function(self.first)
+        return Factor(self.name, table, self.plates, self.scale, first)
 
 
 @dataclass(frozen=True, eq=False)

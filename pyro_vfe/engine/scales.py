@@ -100,6 +100,8 @@ def shown(scale: Scale) -> str:
 
 def applied(factor: Factor) -> Factor:
     """Returns the factor with its tables multiplied by its scale, which becomes 1."""
+    if not isinstance(factor.scale, Table) and factor.scale == 1.0:
+        return factor
     return replace(factor.mapped(lambda table: weighted(table, factor.scale)), scale=1.0)
 
 

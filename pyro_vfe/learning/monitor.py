@@ -32,8 +32,8 @@ class Monitor:
 
     For loops of one's own, of `pyro.infer.SVI` or of a torch optimiser on `FreeEnergy()(model, guide)`; `fit` has one
     built in. A reading changes nothing: not the parameters or their gradients, not the random state, not the buffers
-    of programs that are modules. Whether a module is in training or evaluation mode is left as it is; call `eval()`
-    around readings if that makes a difference. A reading costs about as much as a step.
+    of the modules that the programs run. Whether a module is in training or evaluation mode is left as it is; call
+    `eval()` around readings if that makes a difference. A reading costs about as much as a step.
 
     Where F cannot be taken apart (it is too large to sum, or has no decomposition), training goes on: the row has NaN
     as surprise and gap, and a `VFEWarning` says why, once. Then it is tried again after 1, 2, 4, ... readings.

@@ -61,7 +61,7 @@ def magnitude(belief: Belief, enumeration: Enumeration) -> float:
     for key, weights in belief.weights.items():
         for weight, table in zip(weights, enumeration.factors[key].tables, strict=True):
             sizes.append(torch.where(weight != 0, weight * table.values, 0.0).abs().sum())
-    return float(torch.stack(sizes).sum())
+    return float(torch.stack(sizes).sum().detach())
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro_vfe.energy.decomposition import Decomposition
 from pyro_vfe.energy.free_energy import FreeEnergy
-from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
+from pyro_vfe.errors import ArgumentError, ImpossibleDataError, NotFiniteError, VFEError
 from pyro_vfe.learning.alike import Facts, alike_latents, note_on
 from pyro_vfe.learning.batches import Arguments, fingerprint
 from pyro_vfe.learning.history import STEP, History, Row
@@ -105,6 +105,8 @@ class Reader:
                 return Reading(Row(step, STEP, inf, inf, nan, nan), str(error))
             except NotFiniteError as error:
                 return Reading(Row(step, STEP, nan, nan, nan, nan), str(error))
+            except ArgumentError:
+                raise  # It is the loop's own mistake, and comes again at each reading.
             except VFEError as error:
                 self._to_skip, self._next_skip = self._next_skip, 2 * self._next_skip
                 self._knows_total = True

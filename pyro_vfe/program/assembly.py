@@ -24,6 +24,7 @@ from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masks import absences, check_absences, presences
+from pyro_vfe.program.operations import Operations
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.recorder import Plate, Role, Site
 from pyro_vfe.program.tables import Scorer
@@ -54,12 +55,13 @@ class Run:
     """Where masked latents of the model exist."""
 
 
-def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
+def assembled(runs: Mapping[Assignment, Run], layout: Layout, operations: tuple[Operations, ...] = ()) -> Enumeration:
     """Returns all runs as one enumeration.
 
     Args:
         runs: Each path of choices with what ran on it.
         layout: Where each latent went.
+        operations: What each did to latents.
 
     Raises:
         SupportError: A latent has different values in guide and model, or in different branches.
@@ -85,7 +87,6 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     if len(runs) > 1:
         check_decided(factors, sites, supports)
     presence = _presence(runs, layout, supports, sites)
-    lost = frozenset().union(*(run.lost for run in runs.values()))
 
     def rescored(keys: Collection[SiteKey], scorer: Scorer) -> dict[SiteKey, Factor]:
         again = {path: _labelled_again(run, keys, scorer) for path, run in runs.items()}
@@ -94,18 +95,12 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout) -> Enumeration:
     scores = _scores(runs, layout, supports, sites)
     if last.portioned is None:
         factors, scores = _of_one_type(factors, scores)
-    whole = _enumeration(factors, sites, supports, last.subsamples, presence, lost, rescored, layout)
-    whole = replace(
-        whole,
-        own_scores=scores,
-        zeros=any(run.zeros for run in runs.values()),
-        read=tuple(value for run in runs.values() for value in run.parameters),
-    )
-    if last.portioned is None:
-        masked = {key for run in runs.values() for key in run.presence if key[1] in whole.guided}
-        check_absences({key: presence[key] for key in masked & presence.keys()}, sites, whole.factors, layout)
-        return replace(whole, paths=tuple(run.sites for run in runs.values()))
-    return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
+    whole = _enumeration(runs, factors, sites, supports, scores, presence, rescored, operations, layout)
+    if last.portioned is not None:
+        return replace(whole, paths=(sites,), portions=_portions(whole, last, last.portioned, layout))
+    masked = {key for run in runs.values() for key in run.presence if key[1] in whole.guided}
+    check_absences({key: presence[key] for key in masked & presence.keys()}, sites, whole.factors, layout)
+    return whole
 
 
 def joined_runs(runs: Mapping[Assignment, Run], layout: Layout) -> dict[SiteKey, Factor]:
@@ -321,13 +316,14 @@ def _absent_table(like: Table, site: Site, size: int) -> Table:
 
 
 def _enumeration(
+    runs: Mapping[Assignment, Run],
     factors: Mapping[SiteKey, Factor],
     sites: Mapping[SiteKey, Site],
     supports: Mapping[str, Tensor],
-    subsamples: Mapping[str, Tensor],
+    scores: Mapping[str, Factor],
     presence: Mapping[SiteKey, Table],
-    lost: frozenset[tuple[str, str, str]],
     rescored: Rescored,
+    operations: tuple[Operations, ...],
     layout: Layout,
 ) -> Enumeration:
     variables: dict[str, Variable] = {}
@@ -352,13 +348,17 @@ def _enumeration(
         supports=supports,
         sites=sites,
         factors=factors,
-        subsamples=subsamples,
+        subsamples=list(runs.values())[-1].subsamples,
         presence=presence,
-        lost=lost,
+        lost=frozenset().union(*(run.lost for run in runs.values())),
         full_plates={name: plate.full_size for name, plate in plates.items()},
-        paths=(sites,),
+        paths=tuple(run.sites for run in runs.values()),
         rescored=rescored,
         followed=layout.reads,
+        own_scores=scores,
+        zeros=any(run.zeros for run in runs.values()),
+        read=tuple(value for run in runs.values() for value in run.parameters),
+        operations=operations,
     )
 
 

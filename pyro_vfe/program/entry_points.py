@@ -16,7 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vfe.errors import VFEError, described
+from pyro_vfe.errors import ArgumentError, VFEError, described
 from pyro_vfe.program.options import check_kind, kind_of
 from pyro_vfe.program.signatures import signature_of
 
@@ -66,7 +66,10 @@ def entry_point(*, learns: bool = False) -> Callable[[Callable[_Arguments, _Resu
                         raise _made_in_inference_mode(call.programs(args, kwargs)) from error
                     raise
                 except TypeError as error:
-                    raise call.unfit_data(args, kwargs) or error from error
+                    unfit = call.unfit_data(args, kwargs)
+                    if unfit is None:
+                        raise
+                    raise unfit from error
 
         return entered
 
@@ -224,13 +227,13 @@ class _Call:
                 hint=f"{first} the data alone.",
             )
 
-    def unfit_data(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> VFEError | None:
+    def unfit_data(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ArgumentError | None:
         """The error for data that a program cannot be called with, if it is that."""
         for role in ("model", "guide") if self.takes_data and kwargs.get("batches") is None else ():
             mismatch = self._unbound(role, args, kwargs)
             if mismatch:
                 signature = signature_of(self.programs(args, kwargs)[role])  # type: ignore[arg-type]
-                return VFEError(
+                return ArgumentError(
                     f"The {role}, which takes {signature}, cannot be called with the data that {self.who} was given: "
                     f"{mismatch}.",
                     hint="Pass the data as the model takes them."

@@ -26,6 +26,7 @@ from pyro_vfe.errors import StructureError, VFEError
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.provenance import out_of_sight
 from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.reach import reach
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Of a program, positional and by name."""
@@ -34,9 +35,6 @@ _MAX_KNOWN = 4096
 
 _MAX_NUMBERS = 16
 """Of a list or mapping, sizes say; longer ones are data."""
-
-_DEPTH = 4
-"""How far a program's modules are looked for."""
 
 _NO_HOLDERS = (FunctionType, type, Tensor)
 """Whose attributes are no numbers that a model is made with."""
@@ -210,7 +208,7 @@ def first_look(
     Raises:
         StructureError: A parameter is left over.
     """
-    modules = list(_modules(programs))
+    modules = [part for module in reach(*programs).modules for part in module.modules()]
     own = [at_stake for module in modules for at_stake in _at_stake(module)]
     new = [module for module in modules if isinstance(module, AutoGuide) and module.prototype_trace is None]
     try:
@@ -259,27 +257,6 @@ def _at_stake(module: torch.nn.Module) -> Iterator[_Own]:
 
 def _taken_over(own: Iterable[_Own]) -> StructureError | None:
     return next(iter([one.error for one in own if one.put_back()]), None)
-
-
-def _modules(programs: Iterable[object]) -> Iterator[torch.nn.Module]:
-    """The modules that programs are made of, as far as they show: themselves, what they wrap, what their code names."""
-    seen: set[int] = set()
-    found = list(programs)
-    for _ in range(_DEPTH):
-        reached: list[object] = []
-        for holder in found:
-            if not callable(holder) or isinstance(holder, type) or id(holder) in seen:
-                continue
-            seen.add(id(holder))
-            if isinstance(holder, torch.nn.Module):
-                yield from holder.modules()
-                continue
-            reached += [getattr(holder, "__self__", None), *getattr(holder, "__dict__", {}).values()]
-            if isinstance(holder, partial):
-                reached += [holder.func, *holder.args, *holder.keywords.values()]
-            if isinstance(holder, FunctionType):
-                reached += _named(holder)
-        found = reached
 
 
 def _named(function: FunctionType) -> list[Any]:

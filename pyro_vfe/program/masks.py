@@ -18,7 +18,7 @@ from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masking import Pin, hand_over_masks, mask_of_elements, unmasked
-from pyro_vfe.program.recorder import Kind, Role, Site
+from pyro_vfe.program.recorder import Kind, Site
 from pyro_vfe.program.tables import Labeller, over_dims
 
 Sites = Mapping[SiteKey, Site]
@@ -90,9 +90,9 @@ def pins(absent: Absent, sites: Sites) -> dict[SiteKey, Pin]:
         absent: Where latents are masked out.
         sites: The sites of both programs.
     """
-    first = torch.zeros((), dtype=torch.long)
-    roles: tuple[Role, ...] = ("guide", "model")
-    result = {(role, name): Pin(where, first) for name, where in absent.items() for role in roles}
+    result: dict[SiteKey, Pin] = {}
+    for name, where in absent.items():
+        result["guide", name] = result["model", name] = Pin(where, torch.zeros((), dtype=torch.long))
     for site in _revealing(sites):
         result["guide", str(site.reveals)] = Pin(torch.as_tensor(unmasked(site)[1]), site.value.long())
     return result

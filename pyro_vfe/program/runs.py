@@ -68,8 +68,8 @@ def enumerate_programs(
         Unshareable: The programs write into what was shared.
     """
     runner = _Runner(layout, given or {}, subsamples or {}, share, differentiable, pin_masked, observer=observer)
-    enumeration = assembled(runner.all_paths(model, guide, args, kwargs), layout)
-    return replace(enumeration, operations=tuple(one for one in runner.observers if isinstance(one, Operations)))
+    runs = runner.all_paths(model, guide, args, kwargs)
+    return assembled(runs, layout, tuple(one for one in runner.observers if isinstance(one, Operations)))
 
 
 def tables_at(

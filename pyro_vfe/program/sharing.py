@@ -17,7 +17,6 @@ import torch
 from pyro.distributions.distribution import DistributionMeta
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.parameter import is_lazy
 
 Key = tuple[object, ...]
 
@@ -163,9 +162,10 @@ def memories_of(target: object) -> set[int]:
         return set().union(*map(memories_of, target))
     if not isinstance(target, Tensor) or target.layout is not torch.strided or is_functorch_wrapped_tensor(target):
         return set()
-    if is_lazy(target):
+    try:
+        return {target.untyped_storage().data_ptr()} if target.numel() else set()
+    except ValueError:  # A parameter of a lazy module has no memory before its first run.
         return set()
-    return {target.untyped_storage().data_ptr()} if target.numel() else set()
 
 
 def can_be_shared(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from pyro_vfe.program.recorder import Site
 Ordinary = tuple[Mapping[SiteKey, Site], Mapping[SiteKey, Tensor]]
 """The sites of an ordinary run, and the log-probability of each."""
 
-_MOST_TRIES = 8
+_MOST_TRIES = 64
 """A draw is made so often until it is another."""
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -87,11 +87,12 @@ def _anew(site: Site, plate: str, changed: Tensor) -> Tensor:
     wanted = changed.to(value.device).reshape([-1] + [1] * (-dim - 1))
     with torch.no_grad():
         for _ in range(_MOST_TRIES):
-            fresh = site.fn.sample().to(value).expand(value.shape)
             same = value == site.value
             if event_dims:
                 same = same.flatten(-event_dims).all(-1)[(..., *[None] * event_dims)]
-            value = torch.where(wanted & same, fresh, value)
+            if not bool((wanted & same).any()):
+                break
+            value = torch.where(wanted & same, site.fn.sample().to(value).expand(value.shape), value)
     return value
 
 

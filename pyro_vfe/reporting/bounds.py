@@ -32,6 +32,7 @@ from pyro_vfe.energy.weight_means import (
 from pyro_vfe.energy.weight_shares import WeightShares, weight_shares
 from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import PlateKeptError, ScaleError, VFEError
+from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.data import number_of_data
 from pyro_vfe.program.dreams import Dream
 from pyro_vfe.program.entry_points import entry_point
@@ -373,7 +374,8 @@ def _weight_shares(sampler: Sampler, drawn: Particles) -> WeightShares | None:
         return None
     limit = min(table_limit(sampler.max_bytes), _MOST_BYTES)
     try:
-        with torch.no_grad(), undisturbed_randomness(), warnings.catch_warnings():
+        unchanged = unchanged_buffers(sampler.model, sampler.guide)
+        with torch.no_grad(), unchanged, undisturbed_randomness(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = Programs(check=sampler.check, max_bytes=limit).enumerate(
                 sampler.model,
