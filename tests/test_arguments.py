@@ -223,6 +223,28 @@ def test_data_that_a_program_does_not_take_are_told(name: str) -> None:
         ENTRIES[name](model, lacks_data, U)
 
 
+def test_what_a_call_lacks_is_named() -> None:
+    with pytest.raises(
+        VFEError, match=r"WakeSleep is missing a required argument: 'optim_guide'.*Its arguments are: model"
+    ):
+        vfe.WakeSleep(model, guide, adam())  # type: ignore[call-arg]
+    with pytest.raises(VFEError, match=r"fit is missing a required argument: 'num_steps'.*Its arguments are: model"):
+        vfe.fit(model, guide, U, optim=adam())  # type: ignore[call-arg]
+    with pytest.raises(VFEError, match=r"posterior is missing a required argument: 'model'"):
+        vfe.posterior()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_a_posterior_is_drawn_from_once_at_least(num_samples: int) -> None:
+    with pytest.raises(VFEError, match=f"num_samples is {num_samples}. Draw one at least"):
+        vfe.posterior(model, U).sample(num_samples)
+
+
+def test_edges_that_are_none_are_told() -> None:
+    with pytest.raises(StructureError, match="AutoStructured was given edges=3"):
+        vfe.AutoStructured(model, edges=3)  # type: ignore[arg-type]
+
+
 def test_an_error_within_a_program_is_its_own() -> None:
     with pytest.raises(TypeError, match="has no len") as caught:
         vfe.posterior(lambda u: model(len(3)), U)  # type: ignore[arg-type]

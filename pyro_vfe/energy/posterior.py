@@ -175,8 +175,10 @@ class Posterior:
         """Returns joint draws of all latents, each of shape `(num_samples, *batch_shape, *event_shape)`.
 
         Args:
-            num_samples: How many draws.
+            num_samples: How many draws, one at least.
         """
+        if num_samples < 1:
+            raise VFEError(f"num_samples is {num_samples}.", hint="Draw one at least.")
         with torch.no_grad():
             drawn = sample(self._graph, num_samples, max_bytes=self._max_bytes)
         return self._assignment(drawn, (SAMPLE,))

@@ -25,7 +25,7 @@ from pyro_vfe.engine.cost import table_limit
 from pyro_vfe.errors import ImpossibleDataError, StructureError, VFEError
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, present, sample_given
-from pyro_vfe.guides.edges import Edges, Parents, parents_of
+from pyro_vfe.guides.edges import Edges, Parents, pairs_of, parents_of
 from pyro_vfe.guides.tables import (
     Init,
     Latent,
@@ -89,7 +89,7 @@ class AutoStructured(OwnGuide):
             VFEError: `init` is neither of the two.
         """
         super().__init__(model, create_plates=create_plates)
-        self.edges: Edges = edges if isinstance(edges, str) else list(edges)
+        self.edges: Edges = edges if isinstance(edges, str) else pairs_of(edges, "AutoStructured")
         self.init = init
         self.init_scale = init_scale
         self.max_bytes = max_bytes

@@ -66,10 +66,10 @@ def entry_point(*, learns: bool = False) -> Callable[[Callable[_Arguments, _Resu
                         raise _made_in_inference_mode(call.programs(args, kwargs)) from error
                     raise
                 except TypeError as error:
-                    unfit = call.unfit_data(args, kwargs)
-                    if unfit is None:
+                    found = call.unfit(args, kwargs)
+                    if found is None:
                         raise
-                    raise unfit from error
+                    raise found from error
 
         return entered
 
@@ -158,7 +158,8 @@ class _Call:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.who = function.__qualname__.removesuffix(".__init__")
         self.owner = self.who.rpartition(".")[0] if not function.__qualname__.endswith(".__init__") else ""
-        self.parameters = dict(inspect.signature(function).parameters)
+        self.signature = inspect.signature(function)
+        self.parameters = dict(self.signature.parameters)
         own = self.parameters.values()
         self.positional = [p.name for p in own if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.takes_data = any(p.kind is p.VAR_POSITIONAL for p in own)
@@ -227,8 +228,13 @@ class _Call:
                 hint=f"{first} the data alone.",
             )
 
-    def unfit_data(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ArgumentError | None:
-        """The error for data that a program cannot be called with, if it is that."""
+    def unfit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ArgumentError | None:
+        """The error for a call that lacks something, or for data that a program does not take, if it is that."""
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as lack:
+            own = ", ".join([name for name in self.parameters if name not in ("self", "args", "kwargs")])
+            return ArgumentError(f"{self.who} is {lack}.", hint=f"Its arguments are: {own}.")
         for role in ("model", "guide") if self.takes_data and kwargs.get("batches") is None else ():
             mismatch = self._unbound(role, args, kwargs)
             if mismatch:
