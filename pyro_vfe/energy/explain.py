@@ -12,7 +12,7 @@ from pyro_vfe.engine.outline import Outline, outline
 from pyro_vfe.engine.structure import FactorShape, Structure, VariableShape, previous
 from pyro_vfe.errors import CostError
 from pyro_vfe.program.buffers import unchanged_buffers
-from pyro_vfe.program.cost import table_entries, varying_plates, within_limit
+from pyro_vfe.program.cost import fits_at_once, table_entries, varying_plates, within_limit
 from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
@@ -23,6 +23,9 @@ from pyro_vfe.program.unobserved import observes_nothing
 from pyro_vfe.program.variation import with_variations
 
 _SHOWN_STEPS = 40
+
+_MOST_TRIED = 2.0**24
+"""Bytes: programs whose tables take no more are enumerated once, to see whether they broadcast."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +62,20 @@ class Explanation:
             if portioning is None
             else f"plate '{portioning.plate}' is summed in portions of {portioning.length:,} elements, as all together "
             "would not fit; costs are those of a portion",
+            self._runs(),
             f"elimination of the model's latents: {self.outline.flops:,} flops, {self._cost(self.outline.bytes)}, "
             f"largest table over {listed(self.outline.largest.scope) or 'nothing'}",
             _shortened(str(self.outline)),
         ]
         return "\n\n".join(part for part in parts if part)
+
+    def _runs(self) -> str:
+        runs = self.layout.num_runs
+        if not self.layout.groups:
+            return ""
+        if set(self.layout.groups) <= set(self.layout.stars.values()):
+            return f"latents are read by index from another plate: {runs:,} runs, and tables added up by their elements"
+        return f"the programs do not broadcast over all values: {runs:,} runs, one per joint value that some site reads"
 
     def _entries(self, site: SiteStructure) -> int:
         return table_entries(site, self.layout, self.layout.portioning)
@@ -87,7 +99,8 @@ def explain(
 ) -> Explanation:
     """Returns what enumeration would do with a pair of programs: sites, supports, plates, order and cost.
 
-    The programs are run once with sampled values; no table is made.
+    The programs are run with sampled values; tables are made where they are small, which tells whether the programs
+    broadcast over all values.
 
     Args:
         model: The generative model.
@@ -103,7 +116,11 @@ def explain(
     """
     own = given_guide(model, guide)
     with reading(params, args, kwargs):
-        layout = Programs(check=False, max_bytes=math.inf).layout(model, own, args, kwargs)
+        programs = Programs(check=False, max_bytes=math.inf)
+        layout = programs.layout(model, own, args, kwargs)
+        if fits_at_once(layout, _MOST_TRIED):
+            with suppress(Exception), undisturbed_randomness():  # What is wrong with them is said where they are used.
+                layout = Programs().enumerated_layout(model, own, args, kwargs)
         with undisturbed_randomness(), unchanged_buffers(model, own):
             layout = with_variations(layout, model, own, args, kwargs)
     with suppress(CostError):
@@ -159,7 +176,7 @@ def _handled(site: SiteStructure, layout: Layout) -> str:
     if site.kind == "sampled":
         return f"drawn ({site.family})"
     where = "under the guide" if in_guide and in_model else "inside the guide" if in_guide else "inside the model"
-    how = ", one run per value" if site.name in layout.sequential else ""
+    how = ", one run per value" if site.name in (layout.sequential | layout.groups.keys()) else ""
     return f"summed {where}{how}"
 
 

@@ -97,6 +97,7 @@ def terms_by(run: Enumeration, plates: Plates, max_bytes: float | None = None) -
     Raises:
         PlateError: A latent outside of the plates ties their elements together.
     """
+    run.check_kept(plates)
     if _is_sequential(run, plates):
         return stacked_terms([measured(step, max_bytes=max_bytes)[1] for step in run.steps(plates[0])])
     inside, outside = measured(run, keep_plates=frozenset(plates), max_bytes=max_bytes)

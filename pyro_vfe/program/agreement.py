@@ -114,7 +114,7 @@ def check_reads(layout: Layout, enumeration: Enumeration) -> None:
     Raises:
         StructureChanged: It reads others, so the program draws its structure at random.
     """
-    if layout.sequential:
+    if layout.sequential or layout.groups:
         return
     latents = enumeration.supports.keys()
     read: dict[tuple[str, str], set[str]] = {}

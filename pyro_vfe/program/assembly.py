@@ -22,14 +22,14 @@ from pyro_vfe.program.agreement import check_decided, check_plate, check_same, c
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
+from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masks import absences, check_absences, presences
 from pyro_vfe.program.operations import Operations
 from pyro_vfe.program.portions import PortionedRun
-from pyro_vfe.program.recorder import Plate, Role, Site
+from pyro_vfe.program.recorder import ROLES, Plate, Site
+from pyro_vfe.program.stars import Star
 from pyro_vfe.program.tables import Scorer
-
-_ROLES: tuple[Role, ...] = ("guide", "model")
 
 
 @dataclass(eq=False)
@@ -53,6 +53,10 @@ class Run:
     """Where the tables are withheld: what makes them a portion of a plate at a time."""
     presence: Mapping[SiteKey, Table] = field(default_factory=dict)
     """Where masked latents of the model exist."""
+    stars: Mapping[SiteKey, Star] = field(default_factory=dict)
+    """Which elements of a latent of another plate some sites read."""
+    reads: Mapping[SiteKey, Mapping[int, str]] = field(default_factory=dict)
+    """The latent that each site reads of each group of those whose values are taken one by one."""
 
 
 def assembled(runs: Mapping[Assignment, Run], layout: Layout, operations: tuple[Operations, ...] = ()) -> Enumeration:
@@ -133,7 +137,7 @@ def _factors(
     runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
 ) -> dict[SiteKey, Factor]:
     """The factors of all runs together."""
-    if len(runs) == 1 and not layout.sequential:
+    if len(runs) == 1 and not layout.sequential and not layout.groups:
         return next(iter(runs.values())).factors
     return _joined_factors(runs, layout, supports, sites)
 
@@ -217,17 +221,28 @@ def _joined_factors(
         absent = _absent_table(some.table, site, sizes.get(site.name, 1))
         since = made[key]
         if any(found[path] is not run.factors.get(key) for path, run in runs.items()):
-            since = max(made.get((role, site.name), 0) for role in _ROLES)  # The other program decides, too.
+            since = max(made.get((role, site.name), 0) for role in ROLES)  # The other program decides, too.
         tables = {path: None if factor is None else factor.table for path, factor in found.items()}
-        table = joined(tables, since, sizes, absent)
+        read = _read_by_value(runs, key)
+        table = joined(tables, since, sizes, absent, read)
         if scale is None:
             scales = {path: None if factor is None else _scale_table(factor) for path, factor in found.items()}
-            scale = joined(scales, since, sizes, _scale_table(replace(some, scale=1.0)))
+            scale = joined(scales, since, sizes, _scale_table(replace(some, scale=1.0)), read)
         result[key] = Factor(site.name, table, some.plates, scale)
         if some.first is not None:
             firsts = {path: None if factor is None else factor.first for path, factor in found.items()}
-            result[key] = replace(result[key], first=joined(firsts, since, sizes, absent))
+            result[key] = replace(result[key], first=joined(firsts, since, sizes, absent, read))
     return result
+
+
+def _read_by_value(runs: Mapping[Assignment, Run], key: SiteKey) -> dict[int, str]:
+    """The latents that a site reads, in some run, of those whose values are taken one by one, by their groups."""
+    read: dict[int, str] = {}
+    for run in runs.values():
+        for group, name in run.reads.get(key, {}).items():
+            if read.setdefault(group, name) != name:
+                raise StructureChanged(f"site '{key[1]}' reads '{read[group]}', and then '{name}'")
+    return read
 
 
 def _scale_table(factor: Factor) -> Table:
@@ -288,7 +303,7 @@ def _presence(
     result = {}
     for key in optional:
         tables = {path: run.presence.get(key, always) if key in run.sites else never for path, run in runs.items()}
-        table = joined(tables, made[key], sizes, never).selected(key[1], 0)
+        table = joined(tables, made[key], sizes, never, _read_by_value(runs, key)).selected(key[1], 0)
         if never in tables.values() or not bool(table.values.all()):
             result[key] = table
     return result
@@ -359,6 +374,7 @@ def _enumeration(
         zeros=any(run.zeros for run in runs.values()),
         read=tuple(value for run in runs.values() for value in run.parameters),
         operations=operations,
+        stars={key: star for run in runs.values() for key, star in run.stars.items()},
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import CostError, VFEWarning
 
-_MAX_RUNS = 4096
+MAX_RUNS = 4096
 
 PATIENCE = 10.0
 """Seconds of runs after which a user is told where many more are to come."""
@@ -25,9 +25,10 @@ PATIENCE = 10.0
 
 @dataclass
 class Choice:
-    """The value that one sequentially enumerated site takes in a run."""
+    """The value that one sequentially enumerated site takes in a run, or all latents of a group."""
 
-    name: str
+    name: str | int
+    """The site; the number of a group of latents whose values are taken one by one, no two of them read together."""
     index: int
     size: int
 
@@ -44,14 +45,14 @@ class Paths:
         """Yields once per run; between runs the last choice moves on."""
         self.path = []
         started = perf_counter()
-        for run in range(_MAX_RUNS + 1):
-            if run == _MAX_RUNS:
-                names = ", ".join(f"'{choice.name}'" for choice in self.path[:5])
+        for run in range(MAX_RUNS + 1):
+            if run == MAX_RUNS:
+                names = self._names()
                 raise CostError(
                     f"The program branches on so many latents ({names}, ...) that it would have to run more than "
-                    f"{_MAX_RUNS} times.",
+                    f"{MAX_RUNS} times.",
                     hint="Write the branch as an indexed table or torch.where: then its values share one run.",
-                    sites=[choice.name for choice in self.path],
+                    sites=[choice.name for choice in self.path if isinstance(choice.name, str)],
                 )
             yield run
             if self.warns and perf_counter() - started > PATIENCE:
@@ -71,7 +72,7 @@ class Paths:
             done += choice.index * share
         total = runs / (done + share)
         if seconds * total / runs > 2 * PATIENCE:
-            names = ", ".join(f"'{choice.name}'" for choice in self.path[:5])
+            names = self._names()
             warnings.warn(
                 f"The program branches on latents ({names}{', ...' * (len(self.path) > 5)}) and runs once for each of "
                 f"perhaps {total:,.0f} joint values of theirs; {runs:,} took {seconds:.1f} seconds. Write the branch "
@@ -80,45 +81,69 @@ class Paths:
                 stacklevel=2,
             )
 
-    def choose(self, name: str, size: int) -> int:
-        """The index that site `name` takes in this run."""
+    def _names(self) -> str:
+        """The first few sites of the path."""
+        return ", ".join([f"'{choice.name}'" for choice in self.path if isinstance(choice.name, str)][:5])
+
+    def choose(self, name: str | int, size: int) -> int:
+        """The index that a site, or a group of latents, takes in this run."""
         for choice in self.path:
             if choice.name == name:
                 return choice.index
         self.path.append(Choice(name, 0, size))
         return 0
 
-    def assignment(self) -> tuple[tuple[str, int], ...]:
+    def assignment(self) -> "Assignment":
         """The choices of this run, in order."""
         return tuple((choice.name, choice.index) for choice in self.path)
 
 
-Assignment = tuple[tuple[str, int], ...]
+Assignment = tuple[tuple[str | int, int], ...]
+
+NO_READS: Mapping[int, str] = {}
 
 
-def joined(tables: Mapping[Assignment, Table | None], since: int, sizes: Mapping[str, int], absent: Table) -> Table:
+def joined(
+    tables: Mapping[Assignment, Table | None],
+    since: int,
+    sizes: Mapping[str, int],
+    absent: Table,
+    read: Mapping[int, str] = NO_READS,
+) -> Table:
     """One table over the choices of all runs.
 
     Args:
         tables: By the path of the run; None where the run lacks the site.
-        since: How many leading choices had been made before the site was sampled in every run; only those and the
-            choices before them can have touched it.
+        since: How many leading choices of sites had been made before the site was sampled in every run; only those
+            and the choices before them can have touched it.
         sizes: The number of values of each sequentially enumerated site.
         absent: What stands where a run lacks the site.
+        read: The latent that the site reads of each group of latents whose values are taken one by one.
     """
-    paths = list(tables)
-    depth = 0
 
-    def join(group: Sequence[Assignment], depth: int) -> Table:
+    def join(group: Sequence[Assignment], depth: int, met: int) -> Table:
         first = group[0]
         if depth >= len(first):
             return tables[first] or absent
-        name = first[depth][0]
-        parts = [join([path for path in group if path[depth][1] == k], depth + 1) for k in range(sizes[name])]
-        is_one = depth >= since or all(part is parts[0] for part in parts)
+        choice = first[depth][0]
+        name = read.get(choice) if isinstance(choice, int) else choice
+        met += not isinstance(choice, int)
+        count = 1 if name is None else sizes[name]
+        parts = [join([path for path in group if path[depth][1] == k], depth + 1, met) for k in range(count)]
+        if name is None or all(part is parts[0] for part in parts):
+            return parts[0]
+        is_one = _are_equal(parts) if isinstance(choice, int) else met > since
         return parts[0] if is_one else stacked(parts, name)
 
-    return join(paths, depth)
+    return join(list(tables), 0, 0)
+
+
+def _are_equal(parts: Sequence[Table]) -> bool:
+    """Whether tables that say what exists say the same; others keep the axes of what they read."""
+    first = parts[0]
+    return first.values.dtype == torch.bool and all(
+        part.axes == first.axes and torch.equal(part.values, first.values) for part in parts[1:]
+    )
 
 
 def stacked(parts: Sequence[Table], name: str) -> Table:

@@ -32,14 +32,19 @@ def enumeration_dims(
         CostError: Too many latents meet in one tensor.
     """
     own = len(latents) <= _OWN_DIMS
-    colours = {name: i for i, name in enumerate(latents)} if own else _coloured(latents, (*meetings, *others))
+    colours = {name: i for i, name in enumerate(latents)} if own else coloured(latents, (*meetings, *others))
     if not own and max(colours.values()) + 1 + nesting > _MAX_DIMS:
         raise _too_many(set(latents), meetings, max(colours.values()) + 1)
     return {name: -1 - nesting - colour for name, colour in colours.items()}
 
 
-def _coloured(latents: Sequence[str], cliques: Iterable[Sites]) -> dict[str, int]:
-    """Greedy colouring of the graph of latents that meet in a tensor, in program order."""
+def coloured(latents: Sequence[str], cliques: Iterable[Sites]) -> dict[str, int]:
+    """Returns a number for each latent, by greedy colouring of the graph of those that meet, in program order.
+
+    Args:
+        latents: The latents in program order.
+        cliques: The sets of those that meet.
+    """
     neighbours: dict[str, set[str]] = {name: set() for name in latents}
     for sites in cliques:
         clique = sites & neighbours.keys()

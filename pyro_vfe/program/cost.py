@@ -103,7 +103,7 @@ def _portioning(plate: str, layout: Layout, limit: float) -> Portioning | None:
 
 def _separable_plates(layout: Layout) -> Iterator[str]:
     """The plates whose elements nothing ties together: what is inside reads only latents that are inside too."""
-    if layout.sequential:
+    if layout.sequential or layout.groups:
         return
     homes = {s.name: {plate.name for plate in s.plates} for s in layout.sites.values() if s.kind == "enumerated"}
     for plate in layout.plate_sizes:

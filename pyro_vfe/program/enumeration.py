@@ -19,6 +19,7 @@ from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Table, Varia
 from pyro_vfe.errors import PlateError
 from pyro_vfe.program.operations import Operations
 from pyro_vfe.program.recorder import Role, Site
+from pyro_vfe.program.stars import Star
 from pyro_vfe.program.supports import is_point
 
 SiteKey = tuple[Role, str]
@@ -135,6 +136,8 @@ class Enumeration:
     """What gives a draw its gradient in place of its log-probability; None where other runs give it."""
     followed: Mapping[SiteKey, frozenset[str]] = field(default_factory=dict)
     """What each site read in an ordinary run: draws that are no variables, too."""
+    stars: Mapping[SiteKey, Star] = field(default_factory=dict)
+    """Which elements of a latent of another plate some sites read: their tables are added up there."""
     operations: tuple[Operations, ...] = ()
     """The operations of each path of choices."""
 
@@ -276,6 +279,24 @@ class Enumeration:
         """The names of all plates, vectorised and sequential."""
         sequential = (name for site in self.sites.values() for name in site.steps)
         return tuple(dict.fromkeys((*self.plates, *sequential)))
+
+    def check_kept(self, plates: Iterable[str]) -> None:
+        """Checks that no site of these plates reads latents of others by index, which ties their elements together.
+
+        Args:
+            plates: The plates whose elements are to be told apart.
+
+        Raises:
+            PlateError: One does.
+        """
+        for (_, name), star in self.stars.items():
+            inside = self.sites["model", name].plate_names - {plate.name for plate in star.home}
+            for plate in sorted(inside.intersection(plates)):
+                raise PlateError(
+                    f"Site '{name}' reads a latent of another plate by index, and elements of '{plate}' that read the "
+                    "same element of it are tied together.",
+                    hint=f"Ask for the whole, or by '{star.home[0].name}'.",
+                )
 
     def steps(self, plate: str) -> list["Enumeration"]:
         """The enumeration of each step of a sequential plate by itself.

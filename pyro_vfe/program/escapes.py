@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import pyro
 import torch
@@ -72,6 +74,47 @@ class Escaped(Exception):
         self.sites = sites
         self.operation = operation
         self.line = line
+
+
+def blame(error: Exception, sites: Sites) -> None:
+    """Notes at which latents' values a program was at work when it failed; the innermost one who knows says it.
+
+    Args:
+        error: What was raised.
+        sites: The latents.
+    """
+    if not hasattr(error, "_vfe_at_work_on"):
+        error._vfe_at_work_on = sites  # type: ignore[attr-defined]
+
+
+def done(operation: Callable[..., Any], args: Any, kwargs: Any, sites: Sites) -> Any:
+    """Returns what an operation returns; where it fails, the error knows at whose values it was at work.
+
+    Args:
+        operation: A torch function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        sites: The latents from which they were computed.
+    """
+    try:
+        return operation(*args, **kwargs)
+    except Exception as error:
+        blame(error, sites)
+        raise
+
+
+def blamed(error: BaseException | None) -> Sites | None:
+    """Returns the latents at whose values a program was at work when it failed; None where nobody knows.
+
+    Args:
+        error: What was raised, perhaps from another error.
+    """
+    while error is not None:
+        sites: Sites | None = getattr(error, "_vfe_at_work_on", None)
+        if sites is not None:
+            return sites
+        error = error.__cause__
+    return None
 
 
 class StructureChanged(Exception):

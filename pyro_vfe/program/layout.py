@@ -104,6 +104,12 @@ class Layout:
     """How many times more elements the plates may have before the tables have to be looked at again."""
     overwrites_saved: bool = False
     """Whether the programs change in place what the gradients of their own operations need."""
+    groups: Mapping[str, int] = field(default_factory=dict)
+    """The group of each latent whose values are taken one by one, as the programs do not broadcast over them."""
+    stars: Mapping[tuple[Role, str], str] = field(default_factory=dict)
+    """The latent of another plate that a site reads by index."""
+    unseen: Mapping[tuple[Role, str], Sites] = field(default_factory=dict)
+    """The latents that a site reads out of sight of torch's functions, in a scripted function say."""
 
     @cached_property
     def plate_sizes(self) -> dict[str, int]:
@@ -114,6 +120,17 @@ class Layout:
     def reads(self) -> dict[tuple[Role, str], Sites]:
         """The latents, and the draws of the guide, that each site read."""
         return {key: site.scope for key, site in self.sites.items()}
+
+    @cached_property
+    def group_sizes(self) -> list[int]:
+        """How many values each group of latents takes."""
+        count = max(self.groups.values(), default=-1) + 1
+        return [max(self.sizes[name] for name, own in self.groups.items() if own == group) for group in range(count)]
+
+    @cached_property
+    def num_runs(self) -> int:
+        """How many runs the latents take whose values are taken one by one."""
+        return math.prod(self.group_sizes)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -295,7 +312,8 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
 
 def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
     sites = findings.sites
-    _check_plates(sites)
+    stars = _star_latents(sites)
+    _check_plates(sites, stars)
     check_masks(sites)
     check_guide(sites)
     unread = _unread(sites)
@@ -313,6 +331,7 @@ def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int,
         unread=unread,
         sites=sites,
         overwrites_saved=findings.overwrites_saved,
+        stars=stars,
     )
 
 
@@ -325,7 +344,23 @@ def _unread(sites: Mapping[tuple[Role, str], SiteStructure]) -> frozenset[str]:
     return frozenset(unread)
 
 
-def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
+def _star_latents(sites: Mapping[tuple[Role, str], SiteStructure]) -> dict[tuple[Role, str], str]:
+    """The latent of other plates that each site may read by index: an observed one, of one such latent."""
+    latents = {site.name: site for site in sites.values() if site.kind == "enumerated"}
+    homes = {name: frozenset(plate.name for plate in site.plates) for name, site in latents.items()}
+    found = {}
+    for key, site in sites.items():
+        around = {plate.name for plate in site.plates}
+        outside = [name for name in site.scope if not homes.get(name, frozenset()) <= around]
+        if len(outside) == 1 and site.kind == "observed" and around:
+            latent = latents[outside[0]]
+            is_simple = latent.chain is None and latent.support is not None and latent.support.dim() == 1
+            if is_simple and all(homes.get(name, frozenset()) <= homes[latent.name] for name in site.scope):
+                found[key] = latent.name
+    return found
+
+
+def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure], stars: Mapping[tuple[Role, str], str]) -> None:
     """A latent's plates must enclose every site that reads it: anything else is no legal program for enumeration."""
     homes: dict[str, tuple[Plate, ...]] = {}
     for site in sites.values():
@@ -334,9 +369,9 @@ def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
             one, other = ({plate.name for plate in plates} for plates in (home, site.plates))
             if one != other:
                 raise different_plates(site.name, one, other)
-    for site in sites.values():
+    for key, site in sites.items():
         around = {plate.name for plate in site.plates}
-        for name in sorted(site.scope & homes.keys()):
+        for name in sorted(site.scope & homes.keys() - {stars.get(key)}):
             for plate in homes[name]:
                 if plate.name not in around:
                     raise plate_violation(site.name, site.role, name, plate.name)

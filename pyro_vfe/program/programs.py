@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyro_vfe.engine.factors import Factor
-from pyro_vfe.errors import VFEError
+from pyro_vfe.errors import CostError, VFEError
 from pyro_vfe.program.agreement import check_reads
 from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
@@ -29,6 +29,7 @@ from pyro_vfe.program.identity import Identities, Identity, News
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.masks import warn_of_priors
+from pyro_vfe.program.one_by_one import values_apart, warn_of_runs, with_stars
 from pyro_vfe.program.operations import KnownPaths
 from pyro_vfe.program.parameters import naming_nan
 from pyro_vfe.program.randomness import random_state, set_random_state, undisturbed_randomness
@@ -117,7 +118,9 @@ class Programs:
             CostError: A table would not fit.
         """
         with undisturbed_randomness(), unchanged_buffers(model, guide), naming_nan(model, guide):
-            layout = lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
+            layout = with_stars(
+                lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
+            )
             if not fits_at_once(layout, self.max_bytes):
                 layout = with_variations(layout, model, guide, args, kwargs)
         return within_limit(layout, self.max_bytes)
@@ -158,6 +161,13 @@ class Programs:
         with one_call(), call.before:
             notice(() if known is None else known.modules, inside=False)
             return self._with_sound_gradients(call, self._enumerate(call), state)
+
+    def enumerated_layout(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Layout:
+        """The layout of a pair, from an enumerated run too: whether the programs broadcast shows there."""
+        self.enumerate(model, guide, args, kwargs, differentiable=False)
+        return next(reversed(self._pairs.values())).layout
 
     def look_again(self, model: Program, guide: Program) -> None:
         """Asks anew, at the next run, which tables cannot be differentiated as they are.
@@ -227,12 +237,8 @@ class Programs:
         counters = Counters(call.model, call.guide)
         layout = self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra)
         counters.looked()
-        paths = KnownPaths()
         try:
-            enumeration, shares = call.enumeration(layout, True)
-            if self.check:
-                paths.add(enumeration, call.spot_check(layout, enumeration, shares))
-                check_reads(layout, enumeration)
+            layout, enumeration, shares, paths = self._checked(call, layout)
         except StructureChanged as error:
             raise counters.explained(unstable(error), call.before.runs) from error
         except VFEError as error:
@@ -240,6 +246,7 @@ class Programs:
             raise
         except Exception as error:
             raise (explained(error, call.programs, call.args, call.kwargs) or cannot_broadcast(error)) from error
+        warn_of_runs(layout)
         warn_of_priors(enumeration, layout)
         counters.told(call.before.runs)
         if self.needs_data:
@@ -248,6 +255,27 @@ class Programs:
         if len(self._pairs) > _MAX_PAIRS:
             self._pairs.popitem(last=False)
         return enumeration
+
+    def _checked(self, call: "_Call", layout: Layout) -> tuple[Layout, Enumeration, bool, KnownPaths]:
+        """An enumeration that agrees with ordinary runs; where the programs do not broadcast, of one run per value."""
+        first: Exception | None = None
+        while True:
+            paths = KnownPaths()
+            try:
+                enumeration, shares = call.enumeration(layout, True)
+                if self.check:
+                    paths.add(enumeration, call.spot_check(layout, enumeration, shares))
+                    check_reads(layout, enumeration)
+            except CostError:
+                raise
+            except Exception as error:
+                first = first or error
+                apart = call.values_apart(layout, error)
+                if apart is None:
+                    raise first from first.__cause__
+                layout = apart
+            else:
+                return layout, enumeration, shares, paths
 
     def enumerate_given_draws(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -342,6 +370,12 @@ class _Call:
             set_random_state(self.chance)
             own = (*self._in_particles(layout), self.args, self.kwargs)
             return spot_check(*own, layout, enumeration, share=share, weighs_data=self.weighs_data)
+
+    def values_apart(self, layout: Layout, error: Exception) -> Layout | None:
+        """A layout for programs that failed as they do not broadcast; None where that is not why."""
+        with undisturbed_randomness(), self.before.again():
+            own = (*self._in_particles(layout), self.args, self.kwargs)
+            return values_apart(layout, error, own, self.given)
 
     def agrees(self, known: _Pair, enumeration: Enumeration, state: list[Tensor]) -> bool:
         """Whether one ordinary run agrees with an enumerated one that was made in a random state."""

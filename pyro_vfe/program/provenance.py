@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from pyro_vfe.program.escapes import ESCAPES, INTEGER_ARGUMENTS, NO_SITES, Escaped, Sites, by_the_program, user_line
+from pyro_vfe.program.escapes import (
+    ESCAPES,
+    INTEGER_ARGUMENTS,
+    NO_SITES,
+    Escaped,
+    Sites,
+    by_the_program,
+    done,
+    user_line,
+)
 from pyro_vfe.program.keeping import Kept
 from pyro_vfe.program.log_prob import slim
 from pyro_vfe.program.operations import Observer
@@ -247,7 +256,7 @@ class Provenance(TorchFunctionMode):
         if self._escapes(name, args) and by_the_program():
             self._escape(name, sites)
         before = None if written is None else self.observer.before(written)
-        result = func(*args, **kwargs)
+        result = done(func, args, kwargs, sites)
         self.observer.did(func, name, args, kwargs, result, sites, before)
         if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
@@ -276,7 +285,7 @@ class Provenance(TorchFunctionMode):
             return self.alias(known, sites)
         if self._escapes(name, args) and by_the_program(3):
             self._escape(name, sites)
-        result = func(*args, **kwargs)
+        result = done(func, args, kwargs, sites)
         self.observer.did(func, name, args, kwargs, result, sites)
         if type(result) is Tensor and can_be_shared(result) and id(result) not in map(id, args):
             self.shared.keep(key, result, (result,), tensors)
@@ -389,8 +398,10 @@ class Provenance(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return any(
-                (isinstance(i, Tensor) and i.dtype is torch.bool and self.of(i)) or isinstance(i, slice) for i in index
-            ) and bool(self._gather(index))
+                (isinstance(i, Tensor) and i.dtype is torch.bool and self.of(i))
+                or (isinstance(i, slice) and self._gather((i,)))
+                for i in index
+            )
         return False
 
     def _escape(self, operation: str, sites: Sites) -> None:

@@ -26,6 +26,7 @@ from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
 from pyro_vfe.program.surroundings import steps_around, subsampled_around
 
 Role = Literal["guide", "model"]
+ROLES: tuple[Role, ...] = ("guide", "model")
 Kind = Literal["enumerated", "sampled", "observed", "unread"]
 """An unread site is a latent that only the model has, that has no finite support, and that nothing depends on: a
 missing value, say. It integrates to one."""
@@ -331,6 +332,17 @@ def record_both(
     )
     second.run(model, args, kwargs)
     return first, second
+
+
+def at_all_elements(value: Tensor, plates: tuple[Plate, ...]) -> Tensor:
+    """Returns one value of a latent at each element of the plates around it, of its own memory.
+
+    Args:
+        value: The value, of the shape of an event.
+        plates: The plates.
+    """
+    sizes = {plate.dim: plate.size for plate in plates}
+    return value.expand([*(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)), *value.shape]).clone()
 
 
 def is_pathwise(fn: Any) -> bool:

@@ -20,14 +20,16 @@ from pyro_vfe.program.buffers import one_advance
 from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
-from pyro_vfe.program.layout import Layout, Program
+from pyro_vfe.program.layout import Layout, Program, plate_violation
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.masks import Absent, absences, mask_guide, masked_alone, masked_below, pins, presences, unread
 from pyro_vfe.program.operations import Observer, Operations
+from pyro_vfe.program.places import Places
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
-from pyro_vfe.program.recorder import Plate, Role, Site, record_both
+from pyro_vfe.program.recorder import ROLES, Plate, Role, Site, at_all_elements, record_both
+from pyro_vfe.program.stars import Star, index_of
 from pyro_vfe.program.supports import common_support, finite_support
 from pyro_vfe.program.tables import DrawScorer, Labeller, Scorer, counts_otherwise
 from pyro_vfe.program.zeros import watched_zeros
@@ -120,7 +122,7 @@ class _Runner:
         self.layout = layout
         self.given = given
         self.subsamples = subsamples
-        self.share = share
+        self.share = share and not layout.stars  # A distribution that is shared is made out of sight.
         self.only = only or {}
         self.paths = Paths()
         self.new_observer = observer
@@ -131,8 +133,11 @@ class _Runner:
     def _begin(self) -> None:
         """Forgets the run before."""
         self.observer = self.new_observer()
-        self.provenance = Provenance(share=self.share, observer=self.observer)
+        self.places = Places(self.observer) if self.layout.stars else None
+        self.provenance = Provenance(share=self.share, observer=self.places or self.observer)
         self.supports: dict[str, Tensor] = {}
+        self.choices: dict[str, int] = {}
+        """The index of each latent that has one value in the run."""
         self.values: dict[object, tuple[Tensor, Tensor]] = {}
 
     def all_paths(
@@ -143,7 +148,7 @@ class _Runner:
         Raises:
             StructureChanged: The programs no longer fit the layout.
         """
-        if not self.layout.sequential:
+        if not self.layout.sequential and not self.layout.groups:
             return {(): self._one_path(model, guide, args, kwargs)}
         runs: dict[Assignment, Run] = {}
         state = random_state()
@@ -193,7 +198,8 @@ class _Runner:
         self._close_chains(sites)
         self._check_unread(sites)
         self._check_room(sites)
-        labeller = self._labeller(sites)
+        labeller, reads = self._labeller(sites), self._reads(sites)
+        stars = labeller.stars
         plate = self._portioned_plate(sites)
         parameters = (*first.parameters, *second.parameters)
         with watched_zeros() as found:
@@ -210,9 +216,29 @@ class _Runner:
         presence = presences({**absent, **undrawn}, sites, self.layout)
         self.provenance.finish()
         lost = frozenset(labeller.lost)
-        return Run(
-            sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own, presence=presence
-        )
+        made = sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own
+        return Run(*made, presence=presence, reads=reads, stars=stars)
+
+    def _reads(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, dict[int, str]]:
+        """The latent that each site reads of each group of those whose values are taken one by one."""
+        if not self.layout.groups:
+            return {}
+        homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
+        unseen, groups = self.layout.unseen, self.layout.groups
+        scopes = {key: site.reads(self.provenance) | unseen.get(key, NO_SITES) for key, site in sites.items()}
+        found = {}
+        for key, site in sites.items():
+            scope = scopes[key]
+            if site.kind == "enumerated":  # Where one program masks a latent, it has no value in the other.
+                scope = scope.union(*(scopes[role, site.name] for role in ROLES if (role, site.name) in sites))
+            own = sorted(scope & groups.keys() & self.supports.keys())
+            found[key] = {groups[name]: name for name in own}
+            if len(found[key]) < len(own):
+                raise StructureChanged(f"site '{key[1]}' reads {own}, and some of them have their values together")
+            for latent in own:
+                for plate in () if self.layout.stars.get(key) == latent else homes[latent] - site.plate_names:
+                    raise plate_violation(site.name, site.role, latent, plate)
+        return found
 
     def _close_chains(self, sites: dict[SiteKey, Site]) -> None:
         """Scores an observed chain at its data, where nothing is missing but ends that no site reads."""
@@ -284,13 +310,27 @@ class _Runner:
         with untracked():
             if name in self.layout.sequential:
                 support = self.supports[name] = self._own_values(name, fn)
-                return support[self.paths.choose(name, len(support))].clone()
+                index = self.choices[name] = self.paths.choose(name, len(support))
+                return support[index].clone()
+            if name in self.layout.groups:
+                return self._one_value(name, fn, plates)
             dim = self.layout.dims.get(name)
             if dim is None:
                 raise StructureChanged(f"latent '{name}' is new")
             if any(-plate.dim > self.layout.nesting for plate in plates):
                 raise StructureChanged(f"latent '{name}' lies in more plates")
             return self._all_values(name, fn, dim)
+
+    def _one_value(self, name: str, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        """One value of a latent, the same for all elements of its plates, in the shape of a draw."""
+        support = self.supports[name] = self._own_values(name, fn)
+        group = self.layout.groups[name]
+        index = min(self.paths.choose(group, self.layout.group_sizes[group]), len(support) - 1)
+        self.choices[name] = index
+        value = at_all_elements(support[index], plates)
+        if self.places is not None and name in self.layout.stars.values():
+            self.places.originate(value, name)
+        return value
 
     def _all_values(self, name: str, fn: Any, dim: int) -> Tensor:
         """The support along batch dim `dim`: one tensor for all latents with the same values there, where equal steps
@@ -322,4 +362,24 @@ class _Runner:
     def _labeller(self, sites: Mapping[SiteKey, Site]) -> Labeller:
         homes = {site.name: site.plate_names for site in sites.values() if site.kind == "enumerated"}
         draws = frozenset(site.name for site in sites.values() if site.needs_score)
-        return Labeller(self.layout, self.provenance, homes, dict(self.paths.assignment()), draws)
+        return Labeller(self.layout, self.provenance, homes, self.choices, draws, stars=self._stars(sites))
+
+    def _stars(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, Star]:
+        """Which elements of a latent of another plate some sites read.
+
+        Raises:
+            PlateError: A site reads more than one of them at an element.
+        """
+        home = {site.name: site.plates for site in sites.values() if site.kind == "enumerated"}
+        found = {}
+        for key, latent in self.layout.stars.items():
+            if key in sites and self.places is not None:
+                index = index_of(sites[key], self.places, partial(self._was_computed_from, latent))
+                if index is None:
+                    outside = {plate.name for plate in home[latent]} - sites[key].plate_names
+                    raise plate_violation(key[1], key[0], latent, min(outside))
+                found[key] = Star(home[latent], index)
+        return found
+
+    def _was_computed_from(self, latent: str, tensor: object) -> bool:
+        return latent in self.provenance.of(tensor)

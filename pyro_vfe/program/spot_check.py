@@ -19,6 +19,7 @@ from pyro_vfe.engine.lookup import read, read_factor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration, Portions, SiteKey, is_random
+from pyro_vfe.program.escapes import NO_SITES, blame
 from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import log_prob
@@ -42,6 +43,9 @@ _MOST_JOINT_ROUNDS = 512
 
 _MOST_SITES = 16
 """The most sites that are compared at a later call, at random."""
+
+_SLIGHT = 10.0
+"""A difference of so many tolerances may still be rounding: no way of running the programs mends it."""
 
 _MOST_ATTEMPTS = 8
 """How often a program is looked at that draws something for each value."""
@@ -100,7 +104,8 @@ def _check(
         model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, share=share, observer=lambda: mixing
     )
     set_random_state(state)
-    plan = _plan(enumeration, frozenset(mixing.mixed & enumeration.supports.keys()))
+    together = (mixing.mixed | layout.groups.keys()) & enumeration.supports.keys()
+    plan = _plan(enumeration, frozenset(together))
 
     def run(number: int, given: Mapping[str, Tensor] = draws) -> _Round:
         assignment = _assignment(enumeration, plan, number)
@@ -202,11 +207,15 @@ def _compare(enumeration: Enumeration, run: _Round) -> None:
     absent |= masked_below(absent, masked_alone(ordinary), enumeration.factors)
     pinned = pins(absent, ordinary)
     for key in log_probs:
-        site = ordinary[key]
+        site, star = ordinary[key], enumeration.stars.get(key)
         counterpart: SiteKey = ("model", site.name)
         if site.kind == "enumerated" and counterpart in enumeration.factors and counterpart not in ordinary:
             continue  # The model lacks the guide's latent in this branch: it is pinned there.
-        enumerated, expected = _entries(enumeration, key, site, assignment), log_probs[key]
+        expected = log_probs[key]
+        if star is not None:
+            nesting = max(expected.dim(), *(-plate.dim for plate in (*site.plates, *star.home)))
+            expected, site = star.added(expected, site, nesting), star.site(site)
+        enumerated = _entries(enumeration, key, site, assignment)
         if key in enumeration.factors:
             weight = (ordinary.get(counterpart, site) if site.follows_model else site).scale
             expected = times(expected, _not_in_scale(weight, enumeration.factors[key], site, assignment).to(expected))
@@ -216,7 +225,10 @@ def _compare(enumeration: Enumeration, run: _Round) -> None:
             present = ~torch.as_tensor(pinned[key].where)
             enumerated, expected = masked(enumerated, present), masked(expected, present)
         if enumerated is None or not agree(enumerated, expected):
-            raise _difference(site, enumerated, expected)
+            error = _difference(site, enumerated, expected)
+            if enumerated is None or not agree(enumerated, expected, slack=_SLIGHT):
+                blame(error, enumeration.followed.get(key, NO_SITES))
+            raise error
 
 
 class _Plan(NamedTuple):

@@ -103,18 +103,19 @@ def _selected(values: Tensor, dim: int, kept: Tensor) -> Tensor:
     return values.index_select(dim, kept.nonzero().squeeze(-1).to(values.device))
 
 
-def agree(one: Tensor, other: Tensor) -> bool:
+def agree(one: Tensor, other: Tensor, *, slack: float = 1.0) -> bool:
     """Returns whether log-probabilities are equal, but for rounding.
 
     Args:
         one: Log-probabilities.
         other: Others.
+        slack: How many times the tolerance they may differ.
     """
     try:
         one, other = torch.broadcast_tensors(one, other)
     except RuntimeError:
         return False
-    tolerance = max(_TOLERANCE.get(values.dtype, 1e-2) for values in (one, other))
+    tolerance = slack * max(_TOLERANCE.get(values.dtype, 1e-2) for values in (one, other))
     wide = torch.promote_types(one.dtype, other.dtype)
     return bool(torch.isclose(one.to(wide), other.to(wide), rtol=tolerance, atol=tolerance, equal_nan=True).all())
 

@@ -18,7 +18,7 @@ from pyro_vfe.errors import SupportError
 from pyro_vfe.program.chain_sites import certain, chain_factor, is_chain
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
-from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged
+from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged, done
 from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
@@ -27,6 +27,7 @@ from pyro_vfe.program.masking import Pin, masked, unmasked
 from pyro_vfe.program.missing_plates import cannot_score, no_plate
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
+from pyro_vfe.program.stars import Star
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +127,15 @@ class Labeller:
     homes: Mapping[str, frozenset[str]]
     """The plates of each enumerated latent."""
     choices: Mapping[str, int]
-    """The index that each sequentially enumerated latent takes in this run."""
+    """The index that each latent takes in this run that has one value in it."""
     draws: frozenset[str] = NO_SITES
     """Draws that count as variables with one value, so that terms know which of them they read."""
     lost: set[tuple[str, str, str]] = field(default_factory=set)
     """Program, site and latent where the site reads the latent and does not vary with it."""
     scorer: Scorer = field(default_factory=Scorer)
     """What the tables hold."""
+    stars: Mapping[SiteKey, Star] = field(default_factory=dict)
+    """Which elements of a latent of another plate some sites read."""
     ran: Mapping[SiteKey, Site] = field(default_factory=dict)
     """The sites as they ran, where those that are labelled are parts of them: they know what they were made from."""
 
@@ -148,7 +151,8 @@ class Labeller:
         for group in self._groups(sites, readings, pins):
             if len(group) == 1 or not self._label_group(group, sites, readings, factors):
                 for key in group:
-                    factors[key] = self._factor(sites[key], readings[key], pins.get(key))
+                    scope = readings[key].scope or NO_SITES
+                    factors[key] = done(self._factor, (sites[key], readings[key], pins.get(key)), {}, scope)
         return {key: factors[key] for key in sites}
 
     def _reading(self, site: Site) -> "_Reading":
@@ -165,7 +169,7 @@ class Labeller:
         return _Reading(fn, mask, sites.union(own, of(site.value)), listed_own, identity)
 
     def _may_be_listed(self, site: Site, fn: Any) -> bool:
-        return site.kind == "enumerated" and site.name not in self.layout.sequential and is_listed(fn)
+        return site.kind == "enumerated" and site.name not in self.choices and is_listed(fn)
 
     def _groups(
         self, sites: Mapping[SiteKey, Site], readings: Mapping[SiteKey, "_Reading"], pins: Mapping[SiteKey, Pin]
@@ -180,7 +184,7 @@ class Labeller:
 
     def _likeness(self, site: Site, reading: "_Reading") -> object:
         """What equal sites have in common; None for a site that stands for itself."""
-        if isinstance(site.scale, Tensor) and site.scale.dim():
+        if (isinstance(site.scale, Tensor) and site.scale.dim()) or (site.role, site.name) in self.stars:
             return None
         if self.draws and reading.scope and not reading.scope.isdisjoint(self.draws):
             return None
@@ -228,6 +232,9 @@ class Labeller:
             values = values if self.scorer.of_draws else masked(values, reading.mask)
         elif pin is not None:
             values = self._pinned(values, site, pin, own)
+        star = self.stars.get((site.role, site.name))
+        if star is not None:
+            values, site = star.added(values, site, self.layout.nesting), star.site(site)
         scale = site.scale
         if site.kind != "enumerated" and scale_reads_latents(site, self.layout.nesting):
             values, scale = values if self.scorer.of_draws else times(values, torch.as_tensor(scale).to(values)), 1.0
@@ -244,7 +251,7 @@ class Labeller:
     def _noted(self, site: Site, scope: Sites | None, factor: Factor) -> Factor:
         """The factor; reads of the site along which it does not vary are noted."""
         for name in scope.difference(factor.axes) if scope is not None else ():
-            if name in self.homes and name != site.name:
+            if name in self.homes and name != site.name and name not in self.choices:
                 self.lost.add((site.role, site.name, name))
         return factor
 
@@ -267,7 +274,7 @@ class Labeller:
     def _pinned(self, values: Tensor, site: Site, pin: Pin, own: bool) -> Tensor:
         """The log-probabilities of a latent with its given value where it has one, at no cost."""
         where, index = torch.as_tensor(pin.where, device=values.device), pin.index.to(values.device)
-        if site.name in self.layout.sequential:
+        if site.name in self.choices:
             return torch.where(where, certain(index, torch.tensor(self.choices[site.name]), values), values)
         dim = -1 if own else self.layout.dims[site.name]
         every = torch.arange(values.shape[dim], device=values.device).reshape(-1, *(1,) * (-dim - 1))
