@@ -16,9 +16,10 @@ from pyro_vfe.program.cost import fits_at_once, table_entries, varying_plates, w
 from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
-from pyro_vfe.program.layout import Layout, Program, SiteStructure
+from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.site_structure import SiteStructure
 from pyro_vfe.program.unobserved import observes_nothing
 from pyro_vfe.program.variation import with_variations
 

@@ -6,7 +6,7 @@ References:
     Koller and Friedman (2009), Probabilistic Graphical Models, chapters 9 and 13 (marginals, mode, samples).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
 from pyro_vfe.program.tables import batch_axes
+from pyro_vfe.program.written_out import joint_of_wholes, sorted_table
 
 
 @entry_point()
@@ -110,7 +111,7 @@ class Posterior:
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the latents, in program order."""
-        return tuple(factor.name for factor in self.enumeration.model_latents)
+        return self.enumeration.folded(factor.name for factor in self.enumeration.model_latents)
 
     def support(self, name: str) -> Tensor:
         """Returns the values of a latent, shape `(K, *event_shape)`.
@@ -119,7 +120,7 @@ class Posterior:
             name: The latent's site.
         """
         self._check_known((name,))
-        return self.enumeration.supports[name]
+        return self.enumeration.supports[self.enumeration.parts_of(name)[0]]
 
     def marginal(self, *names: str) -> Tensor:
         """Returns the joint posterior probabilities of some latents, shape `(*plates, K_1, K_2, ...)`.
@@ -145,7 +146,13 @@ class Posterior:
         self._check_known(names)
         if len(names) == 1:
             return self.marginal_tables(names)[names[0]]
-        return marginals_where_present(self.enumeration, self._graph, [names], self._max_bytes)[names]
+        wholes = self.enumeration.wholes
+        if wholes.keys().isdisjoint(names):
+            return marginals_where_present(self.enumeration, self._graph, [names], self._max_bytes)[names]
+        return joint_of_wholes(names, wholes, self._joint_marginals)
+
+    def _joint_marginals(self, scopes: Sequence[tuple[str, ...]]) -> Mapping[tuple[str, ...], Table]:
+        return marginals_where_present(self.enumeration, self._graph, scopes, self._max_bytes)
 
     def marginals(self) -> dict[str, Tensor]:
         """Returns what `marginal` does for every latent, each of shape `(*plates, K)`, from one backward pass."""
@@ -160,15 +167,19 @@ class Posterior:
         """
         sites = tuple(names)
         self._check_known(sites)
+        run = self.enumeration
+        parts = [part for name in sites for part in run.parts_of(name)]
         try:
-            return {name: self._all_marginals[name] for name in sites}
+            found: Marginals = {name: self._all_marginals[name] for name in parts}
         except CostError:  # Where others decide whether a latent is there its own is larger: those asked for may fit.
-            return single_marginals(self.enumeration, self._graph, sites, self._max_bytes)
+            found = single_marginals(run, self._graph, parts, self._max_bytes)
+        return {name: sorted_table(found, name, run.wholes) for name in sites}
 
     @cached_property
     def _all_marginals(self) -> Marginals:
         """Those of each latent by itself: one pass gives all, so whoever asks for one after the other waits once."""
-        return single_marginals(self.enumeration, self._graph, self.sites, self._max_bytes)
+        names = [factor.name for factor in self.enumeration.model_latents]
+        return single_marginals(self.enumeration, self._graph, names, self._max_bytes)
 
     @entry_point()
     def sample(self, num_samples: int) -> Assignment:
@@ -234,16 +245,25 @@ class Posterior:
     def _assignment(self, indices: Mapping[str, Table], lead: tuple[str, ...]) -> Assignment:
         """Values for indices over plates: batch dims lie where the model has them, draws lead."""
         values, present = {}, {}
+        run = self.enumeration
         for name in self.sites:
-            index = indices[name].aligned(axes := (*lead, *batch_axes(self.enumeration.sites["model", name].plates)))
-            values[name] = self.enumeration.supports[name][index]
-            present[name] = present_at(self.enumeration, name, indices, axes).values.expand(index.shape)
+            parts = run.parts_of(name)
+            axes = (*lead, *batch_axes(run.batch_plates(name)))
+            over = [axis for axis in axes if name not in run.wholes or axis != run.wholes[name].name]
+            there = {part: present_at(run, part, indices, tuple(over)) for part in parts}
+            index = sorted_table(indices, name, run.wholes).aligned(axes)
+            values[name] = run.supports[parts[0]][index]
+            present[name] = sorted_table(there, name, run.wholes).aligned(axes).expand(index.shape)
         return Assignment(values, present)
 
     def _indices(self, assignment: Mapping[str, Tensor]) -> dict[str, Table]:
         """The index of each latent's value in its support, over draws and plates; 0 where it is not there."""
         run = self.enumeration
-        found = {name: self._index(name, assignment.get(name)) for name in self.sites}
+        found: dict[str, Table] = {}
+        for whole in self.sites:
+            table, plate = self._index(whole, assignment.get(whole)), run.wholes.get(whole)
+            for place, part in enumerate(run.parts_of(whole)):
+                found[part] = table if plate is None else table.selected(plate.name, place)
         draws = (SAMPLE,) if any(SAMPLE in table.axes for table in found.values()) else ()
         result = {}
         for name, index in found.items():
@@ -259,14 +279,14 @@ class Posterior:
 
     def _index(self, name: str, value: Tensor | None) -> Table:
         """The indices of values in a latent's support, over draws and plates; -1 of what is none of them."""
-        support = self.enumeration.supports[name]
+        support = self.support(name)
         if value is None:
             return Table(torch.tensor(-1, device=support.device), ())
         event_dims = support.dim() - 1
         same = torch.as_tensor(value).unsqueeze(-1 - event_dims) == support
         hit = same.all(tuple(range(-event_dims, 0))) if event_dims else same
         index = torch.where(hit.any(-1), hit.to(torch.int64).argmax(-1), -1)
-        names = batch_axes(self.enumeration.sites["model", name].plates)
+        names = batch_axes(self.enumeration.batch_plates(name))
         axes = [SAMPLE] * (index.dim() - len(names)) + names
         keep = [
             axis for axis, size in zip(axes, index.shape, strict=True) if not axis.startswith("_") or axis == SAMPLE

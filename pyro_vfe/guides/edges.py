@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from pyro_vfe.errors import PlateError, StructureError
-from pyro_vfe.program.layout import SiteStructure
+from pyro_vfe.program.site_structure import SiteStructure
 
 Edges = Literal["model"] | Iterable[tuple[str, str]]
 

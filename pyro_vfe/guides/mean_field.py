@@ -31,8 +31,9 @@ from pyro_vfe.guides.tables import (
     whole_plates,
 )
 from pyro_vfe.program.entry_points import entry_point
-from pyro_vfe.program.layout import Program, SiteStructure
+from pyro_vfe.program.layout import Program
 from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.site_structure import SiteStructure
 from pyro_vfe.program.tables import over_dims
 
 

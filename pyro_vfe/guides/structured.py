@@ -40,10 +40,11 @@ from pyro_vfe.guides.tables import (
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.entry_points import entry_point
 from pyro_vfe.program.enumeration import Enumeration
-from pyro_vfe.program.layout import Program, SiteStructure, no_guide
+from pyro_vfe.program.layout import Program, no_guide
 from pyro_vfe.program.programs import Programs
 from pyro_vfe.program.provenance import out_of_sight
 from pyro_vfe.program.randomness import undisturbed_randomness
+from pyro_vfe.program.site_structure import SiteStructure
 
 
 class AutoStructured(OwnGuide):

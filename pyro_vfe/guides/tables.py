@@ -23,10 +23,11 @@ from pyro_vfe.engine.cost import readable_bytes, table_limit
 from pyro_vfe.errors import CostError, StructureError
 from pyro_vfe.program.buffers import unchanged_buffers
 from pyro_vfe.program.finite import Finite
-from pyro_vfe.program.layout import SiteStructure, latents_and_branches
+from pyro_vfe.program.layout import latents_and_branches
 from pyro_vfe.program.left_over import other_shape
 from pyro_vfe.program.randomness import undisturbed_randomness
 from pyro_vfe.program.recorder import FOLLOWS_MODEL, Plate
+from pyro_vfe.program.site_structure import SiteStructure
 
 Init = Literal["uniform", "posterior"]
 

@@ -374,6 +374,7 @@ def _enumeration(
         zeros=any(run.zeros for run in runs.values()),
         read=tuple(value for run in runs.values() for value in run.parameters),
         operations=operations,
+        wholes=layout.wholes,
         stars={key: star for run in runs.values() for key, star in run.stars.items()},
     )
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from pyro_vfe.engine.cost import readable_bytes, table_limit
 from pyro_vfe.errors import CostError
-from pyro_vfe.program.layout import Layout, Portioning, SiteStructure
+from pyro_vfe.program.layout import Layout, Portioning
+from pyro_vfe.program.site_structure import SiteStructure
 
 _ITEM_BYTES = 8
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Table, Variable
 from pyro_vfe.errors import PlateError
 from pyro_vfe.program.operations import Operations
-from pyro_vfe.program.recorder import Role, Site
+from pyro_vfe.program.recorder import Plate, Role, Site
+from pyro_vfe.program.site_structure import elements_of
 from pyro_vfe.program.stars import Star
 from pyro_vfe.program.supports import is_point
 
@@ -138,6 +139,8 @@ class Enumeration:
     """What each site read in an ordinary run: draws that are no variables, too."""
     stars: Mapping[SiteKey, Star] = field(default_factory=dict)
     """Which elements of a latent of another plate some sites read: their tables are added up there."""
+    wholes: Mapping[str, Plate] = field(default_factory=dict)
+    """The plate along which a latent is written out, one latent per element."""
     operations: tuple[Operations, ...] = ()
     """The operations of each path of choices."""
 
@@ -279,6 +282,20 @@ class Enumeration:
         """The names of all plates, vectorised and sequential."""
         sequential = (name for site in self.sites.values() for name in site.steps)
         return tuple(dict.fromkeys((*self.plates, *sequential)))
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The latents that stand for one of the programs: itself, or its elements where it is written out."""
+        return elements_of(name, self.wholes[name]) if name in self.wholes else (name,)
+
+    def folded(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Names with the programs' own latents in place of their elements."""
+        whole_of = {part: name for name in self.wholes for part in self.parts_of(name)}
+        return tuple(dict.fromkeys(whole_of.get(name, name) for name in names))
+
+    def batch_plates(self, name: str) -> tuple[Plate, ...]:
+        """The plates around a latent of the model as the program has it."""
+        plates = self.sites["model", self.parts_of(name)[0]].plates
+        return (*plates, self.wholes[name]) if name in self.wholes else plates
 
     def check_kept(self, plates: Iterable[str]) -> None:
         """Checks that no site of these plates reads latents of others by index, which ties their elements together.

@@ -8,7 +8,7 @@ from pyro_vfe.errors import StructureError, VFEWarning
 from pyro_vfe.program.recorder import Role
 
 if TYPE_CHECKING:
-    from pyro_vfe.program.layout import SiteStructure
+    from pyro_vfe.program.site_structure import SiteStructure
 
     Sites = Mapping[tuple[Role, str], SiteStructure]
 

@@ -22,27 +22,17 @@ from pyro_vfe.program.masking import hand_over_masks, unmasked
 from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
-from pyro_vfe.program.recorder import Kind, Plate, Role, Site, missing_guide_site, record_both
+from pyro_vfe.program.recorder import Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.returned import check_returned
+from pyro_vfe.program.site_structure import SiteStructure
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
+from pyro_vfe.program.written_out import MOST_JOINT_VALUES, names_parts, structure_parts
 
 Program = Callable[..., Any]
 
 
 def no_guide(*args: Any, **kwargs: Any) -> None:
     """A guide without sites: every latent is summed out inside the model."""
-
-
-@dataclass(frozen=True)
-class Variation:
-    """What the size of a site's table depends on besides its latents."""
-
-    plates: frozenset[str]
-    """The plates along which it can vary."""
-    elements: int
-    """Numbers that are made for each of its entries: the event's elements where no matrix product sums over them."""
-    separable: frozenset[str]
-    """The plates around it to a stretch of which the site can be restricted."""
 
 
 @dataclass(frozen=True)
@@ -53,35 +43,6 @@ class Portioning:
     """The plate."""
     length: int
     """How many of its elements make a portion."""
-
-
-@dataclass(frozen=True)
-class SiteStructure:
-    """What one site is, from an ordinary run."""
-
-    name: str
-    role: Role
-    kind: Kind
-    family: str
-    size: int
-    """The number of values of an enumerable latent; 1 otherwise."""
-    scope: Sites
-    """The latents that its log-probability reads, itself included, and draws of the guide."""
-    plates: tuple[Plate, ...]
-    auxiliary: bool
-    """Whether the program says that the other program lacks the site."""
-    support: Tensor | None
-    """The values of an enumerable latent, shape `(K, *event_shape)`."""
-    meets: Sites
-    """The latents that meet in the tensors of its log-probability; all values listed at once meet nothing."""
-    chain: str | None
-    """The plate along which a latent is a chain."""
-    elements: int = 1
-    """The numbers of which one event has its log-probability."""
-    needs_score: bool = False
-    """Whether it is a draw of the guide whose gradient needs the score function."""
-    variation: Variation | None = None
-    """What else the size of its table depends on; None where that has not been looked at."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +67,8 @@ class Layout:
     """Whether the programs change in place what the gradients of their own operations need."""
     groups: Mapping[str, int] = field(default_factory=dict)
     """The group of each latent whose values are taken one by one, as the programs do not broadcast over them."""
+    wholes: Mapping[str, Plate] = field(default_factory=dict)
+    """The plate along which a latent is written out, one latent per element, as a site reads all of them."""
     stars: Mapping[tuple[Role, str], str] = field(default_factory=dict)
     """The latent of another plate that a site reads by index."""
     unseen: Mapping[tuple[Role, str], Sites] = field(default_factory=dict)
@@ -160,6 +123,7 @@ def lay_out(
     *,
     extra_nesting: int = 0,
     min_nesting: int = 0,
+    by_index: bool = True,
 ) -> Layout:
     """Returns the layout of a pair of programs, from ordinary runs.
 
@@ -170,6 +134,7 @@ def lay_out(
         kwargs: Keyword arguments of both.
         extra_nesting: Batch dims to leave free left of the programs' own plates.
         min_nesting: Batch dims to take for plates at least.
+        by_index: Whether what reads a latent from another plate may read it by index.
 
     Raises:
         EscapeError: The program takes a latent of a plate out of torch.
@@ -178,7 +143,7 @@ def lay_out(
     """
     with first_look((guide, model), args, kwargs):
         findings, sequential = _explored(model, guide, args, kwargs)
-    return _arranged(findings, sequential, min_nesting, extra_nesting)
+    return _arranged(findings, sequential, min_nesting, extra_nesting, by_index)
 
 
 def latents_and_branches(
@@ -310,14 +275,18 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
     return escape.sites
 
 
-def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int) -> Layout:
-    sites = findings.sites
-    stars = _star_latents(sites)
+def _arranged(
+    findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int, by_index: bool
+) -> Layout:
+    stars = _star_latents(findings.sites) if by_index else {}
+    wholes = _read_as_wholes(findings.sites, stars)
+    sites = structure_parts(findings.sites, wholes) if wholes else findings.sites
+    meetings = {names_parts(names, wholes): operation for names, operation in findings.meetings.items()}
     _check_plates(sites, stars)
     check_masks(sites)
     check_guide(sites)
     unread = _unread(sites)
-    nesting = max((-plate.dim for site in sites.values() for plate in site.plates), default=0)
+    nesting = max((-plate.dim for site in findings.sites.values() for plate in site.plates), default=0)
     nesting = max(nesting, min_nesting) + extra_nesting
     latents = [
         name
@@ -326,12 +295,13 @@ def _arranged(findings: _Findings, sequential: frozenset[str], min_nesting: int,
     ]
     return Layout(
         nesting=nesting,
-        dims=enumeration_dims(latents, findings.meetings, [site.meets for site in sites.values()], nesting),
+        dims=enumeration_dims(latents, meetings, [site.meets for site in sites.values()], nesting),
         sequential=sequential,
         unread=unread,
         sites=sites,
         overwrites_saved=findings.overwrites_saved,
         stars=stars,
+        wholes=wholes,
     )
 
 
@@ -357,6 +327,30 @@ def _star_latents(sites: Mapping[tuple[Role, str], SiteStructure]) -> dict[tuple
             is_simple = latent.chain is None and latent.support is not None and latent.support.dim() == 1
             if is_simple and all(homes.get(name, frozenset()) <= homes[latent.name] for name in site.scope):
                 found[key] = latent.name
+    return found
+
+
+def _read_as_wholes(
+    sites: Mapping[tuple[Role, str], SiteStructure], stars: Mapping[tuple[Role, str], str]
+) -> dict[str, Plate]:
+    """The latents that some site reads from outside of their plate, all elements together.
+
+    Raises:
+        PlateError: One has too many elements for that, or is a chain, or shows a part of its plate.
+    """
+    latents = {site.name: site for site in sites.values() if site.kind == "enumerated"}
+    found: dict[str, Plate] = {}
+    for key, site in sites.items():
+        around, joint = {plate.name for plate in site.plates}, 1
+        for name in sorted(site.scope & latents.keys() - {stars.get(key)}):
+            latent = latents[name]
+            for plate in latent.plates:
+                if plate.name in around:
+                    continue
+                joint *= latent.size**plate.size if plate.size < MOST_JOINT_VALUES else MOST_JOINT_VALUES + 1
+                is_one = found.setdefault(name, plate).name == plate.name
+                if not is_one or joint > MOST_JOINT_VALUES or latent.chain or plate.size != plate.full_size:
+                    raise plate_violation(key[1], key[0], name, plate.name)
     return found
 
 

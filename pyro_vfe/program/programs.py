@@ -6,6 +6,7 @@ layout has the programs laid out again.
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import ref
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyro_vfe.engine.factors import Factor
-from pyro_vfe.errors import CostError, VFEError
+from pyro_vfe.errors import CostError, PlateError, SpotCheckError, VFEError
 from pyro_vfe.program.agreement import check_reads
 from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
@@ -111,6 +112,7 @@ class Programs:
         kwargs: Mapping[str, Any],
         *,
         extra_nesting: int = 0,
+        by_index: bool = True,
     ) -> Layout:
         """The layout of a pair, from ordinary runs.
 
@@ -118,9 +120,8 @@ class Programs:
             CostError: A table would not fit.
         """
         with undisturbed_randomness(), unchanged_buffers(model, guide), naming_nan(model, guide):
-            layout = with_stars(
-                lay_out(model, guide, args, kwargs, extra_nesting=extra_nesting, min_nesting=self.min_nesting)
-            )
+            nesting = {"extra_nesting": extra_nesting, "min_nesting": self.min_nesting}
+            layout = with_stars(lay_out(model, guide, args, kwargs, by_index=by_index, **nesting))
             if not fits_at_once(layout, self.max_bytes):
                 layout = with_variations(layout, model, guide, args, kwargs)
         return within_limit(layout, self.max_bytes)
@@ -270,12 +271,20 @@ class Programs:
                 raise
             except Exception as error:
                 first = first or error
-                apart = call.values_apart(layout, error)
+                apart = self._otherwise(call, layout, error)
                 if apart is None:
                     raise first from first.__cause__
                 layout = apart
             else:
                 return layout, enumeration, shares, paths
+
+    def _otherwise(self, call: "_Call", layout: Layout, error: Exception) -> Layout | None:
+        """Another way of enumerating programs that failed; None where there is none."""
+        if layout.stars and isinstance(error, (PlateError, SpotCheckError)):
+            extra = 1 if call.particles > 1 else 0
+            with suppress(PlateError):  # What reads several elements at once may be written out, where it fits.
+                return self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra, by_index=False)
+        return call.values_apart(layout, error)
 
     def enumerate_given_draws(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]

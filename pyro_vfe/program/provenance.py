@@ -10,7 +10,7 @@ References:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs (the axes this serves).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,8 @@ class Provenance(TorchFunctionMode):
         """The results that later computations may take over."""
         self.kept = Kept(self.copied)
         """What the run's statements were given."""
+        self.parts: Mapping[str, Sites] = {}
+        """The names of a latent's elements, where each is a latent by itself."""
         self.watched: set[str] = set()
         """Sites whose values may not leave torch: those that are enumerated along a dim, or not in the guide."""
         self.draws: set[str] = set()
@@ -145,8 +147,9 @@ class Provenance(TorchFunctionMode):
         """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
         original = self.original(tensor)
         shown = original if original is not tensor else None
-        tensor._vfe_sites = (self.run, frozenset((site,)), shown)  # type: ignore[attr-defined]
-        self.watched.add(site)
+        names = self.parts.get(site, frozenset((site,)))
+        tensor._vfe_sites = (self.run, names, shown)  # type: ignore[attr-defined]
+        self.watched |= names
 
     def follow(self, tensor: Tensor, site: str) -> None:
         """Marks a draw for its readers: they do not read what it was itself drawn from."""

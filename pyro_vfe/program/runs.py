@@ -29,9 +29,11 @@ from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import ROLES, Plate, Role, Site, at_all_elements, record_both
+from pyro_vfe.program.site_structure import elements_of
 from pyro_vfe.program.stars import Star, index_of
 from pyro_vfe.program.supports import common_support, finite_support
 from pyro_vfe.program.tables import DrawScorer, Labeller, Scorer, counts_otherwise
+from pyro_vfe.program.written_out import put_together, site_parts
 from pyro_vfe.program.zeros import watched_zeros
 
 
@@ -135,6 +137,8 @@ class _Runner:
         self.observer = self.new_observer()
         self.places = Places(self.observer) if self.layout.stars else None
         self.provenance = Provenance(share=self.share, observer=self.places or self.observer)
+        wholes = self.layout.wholes
+        self.provenance.parts = {name: frozenset(elements_of(name, plate)) for name, plate in wholes.items()}
         self.supports: dict[str, Tensor] = {}
         self.choices: dict[str, int] = {}
         """The index of each latent that has one value in the run."""
@@ -184,15 +188,14 @@ class _Runner:
                 unread=self.layout.unread,
                 provenance=self.provenance,
             )
-        sites: dict[SiteKey, Site] = {
-            (site.role, site.name): site
-            for site in (*first.sites.values(), *second.sites.values())
-            if site.kind != "unread"
-        }
         for name, site in second.sites.items():
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
+        sites: dict[SiteKey, Site] = {}
+        for site in (*first.sites.values(), *second.sites.values()):
+            if site.kind != "unread":
+                sites.update(self._parts(site))
         undrawn = absences(sites, kind="sampled")
         mask_guide(sites)
         self._close_chains(sites)
@@ -218,6 +221,17 @@ class _Runner:
         lost = frozenset(labeller.lost)
         made = sites, factors, self.supports, second.subsamples, lost, label, found.any, parameters, own
         return Run(*made, presence=presence, reads=reads, stars=stars)
+
+    def _parts(self, site: Site) -> dict[SiteKey, Site]:
+        """The site, or those of its elements where it is written out."""
+        if site.name not in self.layout.wholes or site.kind != "enumerated":
+            return {(site.role, site.name): site}
+        with self.provenance:
+            found = site_parts(site, self.layout.wholes)
+        for part in found.values():
+            part.value = part.value.view_as(part.value)
+            self.provenance.originate(part.value, part.name)
+        return found
 
     def _reads(self, sites: Mapping[SiteKey, Site]) -> dict[SiteKey, dict[int, str]]:
         """The latent that each site reads of each group of those whose values are taken one by one."""
@@ -312,14 +326,25 @@ class _Runner:
                 support = self.supports[name] = self._own_values(name, fn)
                 index = self.choices[name] = self.paths.choose(name, len(support))
                 return support[index].clone()
-            if name in self.layout.groups:
-                return self._one_value(name, fn, plates)
-            dim = self.layout.dims.get(name)
-            if dim is None:
-                raise StructureChanged(f"latent '{name}' is new")
             if any(-plate.dim > self.layout.nesting for plate in plates):
                 raise StructureChanged(f"latent '{name}' lies in more plates")
-            return self._all_values(name, fn, dim)
+            whole = self.layout.wholes.get(name)
+            if whole is None:
+                return self._value(name, fn, plates)
+            if whole not in plates:
+                raise StructureChanged(f"latent '{name}' lies in other plates")
+            others = tuple(plate for plate in plates if plate != whole)
+            parts = [self._value(element, fn, others) for element in elements_of(name, whole)]
+            return put_together(parts, whole, len(fn.event_shape))
+
+    def _value(self, name: str, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
+        """The values of a latent, or of an element of one: all along its dim, or one of them."""
+        if name in self.layout.groups:
+            return self._one_value(name, fn, plates)
+        dim = self.layout.dims.get(name)
+        if dim is None:
+            raise StructureChanged(f"latent '{name}' is new")
+        return self._all_values(name, fn, dim)
 
     def _one_value(self, name: str, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         """One value of a latent, the same for all elements of its plates, in the shape of a draw."""

@@ -30,8 +30,10 @@ from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
+from pyro_vfe.program.site_structure import elements_of
 from pyro_vfe.program.spot_check_plates import agree, check_elements
 from pyro_vfe.program.tables import batch_axes, over_dims
+from pyro_vfe.program.written_out import folded_table, number_parts, site_parts
 
 _MOST_ROUNDS = 6
 """Each round is an ordinary run. With fewer than so many values, a latent outside of plates takes all of them; of fewer
@@ -314,17 +316,20 @@ def _ordinary_run(
 
     def look(site: Site) -> None:
         if site.kind != "unread" and (keys is None or (site.role, site.name) in keys):
-            log_probs[site.role, site.name] = _ordinary_log_prob(site)
+            log_probs.update(number_parts(_ordinary_log_prob(site), site, layout.wholes))
         site.fn, mask = unmasked(site)
         site.mask, site.scale = replaced((mask, site.scale), Tensor.clone)
         own_value(site)
 
     def chosen(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
-        if name not in assignment:
+        index, support = assignment.get(name), enumeration.supports.get(name)
+        if name in layout.wholes:
+            index = folded_table(assignment, name, layout.wholes[name])
+            support = enumeration.supports[elements_of(name, layout.wholes[name])[0]]
+        if index is None or support is None:
             point: Tensor = fn.sample()
             return point
-        index = over_dims(assignment[name], plates)
-        return enumeration.supports[name][index.to(enumeration.supports[name].device)]
+        return support[over_dims(index, plates).to(support.device)]
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
     model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
@@ -332,7 +337,10 @@ def _ordinary_run(
         model, guide, args, kwargs, chosen, given=given, subsamples=dict(enumeration.subsamples), look=look
     )
     every = (*first.sites.values(), *second.sites.values())
-    sites: dict[SiteKey, Site] = {(site.role, site.name): site for site in every if site.kind != "unread"}
+    sites: dict[SiteKey, Site] = {}
+    for site in every:
+        if site.kind != "unread":
+            sites.update(site_parts(site, layout.wholes))
     mask_guide(sites)
     return sites, log_probs
 

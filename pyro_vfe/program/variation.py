@@ -18,11 +18,12 @@ from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.chain_sites import is_chain
 from pyro_vfe.program.families import form_of
-from pyro_vfe.program.layout import Layout, Program, Variation
+from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.log_prob import is_listed, listed, slim
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.narrowing import narrowed_site
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
+from pyro_vfe.program.site_structure import Variation
 from pyro_vfe.program.supports import finite_support
 
 

@@ -1,0 +1,59 @@
+"""What one sample statement is, as an ordinary run shows it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_vfe.program.escapes import Sites
+from pyro_vfe.program.recorder import Kind, Plate, Role
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What the size of a site's table depends on besides its latents."""
+
+    plates: frozenset[str]
+    """The plates along which it can vary."""
+    elements: int
+    """Numbers that are made for each of its entries: the event's elements where no matrix product sums over them."""
+    separable: frozenset[str]
+    """The plates around it to a stretch of which the site can be restricted."""
+
+
+@dataclass(frozen=True)
+class SiteStructure:
+    """What one site is, from an ordinary run."""
+
+    name: str
+    role: Role
+    kind: Kind
+    family: str
+    size: int
+    """The number of values of an enumerable latent; 1 otherwise."""
+    scope: Sites
+    """The latents that its log-probability reads, itself included, and draws of the guide."""
+    plates: tuple[Plate, ...]
+    auxiliary: bool
+    """Whether the program says that the other program lacks the site."""
+    support: Tensor | None
+    """The values of an enumerable latent, shape `(K, *event_shape)`."""
+    meets: Sites
+    """The latents that meet in the tensors of its log-probability; all values listed at once meet nothing."""
+    chain: str | None
+    """The plate along which a latent is a chain."""
+    elements: int = 1
+    """The numbers of which one event has its log-probability."""
+    needs_score: bool = False
+    """Whether it is a draw of the guide whose gradient needs the score function."""
+    variation: Variation | None = None
+    """What else the size of its table depends on; None where that has not been looked at."""
+
+
+def elements_of(name: str, plate: Plate) -> tuple[str, ...]:
+    """Returns the names of the elements of a latent that is written out along a plate.
+
+    Args:
+        name: The latent.
+        plate: The plate.
+    """
+    return tuple(f"{name}[{index}]" for index in range(plate.size))
