@@ -82,6 +82,7 @@ READERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The programs do not broadcast")
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_latent_read_in_an_odd_way_is_read_right_or_refused(reader: str, seed: int) -> None:

@@ -1,5 +1,6 @@
 """Programs whose structure follows their arguments, and what tracking cannot see: right, or refused."""
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -230,7 +231,7 @@ BLIND = {
 @pytest.mark.parametrize("count", [1, 20])
 @pytest.mark.parametrize("name", BLIND)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_what_tracking_cannot_see_is_right_or_refused(name: str, count: int) -> None:
+def test_what_tracking_cannot_see_is_right(name: str, count: int) -> None:
     """20 latents share dims and are tracked; one latent has a dim of its own."""
 
     def model() -> None:
@@ -241,10 +242,9 @@ def test_what_tracking_cannot_see_is_right_or_refused(name: str, count: int) -> 
     expected = -(ROOT.log() + dist.Normal(MEANS, 1.0).log_prob(POINTS[:count].unsqueeze(-1))).logsumexp(-1).sum().item()
     for seed in range(3):
         pyro.set_rng_seed(seed)
-        try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The programs do not broadcast over the values")
             assert vfe.FreeEnergy(check="always").loss(model, empty) == pytest.approx(expected, rel=1e-12)
-        except (SpotCheckError, StructureError) as refusal:
-            assert "'u_" in str(refusal) or "enumerated" in str(refusal)
 
 
 def test_numbers_taken_from_a_latent_are_enumerated_one_by_one() -> None:
@@ -259,7 +259,7 @@ def test_numbers_taken_from_a_latent_are_enumerated_one_by_one() -> None:
 
 
 class Counted:
-    """A model that counts its runs, and lies where its latent has more than one value at once."""
+    """A model that counts its runs, and lies where its latent has more than one value at once, or in other runs."""
 
     def __init__(self, lies: bool) -> None:
         self.lies, self.runs = lies, 0
@@ -267,7 +267,8 @@ class Counted:
     def __call__(self) -> None:
         self.runs += 1
         z = categorical("z", ROOT)
-        pyro.sample("u", dist.Normal(blind_to_dims(z) if self.lies else MEANS[z], 1.0), obs=POINTS[0])
+        noise = torch.rand(()) if self.lies else 0.0  # so that no run per value mends it
+        pyro.sample("u", dist.Normal((blind_to_dims(z) if self.lies else MEANS[z]) + 1e-3 * noise, 1.0), obs=POINTS[0])
 
 
 @pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
@@ -299,8 +300,11 @@ def test_check_says_how_often_the_program_is_checked() -> None:
 
 @pytest.mark.filterwarnings("ignore:The programs change what outlives a run")
 def test_without_a_check_the_user_is_trusted() -> None:
+    def lies() -> None:
+        pyro.sample("u", dist.Normal(blind_to_dims(categorical("z", ROOT)), 1.0), obs=POINTS[0])
+
     wrong = -dist.Normal(MEANS[0], 1.0).log_prob(POINTS[0]).item()
-    assert vfe.FreeEnergy(check=False).loss(Counted(lies=True), empty) == pytest.approx(wrong, rel=1e-12)
+    assert vfe.FreeEnergy(check=False).loss(lies, empty) == pytest.approx(wrong, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The programs change what outlives a run")

@@ -136,6 +136,18 @@ def guide_of_both() -> None:
     pyro.sample("b", dist.Bernoulli(q[a][1]))
 
 
+def values_in_the_place_of_a_plate() -> None:
+    z = categorical("z", tensor([0.4, 0.6]))
+    with pyro.plate("n", 3):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=DATA)
+    observe(z.reshape(-1)[: z.numel()].squeeze(), tensor(0.3))
+
+
+def branching_when_enumerated() -> None:
+    z = categorical("z", tensor([0.4, 0.6]))
+    observe(z.sum().item() if z.dim() else z, tensor(0.3))
+
+
 PROGRAMS: dict[str, tuple[Program, Program, int]] = {
     "a table indexed twice": (a_table_indexed_twice, empty, 4),
     "a row read along a plate": (a_row_read_along_a_plate, empty, 2),
@@ -150,6 +162,8 @@ PROGRAMS: dict[str, tuple[Program, Program, int]] = {
     "first in a batch": (first_in_a_batch, empty, 3),
     "a chain of rows": (a_chain_of_rows, empty, 4),
     "a guide too": (a_guide_too, guide_of_both, 4),
+    "values in the place of a plate": (values_in_the_place_of_a_plate, empty, 2),
+    "branching when enumerated": (branching_when_enumerated, empty, 2),
 }
 
 
@@ -237,6 +251,20 @@ def test_em_climbs_as_it_does_where_the_program_broadcasts() -> None:
     assert runs[0].free_energy == pytest.approx(runs[1].free_energy, rel=1e-12)
     for name, value in runs[0].params.items():
         assert_equal(value, runs[1].params[name], 1e-12)
+
+
+def test_a_chain_that_begins_by_class_is_the_mixture_of_its_classes() -> None:
+    initial, move = tensor([[0.9, 0.1], [0.3, 0.7]]), tensor([[0.8, 0.2], [0.4, 0.6]])
+
+    def model(given: int | None) -> None:
+        c = given if given is not None else categorical("c", tensor([0.5, 0.5]))
+        with pyro.plate("time", 3):
+            z = pyro.sample("z", vfe.MarkovChain(initial[c], move))
+            observe(z.to(DATA))
+
+    losses = tensor([vfe.FreeEnergy().loss(model, empty, given) for given in (0, 1)])
+    expected = -(tensor([0.5, 0.5]).log() - losses).logsumexp(0)
+    assert vfe.FreeEnergy().loss(model, empty, None) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_what_is_random_without_a_site_is_refused_as_before() -> None:

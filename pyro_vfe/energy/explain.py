@@ -120,7 +120,8 @@ def explain(
         programs = Programs(check=False, max_bytes=math.inf)
         layout = programs.layout(model, own, args, kwargs)
         if fits_at_once(layout, _MOST_TRIED):
-            with suppress(Exception), undisturbed_randomness():  # What is wrong with them is said where they are used.
+            # What is wrong with them is said where they are used.
+            with suppress(Exception), undisturbed_randomness(), unchanged_buffers(model, own):
                 layout = Programs().enumerated_layout(model, own, args, kwargs)
         with undisturbed_randomness(), unchanged_buffers(model, own):
             layout = with_variations(layout, model, own, args, kwargs)

@@ -278,6 +278,7 @@ def _can_be_sequential(escape: Escaped, findings: _Findings) -> frozenset[str]:
 def _arranged(
     findings: _Findings, sequential: frozenset[str], min_nesting: int, extra_nesting: int, by_index: bool
 ) -> Layout:
+    _check_homes(findings.sites)
     stars = _star_latents(findings.sites) if by_index else {}
     wholes = _read_as_wholes(findings.sites, stars)
     sites = structure_parts(findings.sites, wholes) if wholes else findings.sites
@@ -356,6 +357,17 @@ def _read_as_wholes(
 
 def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure], stars: Mapping[tuple[Role, str], str]) -> None:
     """A latent's plates must enclose every site that reads it: anything else is no legal program for enumeration."""
+    homes = {site.name: site.plates for site in sites.values() if site.kind == "enumerated"}
+    for key, site in sites.items():
+        around = {plate.name for plate in site.plates}
+        for name in sorted(site.scope & homes.keys() - {stars.get(key)}):
+            for plate in homes[name]:
+                if plate.name not in around:
+                    raise plate_violation(site.name, site.role, name, plate.name)
+
+
+def _check_homes(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
+    """A latent lies in the same plates in both programs."""
     homes: dict[str, tuple[Plate, ...]] = {}
     for site in sites.values():
         if site.kind == "enumerated":
@@ -363,12 +375,6 @@ def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure], stars: Mappin
             one, other = ({plate.name for plate in plates} for plates in (home, site.plates))
             if one != other:
                 raise different_plates(site.name, one, other)
-    for key, site in sites.items():
-        around = {plate.name for plate in site.plates}
-        for name in sorted(site.scope & homes.keys() - {stars.get(key)}):
-            for plate in homes[name]:
-                if plate.name not in around:
-                    raise plate_violation(site.name, site.role, name, plate.name)
 
 
 def different_plates(name: str, guide: Iterable[str], model: Iterable[str]) -> StructureError:

@@ -17,11 +17,6 @@ from torch import Tensor
 
 from pyro_vfe.errors import (
     CostError,
-    EscapeError,
-    PlateError,
-    ShapeError,
-    SpotCheckError,
-    StructureError,
     VFEError,
     VFEWarning,
     callers_level,
@@ -37,9 +32,6 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, at_all_elements, record_both
 from pyro_vfe.program.spot_check_plates import agree
 from pyro_vfe.program.supports import finite_support
-
-_MENDED = (PlateError, StructureError, SpotCheckError, EscapeError, ShapeError)
-"""What the library says of programs that do not broadcast; other errors of its own are of something else."""
 
 _MOST_MOVES = 256
 """The most ordinary runs in which one latent is moved."""
@@ -60,11 +52,9 @@ def values_apart(layout: Layout, error: Exception, programs: _Arguments, given: 
         CostError: They would take too many runs.
         PlateError: A latent is read from outside one of its plates, out of sight of torch's functions.
     """
-    if isinstance(error, VFEError) and not isinstance(error, _MENDED):
-        return None
     left = frozenset(layout.dims) - {site.name for site in layout.sites.values() if site.chain is not None}
     fault = blamed(error)
-    if not left or (isinstance(error, SpotCheckError) and fault is None):
+    if not left or (isinstance(error, VFEError) and fault is None):  # what programs say of each other, say
         return None
     runs = _OrdinaryRuns(layout, programs, given)
     try:

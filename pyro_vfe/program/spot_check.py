@@ -239,6 +239,8 @@ class _Plan(NamedTuple):
     rounds: int
     digits: int
     """In how many rounds elements of a plate differ by their digits."""
+    equal: int
+    """From which round on they differ again; before it they were equal."""
     values: Mapping[str, Tensor]
     """For each latent the index of the value of element 0, round by round."""
 
@@ -248,14 +250,16 @@ def _plan(enumeration: Enumeration, mixed: frozenset[str], rounds: int | None = 
     sizes = {name: enumeration.variables[name].size for name in enumeration.supports}
     digits = rounds or min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in sizes), default=1))
     joint = prod(sizes[name] for name in mixed)
-    count = digits + min(joint, _MOST_JOINT_ROUNDS) if mixed else digits
+    equal = count = digits + min(joint, _MOST_JOINT_ROUNDS) if mixed else digits
+    if any(enumeration.variables[name].plates for name in mixed):
+        count += count - digits
     values, stride = {}, 1
     for name, size in sizes.items():
         values[name] = (torch.randint(size, ()) + torch.arange(count) // (stride if name in mixed else 1)) % size
         if name in mixed and joint > _MOST_JOINT_ROUNDS:
             values[name] = torch.cat([torch.randperm(size) for _ in range(-(-count // size))])
         stride *= size if name in mixed else 1
-    return _Plan(count, digits, values)
+    return _Plan(count, digits, equal, values)
 
 
 def _rounds_for(enumeration: Enumeration, name: str) -> int:
@@ -276,7 +280,9 @@ def _assignment(enumeration: Enumeration, plan: _Plan, number: int) -> dict[str,
     assignment = {}
     for name, values in plan.values.items():
         size, shape = enumeration.variables[name].size, _plate_sizes(enumeration, name)
-        digits = _digits(prod(shape), size, number, plan.digits).reshape(shape)
+        # Elements that are all equal show what others do not, and the other way round.
+        place = number if number < plan.equal else number % _needed_digits(prod(shape), size, plan.digits)
+        digits = _digits(prod(shape), size, place, plan.digits).reshape(shape)
         assignment[name] = Table((values[number] + digits) % size, _plate_axes(enumeration, name))
     for name in enumeration.draws:
         assignment[name] = Table(torch.zeros((), dtype=torch.long), ())
@@ -290,6 +296,11 @@ def _digits(count: int, base: int, place: int, places: int) -> Tensor:
     if place >= places or base**place >= count:
         return torch.zeros(count, dtype=torch.long)
     return torch.arange(count) // base**place % base
+
+
+def _needed_digits(count: int, base: int, most: int) -> int:
+    """How many digits tell 0 ... count - 1 apart, at most so many."""
+    return next((digits for digits in range(1, most) if base**digits >= count), most)
 
 
 def _plate_axes(enumeration: Enumeration, name: str) -> tuple[str, ...]:
