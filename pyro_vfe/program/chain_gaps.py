@@ -22,6 +22,7 @@ from pyro.poutine.runtime import _PYRO_STACK, default_process_message
 from torch import Tensor
 
 from pyro_vfe.engine.shapes import broadcast_shapes
+from pyro_vfe.program.arrays import as_observed
 from pyro_vfe.program.log_prob import slim
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.masking import without_mask
@@ -101,7 +102,9 @@ class Gaps(Messenger):
         latent = {**msg, **begun, "name": name, "fn": chain, "mask": exists, "infer": dict(msg["infer"])}
         with self._beyond(latent):
             if self.is_drawn(name):
-                data = torch.as_tensor(msg["value"]).to(latent["value"].dtype)
+                data = msg["value"]
+                data = data if isinstance(data, Tensor) else as_observed(name, chain, data)
+                data = data.to(latent["value"].dtype)
                 latent["value"] = torch.where(mask, data, latent["value"])
         states = latent["value"]
         self._paths[name] = _Path(chain, states)

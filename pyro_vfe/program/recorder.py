@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Subsample
 from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
+from pyro_vfe.program.arrays import as_observed
 from pyro_vfe.program.buffers import begin_run
 from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
@@ -220,13 +221,10 @@ class Recorder(Messenger):
             self.provenance.follow(msg["value"], name)
         infer, value = msg["infer"], msg["value"]
         plates, steps, subsampled = self._around(msg)
-        if isinstance(value, (bool, int, float)):
-            value = torch.as_tensor(value)
         if not isinstance(value, Tensor):
-            raise StructureError(
-                f"The value of site '{name}' is a {type(value).__name__}, and no tensor.",
-                hint="Pass torch.as_tensor(...) of it.",
-            )
+            value = as_observed(name, fn, value, *(() if self.provenance is None else (self.provenance.of,)))
+            # Pyro's own handlers compute with arrays, and cannot.
+            msg["value"] = msg["value"] if isinstance(msg["value"], (bool, int, float)) else value
         self.sites[name] = Site(
             name,
             self.role,
