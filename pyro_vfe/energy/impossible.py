@@ -19,6 +19,7 @@ from pyro_vfe.engine.inference import holds_log_probabilities, marginals
 from pyro_vfe.errors import ImpossibleDataError, NotFiniteError, VFEError
 from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.layout import Program
+from pyro_vfe.program.missing_data import shown_gaps, way_out_of_nan
 from pyro_vfe.program.parameters import nan_parameters
 
 _MOST_NAMED = 5
@@ -50,7 +51,7 @@ def check_numbers(enumeration: Enumeration) -> None:
     if names:
         raise NotFiniteError(
             f"The log-probabilities of {', '.join(names[:_MOST_NAMED])} hold NaN or +inf.",
-            hint="Look for a parameter that is NaN, or at the end of its range or outside of it.",
+            hint=way_out_of_nan(part.sites.values()),
         )
 
 
@@ -221,9 +222,12 @@ def _not_a_number(
     names = nan_parameters(*programs)
     cause = f" Parameters that hold NaN: {', '.join(names)}." if names else ""
     where = f" It comes from the log-probability of site {', '.join(bad[:_MOST_NAMED])}." if bad else ""
+    gaps = shown_gaps(enumeration.sites.values())
     return NotFiniteError(
         f"F is {value}.{where}{cause}",
-        hint="Set the parameters to finite values (a smaller learning rate keeps them so); this step changed nothing.",
+        hint=" ".join(gaps)
+        if gaps is not None
+        else "Set the parameters to finite values (a smaller learning rate keeps them so); this step changed nothing.",
     )
 
 

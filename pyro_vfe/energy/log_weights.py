@@ -23,6 +23,7 @@ from pyro_vfe.engine.scales import applied, of_other_scale, rescaled
 from pyro_vfe.errors import NotFiniteError, ScaleError, SpotCheckError, StructureError
 from pyro_vfe.program.data import Data, data_of
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
+from pyro_vfe.program.missing_data import way_out_of_nan
 from pyro_vfe.program.recorder import Role
 
 _TOLERANCE = 1e-6
@@ -228,5 +229,5 @@ def _check_numbers(run: Enumeration) -> None:
     if names:
         raise NotFiniteError(
             f"The log-probabilities of {', '.join(names[:5])} hold NaN or +inf.",
-            hint="Look for a parameter that is NaN, or at the end of its range or outside of it.",
+            hint=way_out_of_nan(run.sites.values()),
         )

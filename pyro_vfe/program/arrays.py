@@ -17,6 +17,8 @@ from pyro_vfe.errors import StructureError, described
 from pyro_vfe.program.escapes import NO_SITES, Sites
 from pyro_vfe.program.keeping import tensors_of
 
+_FROM_ARRAY = "_vfe_from_array"
+
 
 def _codes(u: Any) -> Any:
     """The place of each name among all names, in alphabetical order."""
@@ -83,7 +85,18 @@ def as_observed(name: str, fn: Any, value: Any, sites_of: Callable[[Tensor], Sit
         raise _refused(name, value, f"is a column, of shape {array.shape}", f"obs={column}")
     held = tensors_of(fn) if isinstance(fn, Distribution) else []
     dtype = _precision(held) if array.dtype.kind == "f" and not _has_precision(value) else None
-    return torch.tensor(array, dtype=dtype, device=held[0].device if held else None)
+    tensor = torch.tensor(array, dtype=dtype, device=held[0].device if held else None)
+    setattr(tensor, _FROM_ARRAY, True)
+    return tensor
+
+
+def is_from_array(value: Tensor) -> bool:
+    """Whether an observed value has been given as something else than a tensor.
+
+    Args:
+        value: What `as_observed` gave, or a tensor of the program.
+    """
+    return hasattr(value, _FROM_ARRAY)
 
 
 def _numbers(value: Any) -> NDArray[Any] | None:

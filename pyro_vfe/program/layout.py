@@ -19,6 +19,7 @@ from pyro_vfe.program.lasting import ran_twice
 from pyro_vfe.program.left_over import first_look
 from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import hand_over_masks, unmasked
+from pyro_vfe.program.missing_data import check_data
 from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
@@ -226,10 +227,12 @@ def _ordinary_run(
     for key, site in sites.items():
         findings.sites.setdefault(key, _structure(site, provenance))
     # A look at the latents alone calls the model a guide.
-    _check_run(sites.values(), returned, of_both=model is not no_guide)
+    _check_run(sites.values(), returned, provenance, of_both=model is not no_guide)
 
 
-def _check_run(sites: Iterable[Site], returned: Sequence[tuple[Sized, object]], *, of_both: bool) -> None:
+def _check_run(
+    sites: Iterable[Site], returned: Sequence[tuple[Sized, object]], provenance: Provenance, *, of_both: bool
+) -> None:
     """Checks what an ordinary run of guide and model met, and what each of them returned."""
     for met, result in returned:
         check_returned(met, result, is_guide=of_both and met is returned[0][0])
@@ -237,6 +240,8 @@ def _check_run(sites: Iterable[Site], returned: Sequence[tuple[Sized, object]], 
         if site.kind != "unread":
             check_batch_dims(site)
             check_observed(site)
+            if not provenance.of(site.value):
+                check_data(site)
 
 
 def _structure(site: Site, provenance: Provenance) -> SiteStructure:

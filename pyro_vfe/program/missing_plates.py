@@ -1,11 +1,10 @@
 """Batch dims that belong to no plate: what a site has there would count once, or as the values of some latent."""
 
-from typing import Any
-
 import torch
 
 from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.errors import StructureError
+from pyro_vfe.program.missing_data import shown_gaps
 from pyro_vfe.program.recorder import Site
 
 
@@ -56,12 +55,9 @@ def cannot_score(site: Site, error: Exception) -> tuple[str, str]:
     """
     said = str(error).partition("\n")[0].removesuffix(", but found invalid values:")  # and then all of them
     fact = f"Site '{site.name}' of the {site.role} cannot score its value: {said}."
-    value: Any = site.value
-    if value.is_floating_point() and bool(value.isnan().any()):
-        return fact, (
-            f"The value holds NaN, {int(value.isnan().sum())} of {value.numel()} numbers. Where that is a missing "
-            "datum, hide it: `with pyro.poutine.mask(mask=~u.isnan()):` around the site, u being the data."
-        )
+    gaps = shown_gaps([site])
+    if gaps is not None:
+        return gaps
     if "not broadcastable" in str(error):
         return fact, "Give the data the size of the site's plates and of one event."
     return fact, "Observe a value that the distribution can take."
