@@ -408,11 +408,6 @@ def test_programs_without_parameters_have_nothing_to_learn() -> None:
         fitted(model, empty, optim=adam(), num_steps=2)
 
 
-def test_parameters_that_are_local_to_modules_are_for_a_loop_of_ones_own() -> None:
-    with pyro.settings.context(module_local_params=True), pytest.raises(VFEError, match=r"'decoder.*vfe.Monitor"):
-        fitted(MixtureModule(), RecognitionModule(), POINTS, optim=adam(), num_steps=2)
-
-
 def test_PyroModules_are_trained_in_the_store() -> None:
     losses, values = by_hand(MixtureModule(), RecognitionModule(), iter([(POINTS,)] * 5), adam(), vfe.FreeEnergy())
     model, guide = MixtureModule(), RecognitionModule()

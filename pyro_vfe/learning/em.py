@@ -141,7 +141,7 @@ class EM:
         self._last: _Last | None = None
         self._m_phases = 0
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def run(
         self,
         *args: Any,
@@ -209,7 +209,7 @@ class EM:
             warnings.warn(end.not_converged(max_iter, tol), VFEWarning, stacklevel=callers_level())
         return run_of(end, starts, pair, e_phase, origin, alike, gain)
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def run_batches(
         self,
         batches: Iterable[Any],
@@ -272,7 +272,7 @@ class EM:
                 loop.look_once_more(batches)
         return batch_run(loop, again, origin)
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def e_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single E-phase and returns where it led.
 
@@ -285,7 +285,7 @@ class EM:
         row = row_of(last.state.belief, self._m_phases, "E")
         return _result(row, dict.fromkeys(last.pair.recognition, words_of(last.e_phase)))
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def m_phase(self, *args: Any, **kwargs: Any) -> PhaseResult:
         """Does a single M-phase and returns where it led.
 

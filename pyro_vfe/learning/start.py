@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 
 from pyro_vfe.program.given_parameters import Substitute, quoted
+from pyro_vfe.program.local_parameters import local_names
 
 
 class Start:
@@ -20,7 +21,7 @@ class Start:
         Raises:
             VFEError: What is given is no mapping from names to numbers.
         """
-        self._stored = frozenset(pyro.get_param_store())
+        self._stored = frozenset(pyro.get_param_store()) - local_names()
         anew = fresh or params is not None
         self._substitute = Substitute(params or {}, is_start=True) if anew else None
 

@@ -79,7 +79,7 @@ class SVIRun:
         return lines
 
 
-@entry_point(learns=True)
+@entry_point(learns=True, names=True)
 def fit(
     model: Program,
     guide: Program | None,

@@ -18,7 +18,7 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vfe.errors import NotFiniteError, VFEError, located
+from pyro_vfe.errors import NotFiniteError, located
 from pyro_vfe.learning.svi_report import Loss
 from pyro_vfe.program.given_parameters import quoted
 from pyro_vfe.program.layout import Program
@@ -121,7 +121,6 @@ class Stepper:
                 loss: Any = self._elbo.loss_and_grads(self._model, self._guide, *args, **kwargs)
             finally:
                 used = self._meet(capture.trace.nodes)
-        _check_shared(capture.trace.nodes.keys() - used.keys())
         _check_in_store(strangers.found)
         gradients = {name: leaf.grad for name, leaf in used.items() if leaf.grad is not None}
         self.reached.update(gradients)
@@ -209,22 +208,6 @@ def _check_finite(loss: Loss, gradients: Mapping[str, Tensor]) -> None:
             f"The gradient of parameter {quoted(bad)} is not finite, while the loss is {loss}.",
             hint="Look for an operation without a finite derivative there, such as the square root or logarithm of 0, "
             "or a torch.where around one; move the parameter off that point. This step changed nothing.",
-        )
-
-
-def _check_shared(local: Iterable[str]) -> None:
-    """Checks that Pyro's optimisers can know all parameters.
-
-    Raises:
-        VFEError: Some are not in Pyro's store.
-    """
-    names = sorted(local)
-    if names:
-        raise VFEError(
-            f"Parameter {quoted(names)} is local to its module (pyro.settings has module_local_params=True), where "
-            "Pyro's SVI and optimisers do not find it.",
-            hint="Keep a loop of your own with a torch optimiser over vfe.FreeEnergy()(model, guide).parameters(), and "
-            "a vfe.Monitor; or leave module_local_params=False.",
         )
 
 

@@ -144,7 +144,7 @@ class WakeSleep:
         self._sleeps = not reweighted or insomnia < 1
         self._phases = [0, 0]
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def step(self, *args: Any, **kwargs: Any) -> WakeSleepLosses:
         """Does a wake phase and then a sleep phase, and returns the loss of each.
 
@@ -157,7 +157,7 @@ class WakeSleep:
         """
         return self._step(args, kwargs, lambda phase, loss: None)
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def wake(self, *args: Any, **kwargs: Any) -> float:
         """Does a wake phase and returns its loss in nats: E_Q[-log P(v, u)]; reweighted, the estimate of -log p(u).
 
@@ -170,7 +170,7 @@ class WakeSleep:
         """
         return self._phase(0, self._wake, self._sleep, args, kwargs)
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def sleep(self, *args: Any, **kwargs: Any) -> float:
         """Does a sleep phase and returns its loss in nats: -log Q(v | u) of the dream.
 
@@ -183,7 +183,7 @@ class WakeSleep:
         """
         return self._phase(1, self._sleep, self._wake, args, kwargs)
 
-    @entry_point(learns=True)
+    @entry_point(learns=True, names=True)
     def run(
         self,
         *args: Any,

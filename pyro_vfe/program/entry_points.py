@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import ArgumentError, VFEError, described
+from pyro_vfe.program.local_parameters import are_local, in_store
 from pyro_vfe.program.options import check_kind, kind_of
 from pyro_vfe.program.signatures import signature_of
 
@@ -41,11 +42,14 @@ _TAKEN_ELSEWHERE = ("model", "guide", "params")
 """What is checked where it is taken, in more words."""
 
 
-def entry_point(*, learns: bool = False) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+def entry_point(
+    *, learns: bool = False, names: bool = False
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Returns a decorator of what a user calls.
 
     Args:
         learns: Whether it changes parameters or writes gradients, and so has them whatever torch's state.
+        names: Whether it knows parameters by their names, also those that are local to their modules.
     """
 
     def decorated(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -58,7 +62,11 @@ def entry_point(*, learns: bool = False) -> Callable[[Callable[_Arguments, _Resu
             if learns and any(leaf.is_inference() for leaf in pyro.get_param_store()._params.values()):
                 raise _made_in_inference_mode(call.programs(args, kwargs))
             is_ordinary = not torch.is_inference_mode_enabled() and (not learns or torch.is_grad_enabled())
-            with _NOTHING if is_ordinary else ordinary_state(learns=learns):
+            is_local = (names or kwargs.get("params") is not None) and are_local()
+            with (
+                _NOTHING if is_ordinary else ordinary_state(learns=learns),
+                in_store(*args, *kwargs.values()) if is_local else _NOTHING,
+            ):
                 try:
                     return function(*map(ordinary, args), **own)
                 except (RuntimeError, VFEError) as error:

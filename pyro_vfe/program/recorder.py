@@ -20,6 +20,7 @@ from pyro_vfe.program.buffers import begin_run
 from pyro_vfe.program.chain_gaps import REVEALS, Gaps
 from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.left_over import Arguments, check, prepare
+from pyro_vfe.program.local_parameters import readable_by_svi
 from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
@@ -203,6 +204,7 @@ class Recorder(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         check(msg, self._arguments)
+        readable_by_svi(msg["value"])
         self.parameters.append(msg["value"])
 
     def _pyro_post_sample(self, msg: Any) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import xarray
 
 
-@entry_point()
+@entry_point(names=True)
 def to_datatree(
     model: Program,
     guide: Program | None = None,
