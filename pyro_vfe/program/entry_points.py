@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vfe.errors import ArgumentError, VFEError, described
+from pyro_vfe.program.indices import out_of_range
 from pyro_vfe.program.local_parameters import are_local, in_store
 from pyro_vfe.program.options import check_kind, kind_of
 from pyro_vfe.program.signatures import signature_of
@@ -69,7 +70,9 @@ def entry_point(
             ):
                 try:
                     return function(*map(ordinary, args), **own)
-                except (RuntimeError, VFEError) as error:
+                except (RuntimeError, IndexError, VFEError) as error:
+                    if (index := out_of_range(error)) is not None:
+                        raise index from error
                     if "nference tensor" in str(error):  # Torch's words, at the beginning of a sentence or within.
                         raise _made_in_inference_mode(call.programs(args, kwargs)) from error
                     raise

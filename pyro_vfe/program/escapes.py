@@ -121,6 +121,15 @@ class StructureChanged(Exception):
     """A run did not fit the layout: the programs are to be laid out again."""
 
 
+def is_library(file: str) -> bool:
+    """Whether code is of torch, Pyro or this package, and not of a user.
+
+    Args:
+        file: Where the code is.
+    """
+    return file.startswith((*_LIBRARIES, _OWN))
+
+
 def by_the_program(depth: int = 2) -> bool:
     """Whether the program itself asked: checks inside torch.distributions and Pyro look at values without branching."""
     frame: FrameType | None = sys._getframe(depth)
@@ -132,7 +141,7 @@ def by_the_program(depth: int = 2) -> bool:
 def by_a_statement() -> bool:
     """Whether a sample statement or its distribution asked, which know their batch dims and check what they get."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
+    while frame is not None and is_library(frame.f_code.co_filename):
         if frame.f_code.co_filename.startswith(_CHECKING):
             return True
         frame = frame.f_back
@@ -142,7 +151,7 @@ def by_a_statement() -> bool:
 def user_line() -> str:
     """The innermost line of the user's program that is running, as "file.py:12"."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _OWN)):
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return "an unknown line"

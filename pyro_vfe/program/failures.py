@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_vfe.errors import StructureError, SupportError, VFEError
+from pyro_vfe.program.indices import out_of_range
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import stale_parameter
 from pyro_vfe.program.parameters import nan_explained
@@ -12,7 +13,7 @@ from pyro_vfe.program.parameters import nan_explained
 def explained(
     error: Exception, programs: Sequence[Program], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> VFEError | None:
-    """Returns which parameters are NaN, or left over in another shape, where that is why a run failed; else None.
+    """Returns why a run failed: parameters that are NaN or left over, an index out of range; None for other reasons.
 
     Args:
         error: What a distribution or an operation said.
@@ -23,7 +24,7 @@ def explained(
     if isinstance(error, VFEError) and not isinstance(error, SupportError):
         return None
     found = nan_explained(error, *programs) if isinstance(error, ValueError) else None
-    return found or stale_parameter(programs, args, kwargs)
+    return found or stale_parameter(programs, args, kwargs) or out_of_range(error)
 
 
 def cannot_broadcast(error: Exception) -> StructureError:
