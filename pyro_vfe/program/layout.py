@@ -74,6 +74,8 @@ class Layout:
     """The latent of another plate that a site reads by index."""
     unseen: Mapping[tuple[Role, str], Sites] = field(default_factory=dict)
     """The latents that a site reads out of sight of torch's functions, in a scripted function say."""
+    unvalidated: bool = False
+    """Whether the programs make invalid distributions at values that are impossible."""
 
     @cached_property
     def plate_sizes(self) -> dict[str, int]:

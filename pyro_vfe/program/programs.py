@@ -27,6 +27,7 @@ from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.failures import cannot_broadcast, explained, unstable
 from pyro_vfe.program.identity import Identities, Identity, News
+from pyro_vfe.program.impossible_values import enumerated
 from pyro_vfe.program.keeping import own_value
 from pyro_vfe.program.layout import Layout, Program, lay_out
 from pyro_vfe.program.masks import warn_of_priors
@@ -263,7 +264,7 @@ class Programs:
         while True:
             paths = KnownPaths()
             try:
-                enumeration, shares = call.enumeration(layout, True)
+                layout, (enumeration, shares) = enumerated(layout, call.begun_anew)
                 if self.check:
                     paths.add(enumeration, call.spot_check(layout, enumeration, shares))
                     check_reads(layout, enumeration)
@@ -352,6 +353,12 @@ class _Call:
             self.before.put_back()
             return self.enumeration(layout, False)
         return enumeration, share
+
+    def begun_anew(self, layout: Layout) -> tuple[Enumeration, bool]:
+        """An enumerated run, the second too from the buffers that there were before the call."""
+        if layout.unvalidated:
+            self.before.put_back()
+        return self.enumeration(layout, True)
 
     def tables_at(
         self, layout: Layout, run: Enumeration, only: Mapping[str, int], state: list[Tensor]

@@ -10,6 +10,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from pyro_vfe.program.buffers import one_advance
 from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
+from pyro_vfe.program.impossible_values import without_impossible
 from pyro_vfe.program.layout import Layout, Program, plate_violation
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.masks import Absent, absences, mask_guide, masked_alone, masked_below, pins, presences, unread
@@ -175,7 +177,8 @@ class _Runner:
 
     def run(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
         """Runs guide and model once and returns their sites with their factors."""
-        with self.provenance.kept.saving() if self.layout.overwrites_saved else nullcontext():
+        unvalidated = pyro.validation_enabled(False) if self.layout.unvalidated else nullcontext()
+        with self.provenance.kept.saving() if self.layout.overwrites_saved else nullcontext(), unvalidated:
             first, second = record_both(
                 model,
                 guide,
@@ -201,7 +204,8 @@ class _Runner:
         self._close_chains(sites)
         self._check_unread(sites)
         self._check_room(sites)
-        labeller, reads = self._labeller(sites), self._reads(sites)
+        reads = self._reads(sites)
+        sites, labeller = self._validated(sites)
         stars = labeller.stars
         plate = self._portioned_plate(sites)
         parameters = (*first.parameters, *second.parameters)
@@ -254,6 +258,14 @@ class _Runner:
                     raise plate_violation(site.name, site.role, latent, plate)
         return found
 
+    def _validated(self, sites: dict[SiteKey, Site]) -> tuple[dict[SiteKey, Site], Labeller]:
+        """The sites, valid where they were not validated, and what makes factors of them."""
+        labeller = self._labeller(sites)
+        if not self.layout.unvalidated:
+            return sites, labeller
+        valid, without = without_impossible(sites, self.layout, self.provenance)
+        return valid, replace(labeller, ran=sites, impossible=without)
+
     def _close_chains(self, sites: dict[SiteKey, Site]) -> None:
         """Scores an observed chain at its data, where nothing is missing but ends that no site reads."""
         for key, site in list(sites.items()):
@@ -305,7 +317,7 @@ class _Runner:
     def _portioned_plate(self, sites: Mapping[SiteKey, Site]) -> str | None:
         """The plate that is summed in portions, where it has more elements than one."""
         wanted = self.layout.portioning
-        if wanted is None:
+        if wanted is None or self.layout.unvalidated:
             return None
         sizes = {plate.size for site in sites.values() for plate in site.plates if plate.name == wanted.plate}
         return wanted.plate if max(sizes, default=0) > wanted.length else None

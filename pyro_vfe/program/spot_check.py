@@ -6,6 +6,7 @@ What provenance cannot see (a program that reshapes away the enumerated dims, a 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,8 +23,7 @@ from pyro_vfe.program.enumeration import Enumeration, Portions, SiteKey, is_rand
 from pyro_vfe.program.escapes import NO_SITES, blame
 from pyro_vfe.program.keeping import own_value, replaced
 from pyro_vfe.program.layout import Layout, Program
-from pyro_vfe.program.log_prob import log_prob
-from pyro_vfe.program.masking import masked, unmasked, without_gaps
+from pyro_vfe.program.masking import masked, unmasked
 from pyro_vfe.program.masks import absences, mask_guide, masked_alone, masked_below, pins
 from pyro_vfe.program.mixing import Mixing
 from pyro_vfe.program.narrowing import narrowed_site, stretch
@@ -31,7 +31,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.site_structure import elements_of
-from pyro_vfe.program.spot_check_plates import agree, check_elements
+from pyro_vfe.program.spot_check_plates import agree, check_elements, ordinary_log_prob
 from pyro_vfe.program.tables import batch_axes, over_dims
 from pyro_vfe.program.written_out import folded_table, number_parts, site_parts
 
@@ -327,7 +327,7 @@ def _ordinary_run(
 
     def look(site: Site) -> None:
         if site.kind != "unread" and (keys is None or (site.role, site.name) in keys):
-            log_probs.update(number_parts(_ordinary_log_prob(site), site, layout.wholes))
+            log_probs.update(number_parts(ordinary_log_prob(site, layout.unvalidated), site, layout.wholes))
         site.fn, mask = unmasked(site)
         site.mask, site.scale = replaced((mask, site.scale), Tensor.clone)
         own_value(site)
@@ -344,9 +344,10 @@ def _ordinary_run(
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
     model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
-    first, second = record_both(
-        model, guide, args, kwargs, chosen, given=given, subsamples=dict(enumeration.subsamples), look=look
-    )
+    with pyro.validation_enabled(False) if layout.unvalidated else nullcontext():
+        first, second = record_both(
+            model, guide, args, kwargs, chosen, given=given, subsamples=dict(enumeration.subsamples), look=look
+        )
     every = (*first.sites.values(), *second.sites.values())
     sites: dict[SiteKey, Site] = {}
     for site in every:
@@ -396,14 +397,6 @@ def _not_in_scale(weight: Tensor | float, factor: Factor, site: Site, assignment
     scale, weights = factor.scale, torch.as_tensor(weight)
     own = read(scale, assignment, batch_axes(site.plates)) if isinstance(scale, Table) else torch.tensor(scale)
     return torch.where(weights == own, 1.0, weights / own)
-
-
-def _ordinary_log_prob(site: Site) -> Tensor:
-    fn, mask = unmasked(site)
-    values = log_prob(fn, without_gaps(site))
-    if site.kind != "enumerated":
-        values = masked(values, mask)
-    return values
 
 
 def _difference(site: Site, enumerated: Tensor | None, expected: Tensor) -> SpotCheckError:

@@ -13,6 +13,9 @@ from torch import Tensor
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.data import data_of
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey, is_random
+from pyro_vfe.program.impossible_values import invalid, nowhere
+from pyro_vfe.program.log_prob import log_prob
+from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.recorder import Site
 
 Ordinary = tuple[Mapping[SiteKey, Site], Mapping[SiteKey, Tensor]]
@@ -128,3 +131,17 @@ def _reads_others(site: Site, plate: str, names: list[str]) -> SpotCheckError:
         hint=f"Leave plate '{plate}' before its elements meet, and read them from outside of it; or draw them as one "
         "vector, `.to_event(1)` outside of the plate. If you are sure, pass check=False.",
     )
+
+
+def ordinary_log_prob(site: Site, unvalidated: bool) -> Tensor:
+    """Returns what a site of an ordinary run says of its value, in nats.
+
+    Args:
+        site: The site, when it is reached.
+        unvalidated: Whether its distribution may be invalid, where a latent has an impossible value.
+    """
+    fn, mask = unmasked(site)
+    values = log_prob(fn, without_gaps(site))
+    if site.kind != "enumerated":
+        values = masked(values, mask)
+    return nowhere(values, invalid(fn)) if unvalidated else values

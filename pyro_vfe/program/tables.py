@@ -20,6 +20,7 @@ from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
 from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged, done
 from pyro_vfe.program.families_table import product_table
+from pyro_vfe.program.impossible_values import nowhere
 from pyro_vfe.program.layout import Layout, plate_violation
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
 from pyro_vfe.program.markov_chain import MarkovChain
@@ -136,6 +137,8 @@ class Labeller:
     """What the tables hold."""
     stars: Mapping[SiteKey, Star] = field(default_factory=dict)
     """Which elements of a latent of another plate some sites read."""
+    impossible: Mapping[SiteKey, Tensor] = field(default_factory=dict)
+    """Where sites have no distribution, at values that are impossible."""
     ran: Mapping[SiteKey, Site] = field(default_factory=dict)
     """The sites as they ran, where those that are labelled are parts of them: they know what they were made from."""
 
@@ -184,7 +187,8 @@ class Labeller:
 
     def _likeness(self, site: Site, reading: "_Reading") -> object:
         """What equal sites have in common; None for a site that stands for itself."""
-        if (isinstance(site.scale, Tensor) and site.scale.dim()) or (site.role, site.name) in self.stars:
+        alone = self.stars.keys() | self.impossible.keys()
+        if (isinstance(site.scale, Tensor) and site.scale.dim()) or (site.role, site.name) in alone:
             return None
         if self.draws and reading.scope and not reading.scope.isdisjoint(self.draws):
             return None
@@ -228,6 +232,7 @@ class Labeller:
         if is_chain(site):
             return self._noted(site, scope, chain_factor(site, self, scope, pin, self.scorer.chain))
         values = self.scorer.listed(site, reading.fn) if own else self.scorer.scored(site, reading.fn)
+        values = nowhere(values, self.impossible.get((site.role, site.name)), own)
         if site.kind != "enumerated":
             values = values if self.scorer.of_draws else masked(values, reading.mask)
         elif pin is not None:
