@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vfe.errors import EscapeError, PlateError, StructureError
 from pyro_vfe.program.branches import Paths
+from pyro_vfe.program.broadcasting import cannot_broadcast
 from pyro_vfe.program.chain_sites import check_observed, time_plate
 from pyro_vfe.program.colouring import enumeration_dims
 from pyro_vfe.program.equal_sites import reads_itself
@@ -25,6 +26,7 @@ from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.returned import check_returned
+from pyro_vfe.program.row_sizes import Rows, TooLarge
 from pyro_vfe.program.site_structure import SiteStructure
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 from pyro_vfe.program.written_out import MOST_JOINT_VALUES, names_parts, structure_parts
@@ -76,6 +78,8 @@ class Layout:
     """The latents that a site reads out of sight of torch's functions, in a scripted function say."""
     unvalidated: bool = False
     """Whether the programs make invalid distributions at values that are impossible."""
+    row_bytes: float = 0.0
+    """The most that an ordinary run makes for each element of a latent."""
 
     @cached_property
     def plate_sizes(self) -> dict[str, int]:
@@ -112,6 +116,7 @@ class _Findings:
     meetings: dict[Sites, str] = field(default_factory=dict)
     plates: dict[str, tuple[Plate, ...]] = field(default_factory=dict)
     overwrites_saved: bool = False
+    rows: Rows = field(default_factory=Rows)
 
     def met(self, sites: Sites, operation: str) -> None:
         """Notes that an operation joined these sites in one tensor."""
@@ -169,14 +174,22 @@ def _explored(
 ) -> tuple[_Findings, frozenset[str]]:
     """Runs along all paths until it is known which latents the programs branch on."""
     sequential: frozenset[str] = frozenset()
+    rows = Rows()
     while True:
-        findings = _Findings()
+        findings = _Findings(rows=rows)
         try:
             for _ in (paths := Paths(warns=True)):
                 _ordinary_run(model, guide, args, kwargs, sequential, paths, findings)
         except Escaped as escape:
             sequential |= _can_be_sequential(escape, findings)
             continue
+        except TooLarge:
+            rows.together = True
+            continue
+        except RuntimeError as error:
+            if not rows.together:
+                raise
+            raise cannot_broadcast(error) from error  # One value for all has the dims that enumerated ones have.
         return findings, sequential
 
 
@@ -199,8 +212,7 @@ def _ordinary_run(
         findings.plates[name] = plates
         families[name] = fn
         if name not in sequential:
-            value: Tensor = fn.sample()
-            return value
+            return findings.rows.drawn(name, fn, fn.sample(), plates)
         if name not in chosen:
             chosen[name] = finite_support(fn, name)[paths.choose(name, support_size(fn))]
         return chosen[name].clone()
@@ -223,7 +235,7 @@ def _ordinary_run(
         return sites
 
     sites, provenance, overwrites_saved = ran_twice(
-        run, lambda: Provenance(on_union=findings.met, follows=True), (args, kwargs)
+        run, lambda: Provenance(on_union=findings.met, follows=True, observer=findings.rows), (args, kwargs)
     )
     findings.overwrites_saved |= overwrites_saved
     for key, site in sites.items():
@@ -310,6 +322,7 @@ def _arranged(
         overwrites_saved=findings.overwrites_saved,
         stars=stars,
         wholes=wholes,
+        row_bytes=findings.rows.row_bytes,
     )
 
 

@@ -61,6 +61,9 @@ class Observer:
     def before(self, written: Any) -> Any:
         """What it needs of what is about to be written into."""
 
+    def will(self, name: str, args: Any, sites: Sites) -> None:
+        """Called with each operation that nothing shares, before it is carried out."""
+
     def did(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, sites: Sites, before: Any = None) -> None:
         """Called with each operation that was carried out."""
 

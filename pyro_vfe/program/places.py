@@ -60,7 +60,8 @@ class Places(Observer):
         self.other = other
         self.latents: set[str] = set()
         """Whose elements have places."""
-        self.before, self.again, self.reached = other.before, other.again, other.reached  # type: ignore[method-assign]
+        self.before, self.will = other.before, other.will  # type: ignore[method-assign]
+        self.again, self.reached = other.again, other.reached  # type: ignore[method-assign]
 
     def originate(self, value: Tensor, name: str) -> None:
         """Numbers the elements of a latent without event dims."""

@@ -19,13 +19,14 @@ from torch.nn import Module
 from pyro_vfe.engine.factors import Factor
 from pyro_vfe.errors import CostError, PlateError, SpotCheckError, VFEError
 from pyro_vfe.program.agreement import check_reads
+from pyro_vfe.program.broadcasting import cannot_broadcast
 from pyro_vfe.program.buffers import Buffers, notice, unchanged_buffers
 from pyro_vfe.program.calls import one_call
 from pyro_vfe.program.cost import fits_at_once, within_limit
 from pyro_vfe.program.counters import Counters
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
-from pyro_vfe.program.failures import cannot_broadcast, explained, unstable
+from pyro_vfe.program.failures import explained, unstable
 from pyro_vfe.program.identity import Identities, Identity, News
 from pyro_vfe.program.impossible_values import enumerated
 from pyro_vfe.program.keeping import own_value

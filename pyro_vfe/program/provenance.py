@@ -259,6 +259,7 @@ class Provenance(TorchFunctionMode):
         if self._escapes(name, args) and by_the_program():
             self._escape(name, sites)
         before = None if written is None else self.observer.before(written)
+        self.observer.will(name, args, sites)
         result = done(func, args, kwargs, sites)
         self.observer.did(func, name, args, kwargs, result, sites, before)
         if self.on_union is not None and len(sites) > 1 and sites not in self._unions:

@@ -7,7 +7,6 @@ What provenance cannot see (a program that reshapes away the enumerated dims, a 
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from math import prod
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,6 +17,7 @@ from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.engine.logspace import times
 from pyro_vfe.engine.lookup import read, read_factor
 from pyro_vfe.errors import SpotCheckError
+from pyro_vfe.program.assignments import assignment_of, rounds_of
 from pyro_vfe.program.chain_gaps import closing
 from pyro_vfe.program.enumeration import Enumeration, Portions, SiteKey, is_random
 from pyro_vfe.program.escapes import NO_SITES, blame
@@ -34,14 +34,6 @@ from pyro_vfe.program.site_structure import elements_of
 from pyro_vfe.program.spot_check_plates import agree, check_elements, ordinary_log_prob
 from pyro_vfe.program.tables import batch_axes, over_dims
 from pyro_vfe.program.written_out import folded_table, number_parts, site_parts
-
-_MOST_ROUNDS = 6
-"""Each round is an ordinary run. With fewer than so many values, a latent outside of plates takes all of them; of fewer
-than `num_values ** _MOST_ROUNDS` elements in plates any two differ in some round."""
-
-_MOST_JOINT_ROUNDS = 512
-"""The most rounds where values meet in some operation: so many joint values are all taken."""
-
 
 _MOST_SITES = 16
 """The most sites that are compared at a later call, at random."""
@@ -106,11 +98,11 @@ def _check(
         model, guide, args, kwargs, layout, given=draws, subsamples=subsamples, share=share, observer=lambda: mixing
     )
     set_random_state(state)
-    together = (mixing.mixed | layout.groups.keys()) & enumeration.supports.keys()
-    plan = _plan(enumeration, frozenset(together))
+    together = frozenset((mixing.mixed | layout.groups.keys()) & enumeration.supports.keys())
+    plan = rounds_of(enumeration, together, layout.row_bytes)
 
     def run(number: int, given: Mapping[str, Tensor] = draws) -> _Round:
-        assignment = _assignment(enumeration, plan, number)
+        assignment = assignment_of(enumeration, plan, number)
         set_random_state(state)
         return _Round(assignment, *_ordinary_run(model, guide, args, kwargs, enumeration, assignment, given, layout))
 
@@ -118,10 +110,10 @@ def _check(
     made = {name: value for name, value in draws.items() if is_random(seen.sites["guide", name])}
     check_elements(enumeration, lambda changed: run(0, {**made, **changed})[1:], weighs_data)
     if enumeration.portions is None:
-        for number in range(plan.rounds):
+        for number in range(plan.number):
             _compare(enumeration, run(number))
     else:
-        everything = [run(number) for number in range(plan.rounds)]
+        everything = [run(number) for number in range(plan.number)]
         for stretch in enumeration.portions.stretches:  # Each portion's tables are made once, for all rounds.
             _compare_portion(enumeration.portions, everything, stretch)
 
@@ -147,7 +139,7 @@ def agrees_at_random(
         state: The random state in which it was made.
     """
     draws, _ = _held(enumeration)
-    assignment = _assignment(enumeration, _plan(enumeration, frozenset(), rounds=1), 0)
+    assignment = assignment_of(enumeration, rounds_of(enumeration, frozenset(), layout.row_bytes, at_most=1), 0)
     keys = list(enumeration.factors)
     some = {keys[index] for index in torch.randperm(len(keys))[:_MOST_SITES].tolist()}
     set_random_state(state)
@@ -231,84 +223,6 @@ def _compare(enumeration: Enumeration, run: _Round) -> None:
             if enumerated is None or not agree(enumerated, expected, slack=_SLIGHT):
                 blame(error, enumeration.followed.get(key, NO_SITES))
             raise error
-
-
-class _Plan(NamedTuple):
-    """Which values latents have in each round."""
-
-    rounds: int
-    digits: int
-    """In how many rounds elements of a plate differ by their digits."""
-    equal: int
-    """From which round on they differ again; before it they were equal."""
-    values: Mapping[str, Tensor]
-    """For each latent the index of the value of element 0, round by round."""
-
-
-def _plan(enumeration: Enumeration, mixed: frozenset[str], rounds: int | None = None) -> _Plan:
-    """A few rounds that go through values from a random start; all joint values of latents whose values meet."""
-    sizes = {name: enumeration.variables[name].size for name in enumeration.supports}
-    digits = rounds or min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in sizes), default=1))
-    joint = prod(sizes[name] for name in mixed)
-    equal = count = digits + min(joint, _MOST_JOINT_ROUNDS) if mixed else digits
-    if any(enumeration.variables[name].plates for name in mixed):
-        count += count - digits
-    values, stride = {}, 1
-    for name, size in sizes.items():
-        values[name] = (torch.randint(size, ()) + torch.arange(count) // (stride if name in mixed else 1)) % size
-        if name in mixed and joint > _MOST_JOINT_ROUNDS:
-            values[name] = torch.cat([torch.randperm(size) for _ in range(-(-count // size))])
-        stride *= size if name in mixed else 1
-    return _Plan(count, digits, equal, values)
-
-
-def _rounds_for(enumeration: Enumeration, name: str) -> int:
-    """As many as a latent has values, or as the numbers of its elements have digits; where these are many, one random
-    round tells them apart."""
-    num_values, count = enumeration.variables[name].size, prod(_plate_sizes(enumeration, name))
-    if num_values == 1 or count > num_values**_MOST_ROUNDS:
-        return max(num_values, 2)
-    return max(num_values, next(digits for digits in range(_MOST_ROUNDS + 1) if num_values**digits >= count))
-
-
-def _assignment(enumeration: Enumeration, plan: _Plan, number: int) -> dict[str, Table]:
-    """A value index for every latent element: shifts go through the values, and elements differ by their digits.
-
-    Elements that were equal in every round would pass for one another, and with them a program in which one reads the
-    other.
-    """
-    assignment = {}
-    for name, values in plan.values.items():
-        size, shape = enumeration.variables[name].size, _plate_sizes(enumeration, name)
-        # Elements that are all equal show what others do not, and the other way round.
-        place = number if number < plan.equal else number % _needed_digits(prod(shape), size, plan.digits)
-        digits = _digits(prod(shape), size, place, plan.digits).reshape(shape)
-        assignment[name] = Table((values[number] + digits) % size, _plate_axes(enumeration, name))
-    for name in enumeration.draws:
-        assignment[name] = Table(torch.zeros((), dtype=torch.long), ())
-    return assignment
-
-
-def _digits(count: int, base: int, place: int, places: int) -> Tensor:
-    """The digits of 0 ... count - 1 at a place; random ones at the last place where they have more places."""
-    if place == places - 1 and base**places < count:
-        return torch.randint(base, (count,), generator=torch.Generator().manual_seed(0))
-    if place >= places or base**place >= count:
-        return torch.zeros(count, dtype=torch.long)
-    return torch.arange(count) // base**place % base
-
-
-def _needed_digits(count: int, base: int, most: int) -> int:
-    """How many digits tell 0 ... count - 1 apart, at most so many."""
-    return next((digits for digits in range(1, most) if base**digits >= count), most)
-
-
-def _plate_axes(enumeration: Enumeration, name: str) -> tuple[str, ...]:
-    return tuple(sorted(enumeration.variables[name].plates))
-
-
-def _plate_sizes(enumeration: Enumeration, name: str) -> list[int]:
-    return [enumeration.plates[plate] for plate in _plate_axes(enumeration, name)]
 
 
 def _ordinary_run(
