@@ -383,3 +383,25 @@ def test_series_and_frames_that_are_refused_are_answered_with_the_line_that_the_
 def test_what_has_no_numbers_is_named(u: Any) -> None:
     with pytest.raises(StructureError, match="Site 'x' observes"):
         evidence_in((3,), of_normals, u)
+
+
+MASK = [True, False, True]
+
+
+@pytest.mark.parametrize("of", [np.array, list, lambda mask: tensor(mask), lambda mask: torch.tensor(mask).int()])
+@pytest.mark.parametrize("around", [True, False])
+def test_masks_that_are_no_tensors_of_bools_are_told(of: Callable[[Any], Any], around: bool) -> None:
+    def model(mask: Any) -> None:
+        with pyro.plate("data", 3):
+            z = categorical("z", tensor([0.3, 0.7]))
+            if around:
+                with pyro.poutine.mask(mask=mask):
+                    pyro.sample("x", dist.Normal(tensor([-1.0, 1.5])[z], 0.7), obs=tensor(X))
+            else:
+                pyro.sample("x", dist.Normal(tensor([-1.0, 1.5])[z], 0.7), obs=tensor(X), obs_mask=mask)
+
+    with pytest.raises((StructureError, TypeError), match="A mask is a") as refusal:
+        vfe.posterior(model, of(MASK))
+    (line,) = re.findall(r"Write `(.*)` in place", str(refusal.value))
+    mask = eval(line, {"np": np, "torch": torch, "mask": of(MASK)})
+    assert_equal(vfe.posterior(model, mask).log_evidence, density(tensor([X[0], X[2]])).sum(), 1e-10)

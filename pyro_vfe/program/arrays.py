@@ -99,6 +99,23 @@ def is_from_array(value: Tensor) -> bool:
     return hasattr(value, _FROM_ARRAY)
 
 
+def no_mask(error: BaseException) -> StructureError | None:
+    """Returns the error for a mask that is no tensor of bools, where that is what Pyro refused; else None.
+
+    Args:
+        error: What came of running a program.
+    """
+    trace = error.__traceback__
+    while trace is not None and not trace.tb_frame.f_code.co_filename.endswith("mask_messenger.py"):
+        trace = trace.tb_next
+    if trace is None or "mask" not in trace.tb_frame.f_locals:
+        return None
+    mask = trace.tb_frame.f_locals["mask"]
+    line = "mask.bool()" if isinstance(mask, Tensor) else "torch.tensor(np.asarray(mask, dtype=bool))"
+    kind = f"tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+    return StructureError(f"A mask is a {kind}, and no tensor of bools.", hint=f"Write `{line}` in place of `mask`.")
+
+
 def _numbers(value: Any) -> NDArray[Any] | None:
     """The numbers of a value, copied, of a type that torch has; None where it does not say which."""
     if isinstance(value, np.ma.MaskedArray) or _is_categorical(value):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_vfe.errors import StructureError, SupportError, VFEError
+from pyro_vfe.program.arrays import no_mask
 from pyro_vfe.program.indices import out_of_range
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.left_over import stale_parameter
@@ -13,7 +14,7 @@ from pyro_vfe.program.parameters import nan_explained
 def explained(
     error: Exception, programs: Sequence[Program], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> VFEError | None:
-    """Returns why a run failed: parameters that are NaN or left over, an index out of range; None for other reasons.
+    """Returns why a run failed: a mask, parameters that are NaN or left over, an index; None for other reasons.
 
     Args:
         error: What a distribution or an operation said.
@@ -23,7 +24,7 @@ def explained(
     """
     if isinstance(error, VFEError) and not isinstance(error, SupportError):
         return None
-    found = nan_explained(error, *programs) if isinstance(error, ValueError) else None
+    found = (no_mask(error) or nan_explained(error, *programs)) if isinstance(error, ValueError) else None
     return found or stale_parameter(programs, args, kwargs) or out_of_range(error)
 
 
