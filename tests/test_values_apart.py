@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pyro_vfe as vfe
 import pyro_vfe.program.runs as one_run
-from pyro_vfe.errors import CostError, StructureError, VFEError, VFEWarning
+from pyro_vfe.errors import CostError, ShapeError, VFEError, VFEWarning
 from pyro_vfe.program.recorder import record_both
 
 Program = Callable[[], None]
@@ -293,7 +293,7 @@ def test_a_program_that_is_wrong_for_each_value_says_what_it_said() -> None:
         z = categorical("z", tensor([0.5, 0.5, 1e-12]))
         observe(tensor([0.0, 1.0])[z], tensor(2.5))
 
-    with pytest.raises(StructureError, match="needs an entry for each of its values"):
+    with pytest.raises(ShapeError, match="An index is out of range"):
         vfe.FreeEnergy().loss(model, empty)
 
 
