@@ -154,6 +154,81 @@ def empty_of(at: float) -> None:
     """A guide without sites."""
 
 
+def chains(at: float) -> None:
+    """A state that no path leads to, and one that none leads to at the first step."""
+    means = pyro.param("means", tensor([0.0, 1.0]))
+    initial = tensor([1.0, 0.0, 0.0])
+    transition = torch.cat([simplex("rows", 2, 2), torch.zeros(2, 1)], -1)
+    with pyro.plate("time", 3):
+        steps = vfe.MarkovChain(initial, torch.cat([transition, tensor([[0.2, 0.3, 0.5]])]))
+        z = pyro.sample("z", steps)
+        first = torch.where(torch.arange(3) == 0, at, 0.0)
+        loc = torch.cat([means, tensor([at])])[z] + torch.where(z == 1, first, 0.0)
+        pyro.sample("u", dist.Normal(loc, 1.0), obs=U)
+
+
+def test_states_that_no_path_leads_to_contribute_nothing() -> None:
+    def loop(at: float) -> None:
+        means = pyro.param("means", tensor([0.0, 1.0]))
+        rows = simplex("rows", 2, 2)
+        z = torch.tensor(0)
+        for t in range(3):
+            z = categorical(f"z_{t}", rows[z] if t else tensor([1.0, 0.0]))
+            pyro.sample(f"u_{t}", dist.Normal(means[z], 1.0), obs=U[t])
+
+    exact = oracle(loop, empty_of, 0.5)
+    gradients = {parameter: gradient.clone() for parameter, gradient in exact.gradients().items()}
+    assert_equal(tensor(vfe.FreeEnergy().loss_and_grads(chains, None, NAN)), exact.terms["free_energy"], 1e-10)
+    for parameter, gradient in gradients.items():
+        assert_equal(pyro.get_param_store()._params[parameter].grad, gradient, 1e-8)
+
+
+def steps_in_a_loop(at: float) -> None:
+    """A state that only itself leads to, and in which nothing begins."""
+    means = pyro.param("means", tensor([0.0, 1.0]))
+    rows = torch.cat([torch.cat([simplex("rows", 2, 2), torch.zeros(2, 1)], -1), tensor([[0.2, 0.3, 0.5]])])
+    z = torch.tensor(0)
+    for t in range(3):
+        z = categorical(f"z_{t}", rows[z] if t else P)
+        pyro.sample(f"u_{t}", dist.Normal(torch.cat([means, tensor([at])])[z], 1.0), obs=U[t])
+
+
+def transitions_in_a_loop(at: float) -> None:
+    """Steps of which some are impossible, and have no numbers."""
+    rows = tensor([[0.4, 0.6], [1.0, 0.0]])
+    means = torch.where(rows == 0, at, tensor([[0.0, 1.0], [2.0, 3.0]])) + pyro.param("shift", tensor(0.1))
+    z = torch.tensor(0)
+    for t in range(4):
+        before, z = z, categorical(f"z_{t}", rows[z] if t else tensor([0.5, 0.5]))
+        if t:
+            pyro.sample(f"u_{t}", dist.Normal(means[before, z], 1.0), obs=U[t - 1])
+
+
+def transitions_beside_another(at: float, p: float = 0.0) -> None:
+    """Another latent may stand along the dim of one that it never meets: possible values must not pass for others."""
+    first = categorical("first", tensor([0.5, 0.5]))
+    z = categorical("z", tensor([[0.5, 0.5 - p, p], [0.5, 0.5, 0.0]])[first])
+    other = categorical("other", tensor([0.4, 0.6]))
+    means = torch.stack([tensor([0.0, 1.0, 0.5]), tensor([0.0, 1.0, at])])
+    pyro.sample("u", dist.Normal(means[other, z] + pyro.param("shift", tensor(0.1)), 1.0), obs=U[0])
+
+
+@pytest.mark.parametrize("model", [steps_in_a_loop, transitions_in_a_loop, transitions_beside_another])
+def test_what_is_impossible_follows_from_latents_before(model: Model) -> None:
+    exact = oracle(model, empty_of, 0.5)
+    gradients = {parameter: gradient.clone() for parameter, gradient in exact.gradients().items()}
+    assert_equal(tensor(vfe.FreeEnergy().loss_and_grads(model, None, NAN)), exact.terms["free_energy"], 1e-10)
+    for parameter, gradient in gradients.items():
+        assert_equal(pyro.get_param_store()._params[parameter].grad, gradient, 1e-8)
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.25])
+def test_a_value_that_is_possible_under_one_value_of_another_latent_stays_an_error(p: float) -> None:
+    pyro.set_rng_seed(3)
+    with pytest.raises(VFEError):
+        vfe.FreeEnergy().loss(transitions_beside_another, None, NAN, p)
+
+
 def guide(at: float) -> None:
     """A guide that knows what is impossible."""
     with pyro.plate("data", 3):

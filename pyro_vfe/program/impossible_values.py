@@ -7,8 +7,8 @@ fails, or has NaN, it is done once more without validation. Each distribution is
 and takes valid parameters elsewhere, so that no gradient is NaN. What is invalid at a possible value stays an error.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Site
+from pyro_vfe.program.supports import unwrapped
 
 
 class InvalidError(ValueError):
@@ -89,18 +90,39 @@ def without_impossible(
     """
     found: dict[SiteKey, Site] = {}
     without: dict[SiteKey, Tensor] = {}
-    impossible: dict[SiteKey, Tensor] = {}
+    impossible: dict[SiteKey, _Impossible] = {}
     for (role, name), site in sites.items():
         key = role, name
-        reads = site.reads(provenance) - {name}
-        around = [impossible[role, latent] for latent in sorted(reads) if (role, latent) in impossible]
+        reads = (site.reads(provenance) - {name}) & layout.dims.keys()
+        around = [impossible[role, one].among(reads) for one in sorted(reads) if (role, one) in impossible]
         fn, bad = _valid(site.fn, around)
         found[key] = replace(site, fn=fn)
         if bad is not None:
             without[key] = bad
-        if site.kind == "enumerated" and name in layout.dims and not is_chain(site):
-            impossible[key] = _impossible(found[key], layout.dims[name], bad)
+        if site.kind == "enumerated" and name in layout.dims:
+            where = _impossible(found[key], layout.dims[name])
+            for one in around:
+                where = where | one
+            impossible[key] = _Impossible(where, {latent: layout.dims[latent] for latent in (*reads, name)})
     return found, without
+
+
+@dataclass(frozen=True, eq=False)
+class _Impossible:
+    """Where a latent has a value of probability zero."""
+
+    where: Tensor
+    """For each value, along the dims of it and of the latents that it reads."""
+    dims: Mapping[str, int]
+    """The dim of each of these; later latents may have the same."""
+
+    def among(self, latents: Collection[str]) -> Tensor:
+        """Where it is so whatever latents besides some are: these alone keep their dims."""
+        where = self.where
+        for latent, dim in self.dims.items():
+            if latent not in latents and where.dim() >= -dim:
+                where = where.all(dim, keepdim=True)
+        return where
 
 
 def nowhere(values: Tensor, where: Tensor | None, is_own: bool = False) -> Tensor:
@@ -185,16 +207,29 @@ def _with(fn: Any, **changed: Any) -> Any:
     return result
 
 
-def _impossible(site: Site, dim: int, bad: Tensor | None) -> Tensor:
-    """Where a latent has a value of probability zero, that value along its own dim."""
+def _impossible(site: Site, dim: int) -> Tensor:
+    """Where a latent has a value of probability zero, given those that it reads, its values along its own dim."""
     fn, mask = unmasked(site)
     with torch.no_grad():
-        if is_listed(fn):
-            values = _along(nowhere(listed(fn), bad, is_own=True), dim)
+        if is_chain(site):
+            values = _along(_reached(unwrapped(fn)), dim)
+        elif is_listed(fn):
+            values = _along(listed(fn), dim)
         else:
-            values = nowhere(log_prob(fn, site.value), bad)
+            values = log_prob(fn, site.value)
     found = values.isneginf() & (torch.as_tensor(site.scale, device=values.device) > 0)
     return found if mask is None else found & torch.as_tensor(mask, device=found.device)
+
+
+def _reached(chain: MarkovChain) -> Tensor:
+    """Minus infinity for each step and state of a chain that no path leads to, 0 elsewhere, shape `(*batch, T, K)`."""
+    reached, leads = ~chain.log_initial().isneginf(), ~chain.log_transition().isneginf()
+    steps = [reached]
+    for step in range(chain.num_steps - 1):
+        reached = (steps[-1][..., None] & leads[..., min(step, leads.shape[-3] - 1), :, :]).any(-2)
+        steps.append(reached)
+    whole = torch.stack(torch.broadcast_tensors(*steps), -2)
+    return torch.zeros(whole.shape, device=whole.device).masked_fill(~whole, -torch.inf)
 
 
 def _along(values: Tensor, dim: int) -> Tensor:
