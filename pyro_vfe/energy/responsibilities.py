@@ -77,7 +77,8 @@ def posterior_run(enumeration: Enumeration, model: Program, args: tuple[Any, ...
         first = Table(index.values[0], index.axes[1:])
         return enumeration.supports[name][over_dims(first, plates)]
 
-    recorder = Recorder("model", drawn, given=given, subsamples=enumeration.subsamples)
+    whole = {plate: full_size for plate, _, full_size in enumeration.subsampled}
+    recorder = Recorder("model", drawn, given=given, subsamples=enumeration.subsamples, full_sizes=whole)
     recorder.run(closing(model, enumeration.closed.__contains__), args, kwargs)
     return recorder.returned
 

@@ -22,6 +22,7 @@ from pyro_vfe.program.escapes import NO_SITES, Escaped, Sites
 from pyro_vfe.program.left_over import Arguments, check, prepare
 from pyro_vfe.program.local_parameters import readable_by_svi
 from pyro_vfe.program.masking import without_gaps
+from pyro_vfe.program.plate_sizes import check_same_subsample, check_size
 from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
@@ -110,6 +111,7 @@ class Recorder(Messenger):
         given: Mapping[str, Tensor] | None = None,
         enumerated: frozenset[str] = frozenset(),
         subsamples: Mapping[str, Tensor] | None = None,
+        full_sizes: Mapping[str, int] | None = None,
         sequential: frozenset[str] = frozenset(),
         unread: frozenset[str] | None = None,
         check_given: Callable[[str, Any], None] | None = None,
@@ -122,6 +124,7 @@ class Recorder(Messenger):
         given: Values by site name that this run takes as they are: the guide's, for a model.
         enumerated: The given sites that stand for an enumerated latent of the guide.
         subsamples: Subsample indices by plate name, so that model and guide look at the same data.
+        full_sizes: For a model, the size of the whole of each plate of the guide: it takes over the guide's subsample.
         sequential: Latents that take one value at a time: the program may branch on them.
         unread: Latents that a model may sample though the guide lacks them, because nothing reads them; None for any.
         check_given: Called with the name and distribution of each given latent that is enumerated.
@@ -134,6 +137,7 @@ class Recorder(Messenger):
         self.given = dict(given or {})
         self.enumerated = set(enumerated)
         self.subsamples = dict(subsamples or {})
+        self.full_sizes = dict(full_sizes or {})
         self.sequential = sequential
         self.unread = unread
         self.check_given = check_given
@@ -177,8 +181,9 @@ class Recorder(Messenger):
         if type(fn).__name__ == "_Subsample":
             self._check_new(name, "plate")
             if msg["value"] is None and name in self.subsamples:
-                _check_size(name, fn, self.subsamples[name])
+                check_size(name, fn, self.subsamples[name], self.full_sizes)
                 msg["value"] = self.subsamples[name]
+            self.full_sizes.setdefault(name, fn.size)
             return
         if msg["is_observed"]:
             return
@@ -210,7 +215,7 @@ class Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if type(fn).__name__ == "_Subsample":
-            _check_same_subsample(name, self.subsamples.setdefault(name, msg["value"]), msg["value"])
+            check_same_subsample(name, self.subsamples.setdefault(name, msg["value"]), msg["value"])
             return
         if is_computed(msg):
             return
@@ -324,6 +329,7 @@ def record_both(
         given={name: site.value for name, site in first.sites.items() if site.kind != "observed"},
         enumerated=frozenset(first.enumerated),
         subsamples=first.subsamples,
+        full_sizes=first.full_sizes,
         sequential=sequential,
         unread=unread,
         check_given=check_given,
@@ -384,23 +390,6 @@ def plates_around(msg: Any) -> tuple[Plate, ...]:
         for frame in msg["cond_indep_stack"]
         if frame.dim is not None and frame.dim < 0
     )
-
-
-def _check_size(name: str, fn: Any, subsample: Tensor) -> None:
-    size = fn.size if fn.subsample_size is None else fn.subsample_size
-    if len(subsample) != size:
-        raise StructureError(
-            f"Plate '{name}' has {len(subsample)} elements in the guide and {size} in the model.",
-            hint="Make both of one size; a guide that was set up for one data set does not fit another.",
-        )
-
-
-def _check_same_subsample(name: str, known: Any, value: Any) -> None:
-    if known is not value and not torch.equal(torch.as_tensor(known), torch.as_tensor(value)):
-        raise StructureError(
-            f"Plate '{name}' has one subsample in the guide and another in the model.",
-            hint="Pass the same indices to both (for an autoguide: create_plates), or let the guide draw them.",
-        )
 
 
 def missing_guide_site(name: str, family: str, is_finite: bool) -> MissingGuideSiteError:
