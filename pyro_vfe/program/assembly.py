@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Table, Variable
 from pyro_vfe.engine.scales import applied, one_scale
 from pyro_vfe.errors import StructureError, SupportError
-from pyro_vfe.program.agreement import check_decided, check_plate, check_same, check_supports
+from pyro_vfe.program.agreement import check_decided, check_same, check_supports
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
@@ -27,9 +27,10 @@ from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masks import absences, check_absences, presences
 from pyro_vfe.program.operations import Operations
 from pyro_vfe.program.portions import PortionedRun
-from pyro_vfe.program.recorder import ROLES, Plate, Site
+from pyro_vfe.program.recorder import ROLES, Site
 from pyro_vfe.program.stars import Star
 from pyro_vfe.program.tables import Scorer
+from pyro_vfe.program.uneven_plates import check_uneven, filled, largest_plates, present
 
 
 @dataclass(eq=False)
@@ -210,6 +211,9 @@ def _joined_factors(
     """Each site's tables of all runs, as one table with an axis per sequential latent."""
     sizes = {name: len(support) for name, support in supports.items()}
     made = _choices_made(runs, layout)
+    uneven = check_uneven(run.sites for run in runs.values())
+    if uneven:
+        runs = {path: _filled(run, uneven) for path, run in runs.items()}
     result = {}
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
@@ -243,6 +247,11 @@ def _read_by_value(runs: Mapping[Assignment, Run], key: SiteKey) -> dict[int, st
             if read.setdefault(group, name) != name:
                 raise StructureChanged(f"site '{key[1]}' reads '{read[group]}', and then '{name}'")
     return read
+
+
+def _filled(run: Run, sizes: Mapping[str, int]) -> Run:
+    factors = {key: filled(factor, run.sites[key], sizes) for key, factor in run.factors.items()}
+    return replace(run, factors=factors)
 
 
 def _scale_table(factor: Factor) -> Table:
@@ -294,6 +303,8 @@ def _presence(
     """Where latents of the model and draws of the guide exist that are not always there: over what decides it."""
     kinds = {"model": ("enumerated", "sampled"), "guide": ("sampled",)}
     latents = [key for key, site in sites.items() if site.kind in kinds[key[0]]]
+    if uneven := check_uneven(run.sites for run in runs.values()):
+        runs = {path: _with_presence(run, latents, uneven) for path, run in runs.items()}
     optional = [key for key in latents if any(key not in run.sites or key in run.presence for run in runs.values())]
     if not optional:
         return {}
@@ -307,6 +318,15 @@ def _presence(
         if never in tables.values() or not bool(table.values.all()):
             result[key] = table
     return result
+
+
+def _with_presence(run: Run, latents: Collection[SiteKey], sizes: Mapping[str, int]) -> Run:
+    found = {
+        key: present(run.presence.get(key), run.sites[key], sizes, run.factors[key].table.values)
+        for key in latents
+        if key in run.sites
+    }
+    return replace(run, presence={key: table for key, table in found.items() if table is not None})
 
 
 def _choices_made(runs: Mapping[Assignment, Run], layout: Layout) -> dict[SiteKey, int]:
@@ -342,10 +362,8 @@ def _enumeration(
     layout: Layout,
 ) -> Enumeration:
     variables: dict[str, Variable] = {}
-    plates: dict[str, Plate] = {}
+    plates = largest_plates(run.sites for run in runs.values())
     for key, site in sites.items():
-        for plate in site.plates:
-            check_plate(plates.setdefault(plate.name, plate), plate)
         if site.kind == "enumerated":
             factor = factors[key]
             size = len(supports[site.name])
@@ -363,7 +381,7 @@ def _enumeration(
         supports=supports,
         sites=sites,
         factors=factors,
-        subsamples=list(runs.values())[-1].subsamples,
+        subsamples=_subsamples(runs),
         presence=presence,
         lost=frozenset().union(*(run.lost for run in runs.values())),
         full_plates={name: plate.full_size for name, plate in plates.items()},
@@ -376,7 +394,14 @@ def _enumeration(
         operations=operations,
         wholes=layout.wholes,
         stars={key: star for run in runs.values() for key, star in run.stars.items()},
+        uneven=check_uneven(run.sites for run in runs.values()),
     )
+
+
+def _subsamples(runs: Mapping[Assignment, Run]) -> dict[str, Tensor]:
+    """The elements that are present; where a latent decides how many there are, each run has its own."""
+    *others, last = (run.subsamples for run in runs.values())
+    return {k: own for k, own in last.items() if all(len(other.get(k, own)) == len(own) for other in others)}
 
 
 def _draw(site: Site, factors: Mapping[SiteKey, Factor], counterpart: Site) -> Variable:

@@ -100,13 +100,23 @@ def number_of_data(run: Enumeration) -> int:
     Args:
         run: Enumerated programs.
     """
-    observed = observed_data(run.sites, run.reads)
+    if run.uneven:  # A latent says which datum is in which plate: it is one of them in each branch.
+        return max(_count(run, sites, {**run.full_plates, **_own_sizes(sites)}) for sites in run.paths)
+    return _count(run, run.sites, run.full_plates)
+
+
+def _own_sizes(sites: Sites) -> dict[str, int]:
+    return {plate.name: plate.full_size for site in sites.values() for plate in site.plates}
+
+
+def _count(run: Enumeration, sites: Sites, full_plates: Mapping[str, int]) -> int:
+    observed = observed_data(sites, run.reads)
     whole = {plate: full_size for plate, _, full_size in run.subsampled}
     count = 0
-    for keys in _together(run.sites, dict.fromkeys(observed, frozenset())):
-        seen = {plate: 1 + max(run.sites[key].steps[plate] for key in keys) for plate in _steps_around(run.sites, keys)}
+    for keys in _together(sites, dict.fromkeys(observed, frozenset())):
+        seen = {plate: 1 + max(sites[key].steps[plate] for key in keys) for plate in _steps_around(sites, keys)}
         steps = (whole.get(plate, size) for plate, size in seen.items())
-        count += math.prod((*(run.full_plates[plate] for plate in _plates_around(run.sites, keys)), *steps))
+        count += math.prod((*(full_plates[plate] for plate in _plates_around(sites, keys)), *steps))
     return max(1, count)
 
 

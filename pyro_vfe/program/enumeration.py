@@ -143,6 +143,8 @@ class Enumeration:
     """The plate along which a latent is written out, one latent per element."""
     operations: tuple[Operations, ...] = ()
     """The operations of each path of choices."""
+    uneven: Mapping[str, int] = field(default_factory=dict)
+    """The largest size of each plate that differs in size from path to path."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
@@ -188,7 +190,8 @@ class Enumeration:
         """The enumeration for who keeps it: without the runs that could make its factors again."""
         portions = None if self.portions is None else self.portions.mapped(Enumeration.numbers)
         nothing: dict[str, Any] = {name: {} for name in ("parameters", "own_scores", "scores", "limits")}
-        return replace(self, paths=(), rescored=not_here, read=(), portions=portions, operations=(), **nothing)
+        paths = self.paths if self.uneven else ()  # They say how many data there are.
+        return replace(self, paths=paths, rescored=not_here, read=(), portions=portions, operations=(), **nothing)
 
     @property
     def parts(self) -> "Iterable[Enumeration]":

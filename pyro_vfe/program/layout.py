@@ -84,7 +84,8 @@ class Layout:
     @cached_property
     def plate_sizes(self) -> dict[str, int]:
         """The size of each plate in the ordinary run."""
-        return {plate.name: plate.size for site in self.sites.values() for plate in site.plates}
+        plates = sorted((plate.size, plate.name) for site in self.sites.values() for plate in site.plates)
+        return {name: size for size, name in plates}  # The largest: it may have another size in each branch.
 
     @cached_property
     def reads(self) -> dict[tuple[Role, str], Sites]:
@@ -115,12 +116,22 @@ class _Findings:
     sites: dict[tuple[Role, str], SiteStructure] = field(default_factory=dict)
     meetings: dict[Sites, str] = field(default_factory=dict)
     plates: dict[str, tuple[Plate, ...]] = field(default_factory=dict)
+    sizes: dict[str, set[int]] = field(default_factory=dict)
     overwrites_saved: bool = False
     rows: Rows = field(default_factory=Rows)
 
     def met(self, sites: Sites, operation: str) -> None:
         """Notes that an operation joined these sites in one tensor."""
         self.meetings.setdefault(sites, operation)
+
+    def add(self, sites: Mapping[tuple[Role, str], Site], provenance: Provenance) -> None:
+        """Notes the sites of a run; a plate that differs in size from path to path counts where it is largest."""
+        for key, site in sites.items():
+            for plate in site.plates:
+                self.sizes.setdefault(plate.name, set()).add(plate.size)
+            known = self.sites.get(key)
+            if known is None or any(one.size < own.size for one, own in zip(known.plates, site.plates, strict=False)):
+                self.sites[key] = _structure(site, provenance)
 
 
 def lay_out(
@@ -163,10 +174,22 @@ def latents_and_branches(
         program: A model.
         args: Its arguments.
         kwargs: Its keyword arguments.
+
+    Raises:
+        StructureError: A latent is in a plate whose size another latent decides.
     """
     with first_look((program,), args, kwargs):
         findings, branches = _explored(no_guide, program, args, kwargs)
-    return {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}, branches
+    latents = {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}
+    for name, site in latents.items():
+        for plate in site.plates:
+            if len(sizes := findings.sizes[plate.name]) > 1:
+                raise StructureError(
+                    f"Latent site '{name}' lies in plate '{plate.name}', whose size is {min(sizes)} in one branch of "
+                    f"the model and {max(sizes)} in another: an automatic guide has tables of one size.",
+                    hint="Leave it to the model, which sums it out (no guide), or write a guide with these branches.",
+                )
+    return latents, branches
 
 
 def _explored(
@@ -238,8 +261,7 @@ def _ordinary_run(
         run, lambda: Provenance(on_union=findings.met, follows=True, observer=findings.rows), (args, kwargs)
     )
     findings.overwrites_saved |= overwrites_saved
-    for key, site in sites.items():
-        findings.sites.setdefault(key, _structure(site, provenance))
+    findings.add(sites, provenance)
     # A look at the latents alone calls the model a guide.
     _check_run(sites.values(), returned, provenance, of_both=model is not no_guide)
 

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vfe.engine.factors import Subsample
-from pyro_vfe.errors import MissingGuideSiteError, NameClashError, StructureError
+from pyro_vfe.errors import MissingGuideSiteError, NameClashError
 from pyro_vfe.program.arrays import as_observed
 from pyro_vfe.program.buffers import begin_run
 from pyro_vfe.program.chain_gaps import REVEALS, Gaps

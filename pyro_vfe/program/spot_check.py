@@ -7,6 +7,7 @@ What provenance cannot see (a program that reshapes away the enumerated dims, a 
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any, NamedTuple
 
 import pyro
@@ -31,7 +32,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.site_structure import elements_of
-from pyro_vfe.program.spot_check_plates import agree, check_elements, ordinary_log_prob
+from pyro_vfe.program.spot_check_plates import agree, check_elements, ordinary_log_prob, own_elements, own_stretch
 from pyro_vfe.program.tables import batch_axes, over_dims
 from pyro_vfe.program.written_out import folded_table, number_parts, site_parts
 
@@ -254,7 +255,7 @@ def _ordinary_run(
         if index is None or support is None:
             point: Tensor = fn.sample()
             return point
-        return support[over_dims(index, plates).to(support.device)]
+        return support[over_dims(reduce(own_stretch, plates, index), plates).to(support.device)]
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
     model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
@@ -303,13 +304,15 @@ def _entries(
     factor = enumeration.factors.get(key)
     if factor is None:
         return None
-    return read_factor(factor, assignment, batch_axes(site.plates), enumeration.chain_plate(site.name))
+    chain = enumeration.chain_plate(site.name)
+    return own_elements(read_factor(factor, assignment, batch_axes(site.plates), chain), site)
 
 
 def _not_in_scale(weight: Tensor | float, factor: Factor, site: Site, assignment: Mapping[str, Table]) -> Tensor:
     """How many times a factor's table has to hold what the site says: once where its scale is the site's weight."""
     scale, weights = factor.scale, torch.as_tensor(weight)
     own = read(scale, assignment, batch_axes(site.plates)) if isinstance(scale, Table) else torch.tensor(scale)
+    own = own_elements(own, site)
     return torch.where(weights == own, 1.0, weights / own)
 
 

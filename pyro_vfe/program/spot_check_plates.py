@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from pyro_vfe.engine.factors import Table
 from pyro_vfe.errors import SpotCheckError
 from pyro_vfe.program.data import data_of
 from pyro_vfe.program.enumeration import PARTICLES, Enumeration, SiteKey, is_random
 from pyro_vfe.program.impossible_values import invalid, nowhere
 from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
-from pyro_vfe.program.recorder import Site
+from pyro_vfe.program.recorder import Plate, Site
 
 Ordinary = tuple[Mapping[SiteKey, Site], Mapping[SiteKey, Tensor]]
 """The sites of an ordinary run, and the log-probability of each."""
@@ -104,6 +105,24 @@ def _selected(values: Tensor, dim: int, kept: Tensor) -> Tensor:
     if -dim > values.dim() or values.shape[dim] == 1:
         return values
     return values.index_select(dim, kept.nonzero().squeeze(-1).to(values.device))
+
+
+def own_stretch(table: Table, plate: Plate) -> Table:
+    """Returns what a table has of the elements that a plate has in a branch."""
+    return table.narrowed(plate.name, 0, plate.size)
+
+
+def own_elements(values: Tensor, site: Site) -> Tensor:
+    """Returns the elements that a site has in its branch, which come first, of those that it has in some branch.
+
+    Args:
+        values: Numbers, shape `(*batch_shape)`.
+        site: The site as the branch has it.
+    """
+    for plate in site.plates:
+        if values.dim() >= -plate.dim and values.shape[plate.dim] > plate.size:
+            values = values.narrow(plate.dim, 0, plate.size)
+    return values
 
 
 def agree(one: Tensor, other: Tensor, *, slack: float = 1.0) -> bool:
