@@ -25,6 +25,7 @@ from pyro_vfe.engine.sum_order import check_sums
 from pyro_vfe.engine.unrolling import apply_unrolling, structure_of
 from pyro_vfe.errors import ScaleError
 from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.path_axis import PATH
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +197,8 @@ def _precise(table: Table, dtype: torch.dtype, normalized_over: str | None) -> T
 
 
 def _model_only(enumeration: Enumeration) -> frozenset[str]:
-    return frozenset(factor.name for factor in enumeration.model_latents) - enumeration.guided
+    path = (PATH,) if enumeration.choices else ()
+    return frozenset((*(factor.name for factor in enumeration.model_latents), *path)) - enumeration.guided
 
 
 def _parts(

@@ -264,9 +264,11 @@ class Posterior:
             table, plate = self._index(whole, assignment.get(whole)), run.wholes.get(whole)
             for place, part in enumerate(run.parts_of(whole)):
                 found[part] = table if plate is None else table.selected(plate.name, place)
+        found = run.with_path(found)
         draws = (SAMPLE,) if any(SAMPLE in table.axes for table in found.values()) else ()
-        result = {}
-        for name, index in found.items():
+        result = {name: index for name, index in found.items() if name not in self.sites}
+        for name in self.sites:
+            index = found[name]
             axes = (*draws, *sorted(run.variables[name].plates))
             there, values = present_at(run, name, found, axes).values, index.aligned(axes)
             if bool((there & (values < 0)).any()):

@@ -15,6 +15,7 @@ from pyro_vfe.engine.inference import marginals
 from pyro_vfe.engine.lookup import read
 from pyro_vfe.errors import VFEError
 from pyro_vfe.program.enumeration import Enumeration
+from pyro_vfe.program.path_axis import PATH
 
 Scope = tuple[str, ...]
 
@@ -70,7 +71,7 @@ def marginals_where_present(
 def _deciders(run: Enumeration, scope: Scope) -> Scope:
     """The latents outside of a scope that decide whether those in it are there."""
     axes = (axis for name in scope for axis in _presence(run, name).axes)
-    return tuple(dict.fromkeys(axis for axis in axes if axis in run.supports and axis not in scope))
+    return tuple(dict.fromkeys(axis for axis in axes if (axis in run.supports or axis == PATH) and axis not in scope))
 
 
 def _where_present(probabilities: Table, run: Enumeration, scope: Scope) -> Table:

@@ -1,6 +1,8 @@
 """What guide and model, and the branches of both, have to agree on: values, plates, weights, and who exists when."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from pyro_vfe.engine.scales import same_scale
 from pyro_vfe.errors import NameClashError, ScaleError, StructureError
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
 from pyro_vfe.program.escapes import StructureChanged
-from pyro_vfe.program.layout import Layout, different_plates
+from pyro_vfe.program.layout import Layout
+from pyro_vfe.program.plate_violations import different_plates
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.supports import check_same_support, is_enumerable, support_size
 
@@ -38,6 +41,33 @@ def check_decided(
                     f"and does not sample '{unknown[0]}' before it.",
                     hint=f"Sample '{unknown[0]}' in the guide before '{name}', or leave '{name}' out of the guide.",
                 )
+
+
+def common_order(paths: Sequence[Mapping[SiteKey, Site]]) -> list[SiteKey]:
+    """Returns an order of all sites that agrees with that of every path: a branch may have sites that another lacks.
+
+    Args:
+        paths: The sites of each path of choices.
+
+    Raises:
+        StructureError: Two paths have two sites in different orders.
+    """
+    sorter: TopologicalSorter[SiteKey] = TopologicalSorter()
+    for sites in paths:
+        keys = list(sites)
+        for key in keys[:1]:
+            sorter.add(key)
+        for before, after in pairwise(keys):
+            sorter.add(after, before)
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        (_, one), (_, other), *_ = error.args[1]
+        raise StructureError(
+            f"Sites '{one}' and '{other}' come in one order in one branch of the programs and in the other "
+            f"order in another.",
+            hint="Sample them in the same order in all branches, or give them different names.",
+        ) from error
 
 
 def check_supports(sites: Mapping[SiteKey, Site], supports: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,6 @@ they are.
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from pyro_vfe.engine.factors import Factor, Table, Variable
 from pyro_vfe.engine.scales import applied, one_scale
 from pyro_vfe.errors import StructureError, SupportError
-from pyro_vfe.program.agreement import check_decided, check_same, check_supports
+from pyro_vfe.program.agreement import check_decided, check_same, check_supports, common_order
 from pyro_vfe.program.branches import Assignment, joined
 from pyro_vfe.program.chain_sites import drawn_along, time_plate
 from pyro_vfe.program.enumeration import Enumeration, Portions, Rescored, SiteKey
@@ -26,6 +24,7 @@ from pyro_vfe.program.escapes import StructureChanged
 from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.masks import absences, check_absences, presences
 from pyro_vfe.program.operations import Operations
+from pyro_vfe.program.path_axis import PATH, by_path, check_room, over_paths, side_by_side
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.recorder import ROLES, Site
 from pyro_vfe.program.stars import Star
@@ -86,7 +85,7 @@ def assembled(runs: Mapping[Assignment, Run], layout: Layout, operations: tuple[
             supports[name] = support
         sites.update(run.sites)
     if len(runs) > 1:
-        sites = {key: sites[key] for key in _common_order(runs)}
+        sites = {key: sites[key] for key in common_order([run.sites for run in runs.values()])}
     check_supports(sites, supports)
     factors = _factors(runs, layout, supports, sites)
     if len(runs) > 1:
@@ -185,35 +184,17 @@ def _labelled_again(run: Run, keys: Collection[SiteKey], scorer: Scorer) -> Run:
     return replace(run, factors=run.label({key: site for key, site in run.sites.items() if key in keys}, scorer))
 
 
-def _common_order(runs: Mapping[Assignment, Run]) -> list[SiteKey]:
-    """An order of all sites that agrees with the order of every run: a branch may have sites that another lacks."""
-    sorter: TopologicalSorter[SiteKey] = TopologicalSorter()
-    for run in runs.values():
-        keys = list(run.sites)
-        for key in keys[:1]:
-            sorter.add(key)
-        for before, after in pairwise(keys):
-            sorter.add(after, before)
-    try:
-        return list(sorter.static_order())
-    except CycleError as error:
-        (_, one), (_, other), *_ = error.args[1]
-        raise StructureError(
-            f"Sites '{one}' and '{other}' come in one order in one branch of the programs and in the other "
-            f"order in another.",
-            hint="Sample them in the same order in all branches, or give them different names.",
-        ) from error
-
-
 def _joined_factors(
     runs: Mapping[Assignment, Run], layout: Layout, supports: Mapping[str, Tensor], sites: Mapping[SiteKey, Site]
 ) -> dict[SiteKey, Factor]:
     """Each site's tables of all runs, as one table with an axis per sequential latent."""
     sizes = {name: len(support) for name, support in supports.items()}
-    made = _choices_made(runs, layout)
+    made, sparse = _choices_made(runs, layout), by_path(_sites(runs), sizes)
     uneven = check_uneven(run.sites for run in runs.values())
     if uneven:
         runs = {path: _filled(run, uneven) for path, run in runs.items()}
+    if sparse:
+        check_room({path: run.factors for path, run in runs.items()}, sizes)
     result = {}
     for key, site in sites.items():
         some = next(run.factors[key] for run in runs.values() if key in run.factors)
@@ -227,6 +208,9 @@ def _joined_factors(
         if any(found[path] is not run.factors.get(key) for path, run in runs.items()):
             since = max(made.get((role, site.name), 0) for role in ROLES)  # The other program decides, too.
         tables = {path: None if factor is None else factor.table for path, factor in found.items()}
+        if sparse:
+            result[key] = over_paths(site, some, found, absent, sizes)
+            continue
         read = _read_by_value(runs, key)
         table = joined(tables, since, sizes, absent, read)
         if scale is None:
@@ -247,6 +231,10 @@ def _read_by_value(runs: Mapping[Assignment, Run], key: SiteKey) -> dict[int, st
             if read.setdefault(group, name) != name:
                 raise StructureChanged(f"site '{key[1]}' reads '{read[group]}', and then '{name}'")
     return read
+
+
+def _sites(runs: Mapping[Assignment, Run]) -> dict[Assignment, Mapping[SiteKey, Site]]:
+    return {path: run.sites for path, run in runs.items()}
 
 
 def _filled(run: Run, sizes: Mapping[str, int]) -> Run:
@@ -309,12 +297,16 @@ def _presence(
     if not optional:
         return {}
     sizes, made = {name: len(support) for name, support in supports.items()}, _choices_made(runs, layout)
+    sparse = by_path(_sites(runs), sizes)
     like = next(run.factors[optional[0]] for run in runs.values() if optional[0] in run.factors).table.values
     always, never = (Table(like.new_full((), exists, dtype=torch.bool), ()) for exists in (True, False))
     result = {}
     for key in optional:
         tables = {path: run.presence.get(key, always) if key in run.sites else never for path, run in runs.items()}
-        table = joined(tables, made[key], sizes, never, _read_by_value(runs, key)).selected(key[1], 0)
+        if sparse:
+            table = side_by_side(tables, never)
+        else:
+            table = joined(tables, made[key], sizes, never, _read_by_value(runs, key)).selected(key[1], 0)
         if never in tables.values() or not bool(table.values.all()):
             result[key] = table
     return result
@@ -375,6 +367,9 @@ def _enumeration(
         elif site.needs_score:
             variables[site.name] = _draw(site, factors, sites.get(("model", site.name), site))
 
+    choices = tuple(runs) if by_path(_sites(runs), {name: len(support) for name, support in supports.items()}) else ()
+    if choices:
+        variables[PATH] = Variable(PATH, len(choices), frozenset())
     return Enumeration(
         variables=variables,
         plates={name: plate.size for name, plate in plates.items()},
@@ -395,6 +390,7 @@ def _enumeration(
         wholes=layout.wholes,
         stars={key: star for run in runs.values() for key, star in run.stars.items()},
         uneven=check_uneven(run.sites for run in runs.values()),
+        choices=choices,
     )
 
 

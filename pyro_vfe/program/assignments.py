@@ -91,7 +91,7 @@ def assignment_of(enumeration: Enumeration, rounds: Rounds, number: int) -> dict
         assignment[name] = Table((values[number] + digits) % size, axes)
     for name in enumeration.draws:
         assignment[name] = Table(torch.zeros((), dtype=torch.long), ())
-    return assignment
+    return enumeration.with_path(assignment)
 
 
 def _turns(enumeration: Enumeration, row_bytes: float) -> tuple[_Turn, ...]:

@@ -7,8 +7,9 @@ branch lacks has log-probability 0 there (an observation) or is pinned to its fi
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from time import perf_counter
 
 import torch
@@ -100,7 +101,20 @@ class Paths:
 
 Assignment = tuple[tuple[str | int, int], ...]
 
+
+def deciding(path: Assignment) -> list[tuple[str, int]]:
+    """Returns the choices of sites on a path, without those of groups.
+
+    Args:
+        path: The choices of a run.
+    """
+    return [(name, index) for name, index in path if isinstance(name, str)]
+
+
 NO_READS: Mapping[int, str] = {}
+
+_MOST_ENTRIES = 2**24
+"""The most entries of a table over more joint values than there may be runs: most of them belong to no path."""
 
 
 def joined(
@@ -121,6 +135,8 @@ def joined(
         read: The latent that the site reads of each group of latents whose values are taken one by one.
     """
 
+    names = {name for path in tables for name, _ in deciding(path)}
+
     def join(group: Sequence[Assignment], depth: int, met: int) -> Table:
         first = group[0]
         if depth >= len(first):
@@ -133,6 +149,8 @@ def joined(
         if name is None or all(part is parts[0] for part in parts):
             return parts[0]
         is_one = _are_equal(parts) if isinstance(choice, int) else met > since
+        if not is_one:
+            _check_size(parts, name, names)
         return parts[0] if is_one else stacked(parts, name)
 
     return join(list(tables), 0, 0)
@@ -144,6 +162,20 @@ def _are_equal(parts: Sequence[Table]) -> bool:
     return first.values.dtype == torch.bool and all(
         part.axes == first.axes and torch.equal(part.values, first.values) for part in parts[1:]
     )
+
+
+def _check_size(parts: Sequence[Table], name: str, names: Collection[str]) -> None:
+    sizes = {name: len(parts), **{axis: size for part in parts for axis, size in part.sizes.items()}}
+    deciding = [axis for axis in sizes if axis in names]
+    if prod(sizes[axis] for axis in deciding) > MAX_RUNS and prod(sizes.values()) > _MOST_ENTRIES:
+        shown = ", ".join(f"'{axis}'" for axis in deciding[:5])
+        raise CostError(
+            f"A table over the latents that the programs branch on ({shown}{', ...' * (len(deciding) > 5)}) would have "
+            f"more than {_MOST_ENTRIES:,} entries, most of them for latents that are absent.",
+            hint="Leave these latents out of the guide and out of poutine.scale: then each path of choices is summed "
+            "by itself; or give latents of one role one name in all branches.",
+            sites=deciding,
+        )
 
 
 def stacked(parts: Sequence[Table], name: str) -> Table:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pyro_vfe.engine.factors import Factor, FactorGraph, Subsample, Table, Variable
 from pyro_vfe.errors import PlateError
+from pyro_vfe.program.branches import Assignment
 from pyro_vfe.program.operations import Operations
+from pyro_vfe.program.path_axis import PATH, path_at
 from pyro_vfe.program.recorder import Plate, Role, Site
 from pyro_vfe.program.site_structure import elements_of
 from pyro_vfe.program.stars import Star
@@ -145,6 +147,8 @@ class Enumeration:
     """The operations of each path of choices."""
     uneven: Mapping[str, int] = field(default_factory=dict)
     """The largest size of each plate that differs in size from path to path."""
+    choices: tuple[Assignment, ...] = ()
+    """The path that each value of `PATH` means, where that is a variable: it has no site, and hangs on the latents."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the programs' runs themselves: results can be pickled, and be read where the programs are not."""
@@ -219,6 +223,10 @@ class Enumeration:
                     factors[key] = factors[key].mapped(partial(_only_where, here=here))
         return replace(self, factors=factors)
 
+    def with_path(self, indices: Mapping[str, Table]) -> dict[str, Table]:
+        """The indices of latents' values, and of the path that they lead to where there is such a variable."""
+        return {**indices, PATH: path_at(self.choices, indices)} if self.choices else dict(indices)
+
     def chain_plate(self, name: str) -> str | None:
         """The plate along which a latent is a chain, if it is one."""
         return self.variables[name].chain if name in self.variables else None
@@ -232,7 +240,7 @@ class Enumeration:
     @cached_property
     def draws(self) -> frozenset[str]:
         """The draws that count as variables with one value."""
-        return frozenset(name for name in self.variables if name not in self.supports)
+        return frozenset(name for name in self.variables if name not in self.supports and name != PATH)
 
     @cached_property
     def guided(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vfe.errors import EscapeError, PlateError, StructureError
+from pyro_vfe.errors import EscapeError, StructureError
 from pyro_vfe.program.branches import Paths
 from pyro_vfe.program.broadcasting import cannot_broadcast
 from pyro_vfe.program.chain_sites import check_observed, time_plate
@@ -22,6 +22,7 @@ from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import hand_over_masks, unmasked
 from pyro_vfe.program.missing_data import check_data
 from pyro_vfe.program.missing_plates import check_batch_dims
+from pyro_vfe.program.plate_violations import different_plates, plate_violation
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, missing_guide_site, record_both
@@ -117,6 +118,8 @@ class _Findings:
     meetings: dict[Sites, str] = field(default_factory=dict)
     plates: dict[str, tuple[Plate, ...]] = field(default_factory=dict)
     sizes: dict[str, set[int]] = field(default_factory=dict)
+    sites_before: frozenset[tuple[Role, str]] = frozenset()
+    """The sites of the paths before the present one."""
     overwrites_saved: bool = False
     rows: Rows = field(default_factory=Rows)
 
@@ -200,20 +203,44 @@ def _explored(
     rows = Rows()
     while True:
         findings = _Findings(rows=rows)
+        for _ in (paths := Paths(warns=True)):
+            more = _explored_path(model, guide, args, kwargs, sequential, paths, findings)
+            sequential |= more
+            if not more.isdisjoint(name for _, name in findings.sites_before):
+                break  # A path before had it as one that is no choice.
+        else:
+            return findings, sequential
+
+
+def _explored_path(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sequential: frozenset[str],
+    paths: Paths,
+    findings: _Findings,
+) -> frozenset[str]:
+    """Runs along one path, and returns the latents that were found to be choices on it."""
+    found: frozenset[str] = frozenset()
+    findings.sites_before = frozenset(findings.sites)
+    known, depth = dict(findings.meetings), len(paths.path)
+    while True:
         try:
-            for _ in (paths := Paths(warns=True)):
-                _ordinary_run(model, guide, args, kwargs, sequential, paths, findings)
+            _ordinary_run(model, guide, args, kwargs, sequential | found, paths, findings)
+            return found
         except Escaped as escape:
-            sequential |= _can_be_sequential(escape, findings)
-            continue
+            found |= _can_be_sequential(escape, findings)
+            findings.meetings = dict(known)
+            del paths.path[depth:]
+            if not found.isdisjoint(name for _, name in findings.sites):
+                return found
         except TooLarge:
-            rows.together = True
-            continue
+            findings.rows.together = True
         except RuntimeError as error:
-            if not rows.together:
+            if not findings.rows.together:
                 raise
             raise cannot_broadcast(error) from error  # One value for all has the dims that enumerated ones have.
-        return findings, sequential
 
 
 def _ordinary_run(
@@ -417,20 +444,3 @@ def _check_homes(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:
             one, other = ({plate.name for plate in plates} for plates in (home, site.plates))
             if one != other:
                 raise different_plates(site.name, one, other)
-
-
-def different_plates(name: str, guide: Iterable[str], model: Iterable[str]) -> StructureError:
-    """The error for a latent whose plates are not the same in guide and model."""
-    return StructureError(
-        f"Latent site '{name}' lies in the plates {sorted(guide)} in the guide and in {sorted(model)} in the model.",
-        hint="Sample it in the same plates in both.",
-    )
-
-
-def plate_violation(reader: str, role: Role, latent: str, plate: str) -> PlateError:
-    """The error for a site that reads a latent from outside one of its plates."""
-    return PlateError(
-        f"Site '{reader}' of the {role} reads latent '{latent}' from outside plate '{plate}': that joins all "
-        f"elements of the plate, and elimination over them is not defined.",
-        hint=f"Move '{reader}' into the plate, or give '{latent}' a sequential plate (for i in pyro.plate(...)).",
-    )

@@ -22,11 +22,12 @@ from pyro_vfe.program.chain_gaps import UNOBSERVED, has_gaps
 from pyro_vfe.program.enumeration import Enumeration, SiteKey, not_here
 from pyro_vfe.program.escapes import NO_SITES, Escaped, StructureChanged
 from pyro_vfe.program.impossible_values import without_impossible
-from pyro_vfe.program.layout import Layout, Program, plate_violation
+from pyro_vfe.program.layout import Layout, Program
 from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.masks import Absent, absences, mask_guide, masked_alone, masked_below, pins, presences, unread
 from pyro_vfe.program.operations import Observer, Operations
 from pyro_vfe.program.places import Places
+from pyro_vfe.program.plate_violations import plate_violation
 from pyro_vfe.program.portions import PortionedRun
 from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state

@@ -26,6 +26,7 @@ from pyro_vfe.engine.factors import Factor, Table
 from pyro_vfe.errors import NotFiniteError
 from pyro_vfe.program.branches import stacked
 from pyro_vfe.program.enumeration import Enumeration, SiteKey
+from pyro_vfe.program.path_axis import not_finite_on_a_path
 from pyro_vfe.program.zeros import filled_zeros, tiny
 
 TablesAt = Callable[[Mapping[str, int]], Mapping[SiteKey, Factor]]
@@ -139,6 +140,8 @@ def with_sound_gradients(run: Enumeration, singular: Collection[SiteKey], tables
     Raises:
         NotFiniteError: A value has no derivative, or too many parameters move it.
     """
+    if run.choices and singular:
+        raise not_finite_on_a_path(min(singular)[1], len(run.choices))
     axes = {key: _read(key, run) for key in singular if key in run.factors}
     values: dict[SiteKey, dict[tuple[int, ...], _Value]] = {key: {} for key in axes}
     for only, keys in _assignments(axes, run):

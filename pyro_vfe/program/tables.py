@@ -21,11 +21,12 @@ from pyro_vfe.program.equal_sites import stacked_log_prob
 from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged, done
 from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.impossible_values import nowhere
-from pyro_vfe.program.layout import Layout, plate_violation
+from pyro_vfe.program.layout import Layout
 from pyro_vfe.program.log_prob import is_listed, listed, log_prob
 from pyro_vfe.program.markov_chain import MarkovChain
 from pyro_vfe.program.masking import Pin, masked, unmasked
 from pyro_vfe.program.missing_plates import cannot_score, no_plate
+from pyro_vfe.program.plate_violations import plate_violation
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.recorder import Plate, Site
 from pyro_vfe.program.stars import Star
