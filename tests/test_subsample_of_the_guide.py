@@ -170,6 +170,7 @@ def test_the_posterior_is_that_of_the_documents_that_are_present() -> None:
     vfe.FreeEnergy().sample_posterior(model, guide, x)
 
 
+@pytest.mark.filterwarnings("ignore:EM stopped at num_epochs")
 @pytest.mark.filterwarnings("ignore:The batches of an epoch")  # They are the same three documents twice.
 @pytest.mark.parametrize("learn", ["em", "svi"])
 def test_learning_takes_the_steps_of_a_subsample_stated_in_both(learn: str) -> None:

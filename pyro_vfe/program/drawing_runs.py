@@ -142,8 +142,16 @@ def run_model(
         MissingGuideSiteError: It has one that cannot be.
     """
     given = {name: site.value for name, site in guide.sites.items() if site.kind != "observed"}
-    shared, sizes = guide.subsamples, guide.full_sizes
-    run = Recorder("model", _refused, given=given, subsamples=shared, full_sizes=sizes, unread=unread, look=look)
+    run = Recorder(
+        "model",
+        _refused,
+        given=given,
+        subsamples=guide.subsamples,
+        full_sizes=guide.full_sizes,
+        sizeless=guide.sizeless,
+        unread=unread,
+        look=look,
+    )
     run.run(model, args, kwargs)
     return run
 

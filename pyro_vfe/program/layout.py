@@ -83,6 +83,11 @@ class Layout:
     """The most that an ordinary run makes for each element of a latent."""
 
     @cached_property
+    def sizes_around(self) -> dict[tuple[str, str], dict[str, int]]:
+        """The size of each plate around each site in the ordinary run."""
+        return {key: {plate.name: plate.size for plate in site.plates} for key, site in self.sites.items()}
+
+    @cached_property
     def plate_sizes(self) -> dict[str, int]:
         """The size of each plate in the ordinary run."""
         plates = sorted((plate.size, plate.name) for site in self.sites.values() for plate in site.plates)

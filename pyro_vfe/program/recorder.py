@@ -25,6 +25,7 @@ from pyro_vfe.program.masking import without_gaps
 from pyro_vfe.program.plate_sizes import check_same_subsample, check_size
 from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
 from pyro_vfe.program.surroundings import steps_around, subsampled_around
 
@@ -112,6 +113,7 @@ class Recorder(Messenger):
         enumerated: frozenset[str] = frozenset(),
         subsamples: Mapping[str, Tensor] | None = None,
         full_sizes: Mapping[str, int] | None = None,
+        sizeless: SizelessPlates | None = None,
         sequential: frozenset[str] = frozenset(),
         unread: frozenset[str] | None = None,
         check_given: Callable[[str, Any], None] | None = None,
@@ -125,6 +127,7 @@ class Recorder(Messenger):
         enumerated: The given sites that stand for an enumerated latent of the guide.
         subsamples: Subsample indices by plate name, so that model and guide look at the same data.
         full_sizes: For a model, the size of the whole of each plate of the guide: it takes over the guide's subsample.
+        sizeless: What is known of plates without a size.
         sequential: Latents that take one value at a time: the program may branch on them.
         unread: Latents that a model may sample though the guide lacks them, because nothing reads them; None for any.
         check_given: Called with the name and distribution of each given latent that is enumerated.
@@ -138,6 +141,7 @@ class Recorder(Messenger):
         self.enumerated = set(enumerated)
         self.subsamples = dict(subsamples or {})
         self.full_sizes = dict(full_sizes or {})
+        self.sizeless = sizeless or SizelessPlates()
         self.sequential = sequential
         self.unread = unread
         self.check_given = check_given
@@ -185,6 +189,8 @@ class Recorder(Messenger):
                 msg["value"] = self.subsamples[name]
             self.full_sizes.setdefault(name, fn.size)
             return
+        if any(frame.size == -1 for frame in msg["cond_indep_stack"]) and not is_computed(msg):
+            self.sizeless.measure(msg, self.role)
         if msg["is_observed"]:
             return
         if name in self.given:
@@ -305,6 +311,7 @@ def record_both(
     *,
     given: Mapping[str, Tensor] | None = None,
     subsamples: Mapping[str, Tensor] | None = None,
+    sizeless: SizelessPlates | None = None,
     sequential: frozenset[str] = frozenset(),
     unread: frozenset[str] | None = None,
     check_given: Callable[[str, Any], None] | None = None,
@@ -318,6 +325,7 @@ def record_both(
         latent_value,
         given=given,
         subsamples=subsamples,
+        sizeless=sizeless,
         sequential=sequential,
         provenance=provenance,
         look=look,
@@ -330,6 +338,7 @@ def record_both(
         enumerated=frozenset(first.enumerated),
         subsamples=first.subsamples,
         full_sizes=first.full_sizes,
+        sizeless=first.sizeless,
         sequential=sequential,
         unread=unread,
         check_given=check_given,

@@ -33,6 +33,7 @@ from pyro_vfe.program.provenance import Provenance, untracked
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import ROLES, Plate, Role, Site, at_all_elements, record_both
 from pyro_vfe.program.site_structure import elements_of
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.stars import Star, index_of
 from pyro_vfe.program.supports import common_support, finite_support
 from pyro_vfe.program.tables import DrawScorer, Labeller, Scorer, counts_otherwise
@@ -188,6 +189,7 @@ class _Runner:
                 self._latent_value,
                 given=self.given,
                 subsamples=self.subsamples,
+                sizeless=SizelessPlates(self.layout.sizes_around),
                 sequential=self.layout.sequential,
                 unread=self.layout.unread,
                 provenance=self.provenance,
