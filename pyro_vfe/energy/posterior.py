@@ -266,8 +266,9 @@ class Posterior:
                 found[part] = table if plate is None else table.selected(plate.name, place)
         found = run.with_path(found)
         draws = (SAMPLE,) if any(SAMPLE in table.axes for table in found.values()) else ()
-        result = {name: index for name, index in found.items() if name not in self.sites}
-        for name in self.sites:
+        latents = [part for whole in self.sites for part in run.parts_of(whole)]
+        result = {name: index for name, index in found.items() if name not in latents}
+        for name in latents:
             index = found[name]
             axes = (*draws, *sorted(run.variables[name].plates))
             there, values = present_at(run, name, found, axes).values, index.aligned(axes)
