@@ -273,7 +273,8 @@ class Posterior:
             axes = (*draws, *sorted(run.variables[name].plates))
             there, values = present_at(run, name, found, axes).values, index.aligned(axes)
             if bool((there & (values < 0)).any()):
-                raise _no_value(name, is_given=name in assignment)
+                whole = run.folded((name,))[0]
+                raise _no_value(whole, is_given=whole in assignment)
             if not bool(there.all()):
                 sizes = [run.plates.get(axis, -1) for axis in axes]
                 index = Table(torch.where(there, values, 0).expand(sizes), axes)
