@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vfe.errors import EscapeError, StructureError
-from pyro_vfe.program.branches import Paths
+from pyro_vfe.program.branches import MAX_RUNS, Paths
 from pyro_vfe.program.broadcasting import cannot_broadcast
 from pyro_vfe.program.chain_sites import check_observed, time_plate
 from pyro_vfe.program.colouring import enumeration_dims
@@ -126,6 +126,8 @@ class _Findings:
     sites_before: frozenset[tuple[Role, str]] = frozenset()
     """The sites of the paths before the present one."""
     overwrites_saved: bool = False
+    marked: set[str] = field(default_factory=set)
+    """Latents whose statements ask for a run per value."""
     rows: Rows = field(default_factory=Rows)
 
     def met(self, sites: Sites, operation: str) -> None:
@@ -204,8 +206,24 @@ def _explored(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[_Findings, frozenset[str]]:
     """Runs along all paths until it is known which latents the programs branch on."""
-    sequential: frozenset[str] = frozenset()
     rows = Rows()
+    findings, sequential = _explored_from(frozenset(), rows, model, guide, args, kwargs)
+    by_mark = sequential | findings.marked
+    sizes = {site.name: site.size for site in findings.sites.values()}
+    if by_mark == sequential or math.prod(sizes[name] for name in by_mark) > MAX_RUNS:
+        return findings, sequential  # Enumerated in parallel, what is marked has the same sums.
+    return _explored_from(by_mark, rows, model, guide, args, kwargs)
+
+
+def _explored_from(
+    sequential: frozenset[str],
+    rows: Rows,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[_Findings, frozenset[str]]:
+    """Runs along all paths, of latents of which it is known that they take one value in each run."""
     while True:
         findings = _Findings(rows=rows)
         for _ in (paths := Paths(warns=True)):
@@ -284,6 +302,7 @@ def _ordinary_run(
             check_given=lambda name, fn: check_same_support(name, fn, families[name]),
             provenance=provenance,
         )
+        findings.marked |= both[0].marked | both[1].marked
         returned[:] = [(record.sites, record.returned) for record in both]
         sites = {(site.role, site.name): site for record in both for site in record.sites.values()}
         hand_over_masks(sites)

@@ -26,6 +26,7 @@ from pyro_vfe.program.plate_sizes import check_same_subsample, check_size
 from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.sizeless import SizelessPlates
+from pyro_vfe.program.statements import asks_for_runs, expanded, name_value
 from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
 from pyro_vfe.program.surroundings import steps_around, subsampled_around
 
@@ -148,6 +149,8 @@ class Recorder(Messenger):
         self.provenance = provenance
         self.look = look
         self.sites: dict[str, Site] = {}
+        self.marked: set[str] = set()
+        """Latents whose statements ask for a run per value."""
         self.parameters: list[Tensor] = []
         """What the program has read of parameters, as it reads them."""
         self.returned: Any = None
@@ -191,7 +194,9 @@ class Recorder(Messenger):
             return
         if any(frame.size == -1 for frame in msg["cond_indep_stack"]) and not is_computed(msg):
             self.sizeless.measure(msg, self.role)
-        if msg["is_observed"]:
+        if not msg["is_observed"] and msg["value"] is None and self.role == "model" and name not in self.given:
+            name_value(msg)
+        if msg["is_observed"] or is_computed(msg):
             return
         if name in self.given:
             if self.check_given is not None and name in self.enumerated:
@@ -203,7 +208,9 @@ class Recorder(Messenger):
                 # A draw of an earlier run may hold one value per value of the latents it was made from.
                 self.provenance.mark(msg["value"], self.provenance.of_distribution(fn))
         elif msg["value"] is None and is_summed(msg):
-            value = self.latent_value(name, self.role, fn, self._around(msg)[0])
+            if asks_for_runs(msg):
+                self.marked.add(name)
+            value = expanded(self.latent_value(name, self.role, fn, self._around(msg)[0]), msg)
             msg["value"], msg["done"] = value, True
             self.enumerated.add(name)
             if self.provenance is not None and name not in self.sequential:
