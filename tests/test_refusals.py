@@ -20,7 +20,6 @@ from pyro_vfe.engine.structure import previous
 from pyro_vfe.errors import (
     CostError,
     MissingGuideSiteError,
-    NameClashError,
     NotFiniteError,
     PlateError,
     ScaleError,
@@ -129,8 +128,8 @@ def scaled(name: str, scale: float) -> Tensor:
 
 def in_branches_of_two_sizes() -> None:
     size = 2 if bernoulli("a", 0.4).item() else 3
-    with pyro.plate("data", size):
-        normal(f"u_{size}", 0.0, size)
+    with pyro.plate("data", size, subsample_size=size - 1):
+        normal(f"u_{size}", 0.0, size - 1)
 
 
 def in_branches_of_two_orders() -> None:
@@ -336,7 +335,7 @@ REFUSALS: dict[str, Refusal] = {
         ScaleError,
         "'z' has different scales",
     ),
-    "sizes of a plate": (lambda: loss_of(in_branches_of_two_sizes), NameClashError, "'data' has size"),
+    "sizes of a plate": (lambda: loss_of(in_branches_of_two_sizes), StructureError, "'data' has another size"),
     "orders of sites": (lambda: loss_of(in_branches_of_two_orders), StructureError, "'x'.*the other order"),
     "supports in branches": (lambda: loss_of(in_branches_of_two_supports), SupportError, "'x' has 2 values.*3"),
     "other branches of the guide": (
