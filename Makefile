@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test fuzz test-arviz lint format docs docs-check bench clean
+.PHONY: help demo test fuzz fuzz-idioms test-arviz lint format docs docs-check bench clean
 
 help:
 	@echo "make demo    install, then take a hidden Markov model of the earthquake counts apart"
@@ -33,6 +33,10 @@ SEED ?= 1000
 FUZZ_ARGS ?=
 fuzz: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz.py --programs $(N) --seed $(SEED) $(FUZZ_ARGS)
+
+# The same for programs that are made of idioms: ways to index, plates read by index or as wholes, branches.
+fuzz-idioms: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/test_idiom_programs.py $(SEED) $(N)
 
 # ArviZ 1.x needs a newer Python than the package does, and its half of the reports needs no torch. A shim of pyenv may
 # be on the path and not run: each candidate is tried.
