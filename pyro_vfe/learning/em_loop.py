@@ -29,6 +29,9 @@ from pyro_vfe.program.parameters import restore, restored_on_error, snapshot
 _FINE = 1e-10
 """Programs that round less than this tell all changes apart that a tolerance asks for."""
 
+_NO_RISE = 1e-11
+"""A relative rise of F that nobody need look into: a search ends so near its minimum, and no nearer."""
+
 _STILL_COOLING = 1e-6
 """A change of inverse temperature from one iteration to the next that is none."""
 
@@ -283,7 +286,7 @@ class Loop:
     def _check_fall(self, phase: str, monotone: bool, free_energy: float, after: State, before: State) -> None:
         """Reports, once, a phase that should not raise F and did so beyond rounding, that of what F was before too."""
         rise = free_energy - self.rows[-1].free_energy
-        if not monotone or not rise > 0 or self.rounding.reported:
+        if not monotone or not rise > _NO_RISE * abs(free_energy) or self.rounding.reported:
             return
         if any(self.rounding.includes(rise, state.belief, state.enumeration) for state in (after, before)):
             return

@@ -185,13 +185,14 @@ class Matrices(Chart):
 
     def theta(self, w: Tensor) -> Tensor:
         """The parameter of the least variance and the square of w."""
-        size = w.shape[-1]
-        square = w @ w.mT * self.unit.square()
-        covariance = square + self.least * torch.eye(size, dtype=w.dtype, device=w.device)
+        unit_matrix = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
         if self.given == "covariance_matrix":
-            value = covariance
+            value = w @ w.mT * self.unit.square() + self.least * unit_matrix
         else:
-            value = torch.linalg.cholesky(covariance)
+            # The covariance is A A^T, and its factor comes of A: a least variance is lost in the sum by rounding.
+            root = torch.cat([w * self.unit, math.sqrt(self.least) * unit_matrix.expand_as(w)], -1)
+            factor = torch.linalg.qr(root.mT).R.mT
+            value = factor * torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
             value = torch.cholesky_inverse(value) if self.given == "precision_matrix" else value
         result: Tensor = transform_to(self.constraint).inv(value)
         return result

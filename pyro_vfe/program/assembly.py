@@ -367,7 +367,7 @@ def _enumeration(
         elif site.needs_score:
             variables[site.name] = _draw(site, factors, sites.get(("model", site.name), site))
 
-    choices = tuple(runs) if by_path(_sites(runs), {name: len(support) for name, support in supports.items()}) else ()
+    choices = _paths_of(runs, supports) if (several := len(runs) > 1) else ()
     if choices:
         variables[PATH] = Variable(PATH, len(choices), frozenset())
     return Enumeration(
@@ -376,7 +376,7 @@ def _enumeration(
         supports=supports,
         sites=sites,
         factors=factors,
-        subsamples=_subsamples(runs),
+        subsamples=_subsamples(runs) if several else next(iter(runs.values())).subsamples,
         presence=presence,
         lost=frozenset().union(*(run.lost for run in runs.values())),
         full_plates={name: plate.full_size for name, plate in plates.items()},
@@ -389,9 +389,15 @@ def _enumeration(
         operations=operations,
         wholes=layout.wholes,
         stars={key: star for run in runs.values() for key, star in run.stars.items()},
-        uneven=check_uneven(run.sites for run in runs.values()),
+        uneven=check_uneven(run.sites for run in runs.values()) if several else {},
         choices=choices,
     )
+
+
+def _paths_of(runs: Mapping[Assignment, Run], supports: Mapping[str, Tensor]) -> tuple[Assignment, ...]:
+    """All paths, where the tables have one axis for them."""
+    sizes = {name: len(support) for name, support in supports.items()}
+    return tuple(runs) if by_path(_sites(runs), sizes) else ()
 
 
 def _subsamples(runs: Mapping[Assignment, Run]) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import pyro
 import torch
@@ -85,22 +83,6 @@ def blame(error: Exception, sites: Sites) -> None:
     """
     if not hasattr(error, "_vfe_at_work_on"):
         error._vfe_at_work_on = sites  # type: ignore[attr-defined]
-
-
-def done(operation: Callable[..., Any], args: Any, kwargs: Any, sites: Sites) -> Any:
-    """Returns what an operation returns; where it fails, the error knows at whose values it was at work.
-
-    Args:
-        operation: A torch function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        sites: The latents from which they were computed.
-    """
-    try:
-        return operation(*args, **kwargs)
-    except Exception as error:
-        blame(error, sites)
-        raise
 
 
 def blamed(error: BaseException | None) -> Sites | None:

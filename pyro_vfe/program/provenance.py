@@ -26,8 +26,8 @@ from pyro_vfe.program.escapes import (
     NO_SITES,
     Escaped,
     Sites,
+    blame,
     by_the_program,
-    done,
     user_line,
 )
 from pyro_vfe.program.keeping import Kept
@@ -260,7 +260,11 @@ class Provenance(TorchFunctionMode):
             self._escape(name, sites)
         before = None if written is None else self.observer.before(written)
         self.observer.will(name, args, sites)
-        result = done(func, args, kwargs, sites)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            blame(error, sites)
+            raise
         self.observer.did(func, name, args, kwargs, result, sites, before)
         if self.on_union is not None and len(sites) > 1 and sites not in self._unions:
             self._unions.add(sites)
@@ -289,7 +293,11 @@ class Provenance(TorchFunctionMode):
             return self.alias(known, sites)
         if self._escapes(name, args) and by_the_program(3):
             self._escape(name, sites)
-        result = done(func, args, kwargs, sites)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            blame(error, sites)
+            raise
         self.observer.did(func, name, args, kwargs, result, sites)
         if type(result) is Tensor and can_be_shared(result) and id(result) not in map(id, args):
             self.shared.keep(key, result, (result,), tensors)

@@ -192,11 +192,10 @@ class Recorder(Messenger):
                 msg["value"] = self.subsamples[name]
             self.full_sizes.setdefault(name, fn.size)
             return
-        if any(frame.size == -1 for frame in msg["cond_indep_stack"]) and not is_computed(msg):
+        frames = msg["cond_indep_stack"]
+        if frames and -1 in [frame.size for frame in frames] and not is_computed(msg):
             self.sizeless.measure(msg, self.role)
-        if not msg["is_observed"] and msg["value"] is None and self.role == "model" and name not in self.given:
-            name_value(msg)
-        if msg["is_observed"] or is_computed(msg):
+        if msg["is_observed"]:
             return
         if name in self.given:
             if self.check_given is not None and name in self.enumerated:
@@ -215,7 +214,9 @@ class Recorder(Messenger):
             self.enumerated.add(name)
             if self.provenance is not None and name not in self.sequential:
                 self.provenance.originate(value, name)
-        elif msg["value"] is None and self.role == "model" and self.unread is not None and name not in self.unread:
+        elif msg["value"] is not None or self.role == "guide" or name_value(msg):
+            return
+        elif self.unread is not None and name not in self.unread:
             raise missing_guide_site(name, type(fn).__name__, is_enumerable(fn))
 
     _pyro_param = staticmethod(prepare)

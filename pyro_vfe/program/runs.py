@@ -198,10 +198,10 @@ class _Runner:
             guide_site = first.sites.get(name)
             if guide_site is not None and guide_site.follows_model:
                 guide_site.scale = site.scale
-        sites: dict[SiteKey, Site] = {}
-        for site in (*first.sites.values(), *second.sites.values()):
-            if site.kind != "unread":
-                sites.update(self._parts(site))
+        every = (*first.sites.values(), *second.sites.values())
+        sites: dict[SiteKey, Site] = {(site.role, site.name): site for site in every if site.kind != "unread"}
+        if self.layout.wholes:
+            sites = {key: part for site in sites.values() for key, part in self._parts(site).items()}
         undrawn = absences(sites, kind="sampled")
         mask_guide(sites)
         self._close_chains(sites)

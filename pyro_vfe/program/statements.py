@@ -15,8 +15,10 @@ from pyro_vfe.engine.shapes import broadcast_shapes
 from pyro_vfe.program.supports import unwrapped
 
 
-def name_value(msg: Any) -> None:
+def name_value(msg: Any) -> bool:
     """Makes a Delta that nobody observes a value under a name, or a factor of it where it has a density.
+
+    Returns whether the site is one.
 
     Args:
         msg: Pyro's message of a site, before it runs.
@@ -24,13 +26,14 @@ def name_value(msg: Any) -> None:
     fn = msg["fn"]
     point = _point(fn)
     if point is None:
-        return
+        return False
     with torch._C.DisableTorchFunction():  # A look at a number is no branch of the program.
         has_density = bool((torch.as_tensor(point.log_density) != 0).any())
     if has_density:
         msg["value"], msg["is_observed"] = fn.rsample(), True
     else:
         msg["infer"] = {**msg["infer"], "_deterministic": True}
+    return True
 
 
 def _point(fn: Any) -> Any:

@@ -18,7 +18,7 @@ from pyro_vfe.errors import SupportError
 from pyro_vfe.program.chain_sites import certain, chain_factor, is_chain
 from pyro_vfe.program.enumeration import SiteKey
 from pyro_vfe.program.equal_sites import stacked_log_prob
-from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged, done
+from pyro_vfe.program.escapes import NO_SITES, Sites, StructureChanged, blame
 from pyro_vfe.program.families_table import product_table
 from pyro_vfe.program.impossible_values import nowhere
 from pyro_vfe.program.layout import Layout
@@ -155,8 +155,11 @@ class Labeller:
         for group in self._groups(sites, readings, pins):
             if len(group) == 1 or not self._label_group(group, sites, readings, factors):
                 for key in group:
-                    scope = readings[key].scope or NO_SITES
-                    factors[key] = done(self._factor, (sites[key], readings[key], pins.get(key)), {}, scope)
+                    try:
+                        factors[key] = self._factor(sites[key], readings[key], pins.get(key))
+                    except Exception as error:
+                        blame(error, readings[key].scope or NO_SITES)
+                        raise
         return {key: factors[key] for key in sites}
 
     def _reading(self, site: Site) -> "_Reading":
