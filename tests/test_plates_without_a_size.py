@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor, tensor
 
 import pyro_vfe as vfe
@@ -20,6 +21,10 @@ STEPS = torch.softmax(torch.arange(9, dtype=torch.float64).reshape(3, 3).sin(), 
 def _clean() -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(3)
+
+
+def _no_guide(*args: Any) -> None:
+    """Leaves all to the model."""
 
 
 def _data(n: int) -> Tensor:
@@ -100,23 +105,49 @@ def test_without_a_guide_as_with_the_size() -> None:
         torch.testing.assert_close(found.marginals()["z"], joint.softmax(-1))
 
 
-def test_a_latent_with_one_value_is_refused_with_two_ways_out() -> None:
-    x = _data(4)
+def test_a_latent_before_the_data_is_one_of_each_element() -> None:
+    """Its distribution has one batch element, and Pyro's enumeration has a latent for each datum."""
 
     def model(x: Tensor, where: str) -> None:
         if where == "outside":
-            z = pyro.sample("z", dist.Categorical(START))
-        with pyro.plate("data", 4) if where == "sized" else pyro.plate("data"):
+            z = pyro.sample("z", dist.Categorical(_weights()))
+        with pyro.plate("data", len(x)) if where == "sized" else pyro.plate("data"):
             if where != "outside":
-                z = pyro.sample("z", dist.Categorical(START))
+                z = pyro.sample("z", dist.Categorical(_weights()))
             pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=x)
 
-    with pytest.raises(StructureError, match="latent 'z' has one value along it and site 'x' 4 elements"):
-        vfe.posterior(model, x, "inside")
-    terms = START.log() + dist.Normal(LOC, 1.0).log_prob(x[:, None])
-    shared = START.log() + dist.Normal(LOC, 1.0).log_prob(x[:, None]).sum(0)
-    assert float(vfe.posterior(model, x, "sized").log_evidence) == pytest.approx(terms.logsumexp(-1).sum().item())
-    assert float(vfe.posterior(model, x, "outside").log_evidence) == pytest.approx(shared.logsumexp(-1).item())
+    elbo, theirs = vfe.FreeEnergy(), TraceEnum_ELBO(max_plate_nesting=1)
+    for n in (4, 4, 6, 4):
+        x = _data(n)
+        terms = START.log() + dist.Normal(LOC, 1.0).log_prob(x[:, None])
+        shared = START.log() + dist.Normal(LOC, 1.0).log_prob(x[:, None]).sum(0)
+        expected = -terms.logsumexp(-1)
+        found = elbo.decompose(model, _no_guide, x, "inside")
+        assert float(found.surprise) == pytest.approx(expected.sum().item(), rel=1e-12)
+        torch.testing.assert_close(found.by("data").surprise, expected)
+        assert theirs.loss(config_enumerate(model), _no_guide, x, "inside") == pytest.approx(expected.sum().item())
+        posterior = vfe.posterior(model, x, "inside")
+        torch.testing.assert_close(posterior.marginals()["z"], terms.softmax(-1))
+        assert posterior.sample(3)["z"].shape == (3, n)
+        sized, outside = (float(vfe.posterior(model, x, where).log_evidence) for where in ("sized", "outside"))
+        assert sized == pytest.approx(-expected.sum().item())
+        assert outside == pytest.approx(shared.logsumexp(-1).item())
+
+
+def test_em_learns_a_mixture_in_a_plate_without_a_size() -> None:
+    def model(x: Tensor, sized: bool) -> None:
+        locs = pyro.param("locs", LOC)
+        with pyro.plate("data", len(x)) if sized else pyro.plate("data"):
+            z = pyro.sample("z", dist.Categorical(_weights()))
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    runs = []
+    for sized in (True, False):
+        pyro.clear_param_store()
+        runs.append(vfe.EM(model).run(_data(9), sized, progress_bar=False, max_iter=400))
+    assert runs[1].free_energy == pytest.approx(runs[0].free_energy, rel=1e-9)
+    for name, value in runs[0].params.items():
+        torch.testing.assert_close(runs[1].params[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_nested_plates_without_sizes() -> None:

@@ -200,3 +200,18 @@ def test_a_plate_that_does_not_fit_is_refused() -> None:
 
     with pytest.raises(PlateError, match="reads latent 'z' from outside plate 'n'"):
         vfe.FreeEnergy().loss(model, empty)
+
+
+def test_a_guide_of_the_posterior_is_refused_with_two_ways_out() -> None:
+    with pytest.raises(PlateError, match="AutoPosterior has no guide for latent 'z'"):
+        vfe.FreeEnergy().decompose(spike_and_slab, vfe.AutoPosterior(spike_and_slab))
+
+    def one_by_one() -> None:
+        z = [pyro.sample(f"z_{i}", dist.Bernoulli(prior(3)[i])) for i in pyro.plate("features", 3)]
+        loc = (torch.stack(torch.broadcast_tensors(*z), -1) * tensor([1.0, -2.0, 0.5])) @ DESIGN
+        with pyro.plate("data", 2):
+            pyro.sample("o", dist.Normal(loc, 1.0), obs=tensor([1.0, 2.0]))
+
+    terms = vfe.FreeEnergy().decompose(one_by_one, vfe.AutoPosterior(one_by_one))
+    assert_equal(terms.gap, tensor(0.0), 1e-10)
+    assert_equal(terms.surprise, vfe.FreeEnergy().decompose(spike_and_slab, empty).surprise, 1e-10)

@@ -25,7 +25,9 @@ from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.tables import over_dims
+from pyro_vfe.program.written_out import sorted_table
 
 
 def responsibility_graph(enumeration: Enumeration) -> FactorGraph:
@@ -73,12 +75,15 @@ def posterior_run(enumeration: Enumeration, model: Program, args: tuple[Any, ...
     }
 
     def drawn(name: str, role: Role, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
-        index = indices[name]
-        first = Table(index.values[0], index.axes[1:])
-        return enumeration.supports[name][over_dims(first, plates)]
+        parts = enumeration.parts_of(name)
+        first = {part: Table(indices[part].values[0], indices[part].axes[1:]) for part in parts}
+        return enumeration.supports[parts[0]][over_dims(sorted_table(first, name, enumeration.wholes), plates)]
 
     whole = {plate: full_size for plate, _, full_size in enumeration.subsampled}
-    recorder = Recorder("model", drawn, given=given, subsamples=enumeration.subsamples, full_sizes=whole)
+    sizeless = SizelessPlates(known=enumeration.plates)
+    recorder = Recorder(
+        "model", drawn, given=given, subsamples=enumeration.subsamples, full_sizes=whole, sizeless=sizeless
+    )
     recorder.run(closing(model, enumeration.closed.__contains__), args, kwargs)
     return recorder.returned
 

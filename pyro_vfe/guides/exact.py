@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_vfe.energy.conditionals import Around, Parents, conditionals, separators
 from pyro_vfe.energy.parts import joint_graph
 from pyro_vfe.energy.posterior import Posterior
-from pyro_vfe.errors import MissingGuideSiteError, StructureError
+from pyro_vfe.errors import MissingGuideSiteError, PlateError, StructureError
 from pyro_vfe.guides.base import OwnGuide
 from pyro_vfe.guides.conditionals import Logits, logits_of, sample_given
 from pyro_vfe.guides.tables import Latent, check_size, find_latents
@@ -172,7 +172,18 @@ class _Exact:
 
 
 def _exact(enumeration: Enumeration, max_bytes: float | None) -> _Exact:
-    """The conditionals of an enumeration's posterior, in the precision of its tables."""
+    """The conditionals of an enumeration's posterior, in the precision of its tables.
+
+    Raises:
+        PlateError: A latent is read as a whole from outside of its plate.
+    """
+    for name, plate in enumeration.wholes.items():
+        raise PlateError(
+            f"AutoPosterior has no guide for latent '{name}', which the model reads as a whole from outside plate "
+            f"'{plate.name}': under the posterior its elements are tied.",
+            hint=f"Give '{name}' a sequential plate (for i in pyro.plate('{plate.name}', {plate.size})), or no guide: "
+            "the model then sums it out, and the gap is 0 all the same.",
+        )
     posterior = Posterior(enumeration, max_bytes=max_bytes)
     graph = joint_graph(posterior.enumeration)
     around = {

@@ -29,6 +29,7 @@ from pyro_vfe.program.recorder import Plate, Role, Site, missing_guide_site, rec
 from pyro_vfe.program.returned import check_returned
 from pyro_vfe.program.row_sizes import Rows, TooLarge
 from pyro_vfe.program.site_structure import SiteStructure
+from pyro_vfe.program.sizeless import SizeFound, SizelessPlates
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
 from pyro_vfe.program.written_out import MOST_JOINT_VALUES, names_parts, structure_parts
 
@@ -129,6 +130,8 @@ class _Findings:
     marked: set[str] = field(default_factory=set)
     """Latents whose statements ask for a run per value."""
     rows: Rows = field(default_factory=Rows)
+    known: dict[str, int] = field(default_factory=dict)
+    """The size of plates that have none of their own, where a latent stands before the data."""
 
     def met(self, sites: Sites, operation: str) -> None:
         """Notes that an operation joined these sites in one tensor."""
@@ -258,6 +261,8 @@ def _explored_path(
             del paths.path[depth:]
             if not found.isdisjoint(name for _, name in findings.sites):
                 return found
+        except SizeFound as plate:
+            findings.known[plate.plate] = plate.size
         except TooLarge:
             findings.rows.together = True
         except RuntimeError as error:
@@ -301,6 +306,7 @@ def _ordinary_run(
             sequential=sequential,
             check_given=lambda name, fn: check_same_support(name, fn, families[name]),
             provenance=provenance,
+            sizeless=SizelessPlates(known=findings.known),
         )
         findings.marked |= both[0].marked | both[1].marked
         returned[:] = [(record.sites, record.returned) for record in both]

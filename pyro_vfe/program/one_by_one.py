@@ -30,6 +30,7 @@ from pyro_vfe.program.log_prob import log_prob
 from pyro_vfe.program.masking import masked, unmasked, without_gaps
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, at_all_elements, record_both
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.spot_check_plates import agree
 from pyro_vfe.program.supports import finite_support
 
@@ -179,7 +180,8 @@ class _OrdinaryRuns:
 
         model, guide, args, kwargs = self.programs
         with torch.enable_grad():
-            both = record_both(model, guide, args, kwargs, chosen, given=self.drawn, look=look)
+            plates = SizelessPlates(self.layout.sizes_around)
+            both = record_both(model, guide, args, kwargs, chosen, given=self.drawn, sizeless=plates, look=look)
             parameters = [value for record in both for value in record.parameters if value.requires_grad]
             return said, {key: _gradients(values, parameters) for key, values in said.items()}
 

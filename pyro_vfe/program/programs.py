@@ -40,6 +40,7 @@ from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at
 from pyro_vfe.program.sharing import Unshareable
 from pyro_vfe.program.singular import other_leaves, singular_tables, with_sound_gradients
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.spot_check import agrees_at_random, spot_check
 from pyro_vfe.program.unobserved import warn_of_no_data
 from pyro_vfe.program.variation import with_variations
@@ -302,7 +303,7 @@ class Programs:
         if not enumeration.draws_tell_of_latents:
             return enumeration
         with before.again():
-            draws = ordinary_draws(guide, args, kwargs, enumeration.subsamples)
+            draws = ordinary_draws(guide, args, kwargs, enumeration)
         with before.again():
             run = self.enumerate(model, guide, args, kwargs, given=draws, subsamples=enumeration.subsamples)
         return run.holding(draws)
@@ -412,7 +413,7 @@ class _Call:
 
 
 def ordinary_draws(
-    guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], subsamples: Mapping[str, Tensor]
+    guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Enumeration
 ) -> dict[str, Tensor]:
     """What the guide samples besides its enumerable latents, when all of them are sampled."""
 
@@ -420,7 +421,9 @@ def ordinary_draws(
         value: Tensor = fn.sample()
         return value
 
-    sites = Recorder("guide", draw, subsamples=subsamples, look=own_value).run(guide, args, kwargs)
+    sizeless = SizelessPlates(known=run.plates)
+    recorder = Recorder("guide", draw, subsamples=run.subsamples, sizeless=sizeless, look=own_value)
+    sites = recorder.run(guide, args, kwargs)
     return {name: site.value for name, site in sites.items() if site.kind == "sampled"}
 
 

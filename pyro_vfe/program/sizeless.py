@@ -1,4 +1,9 @@
-"""Plates without a size, `pyro.plate("data")`: each is as long as the sites in it are along its dim."""
+"""Plates without a size, `pyro.plate("data")`: each is as long as the sites in it are along its dim.
+
+A latent whose distribution has one batch element stands before the data that say how many there are: the first run ends
+where they are met, and begins again with that size. So each element has a latent of its own, as Pyro's enumeration has
+it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +11,33 @@ from typing import Any
 from pyro_vfe.errors import StructureError
 
 
+class SizeFound(StructureError):
+    """A plate without a size has several elements, and a latent before had one value along it."""
+
+    def __init__(self, plate: str, size: int, latent: str) -> None:
+        super().__init__(
+            f"Plate '{plate}' has no size of its own, and {size} elements, of which latent '{latent}' did not know.",
+            hint=f"Give the plate its size: pyro.plate('{plate}', {size}).",
+        )
+        self.plate = plate
+        self.size = size
+
+
 class SizelessPlates:
     """What is known of such plates in one run of guide and model."""
 
-    def __init__(self, ordinary: Mapping[tuple[str, str], Mapping[str, int]] | None = None) -> None:
+    def __init__(
+        self,
+        ordinary: Mapping[tuple[str, str], Mapping[str, int]] | None = None,
+        *,
+        known: Mapping[str, int] | None = None,
+    ) -> None:
         """Args:
         ordinary: The size of each plate around each site in an ordinary run, by role and name.
+        known: The size of plates as it was found.
         """
         self.ordinary = ordinary or {}
+        self.known = known or {}
         self._found: dict[str, tuple[int, str]] = {}
         self._guide: dict[str, dict[str, int]] = {}
         self._single: dict[str, str] = {}
@@ -29,7 +53,8 @@ class SizelessPlates:
             role: The program.
 
         Raises:
-            StructureError: Two sites in one plate are of different sizes, or a latent has one value for all elements.
+            StructureError: Two sites in one plate are of different sizes.
+            SizeFound: A latent before had one value along a plate that turns out to have several elements.
         """
         frames, shape = [], list(msg["fn"].batch_shape)
         for frame in msg["cond_indep_stack"]:
@@ -59,15 +84,9 @@ class SizelessPlates:
         msg["cond_indep_stack"] = tuple(frames)
 
     def _check_single(self, plate: str) -> None:
-        """Drawn, Pyro has one such latent that all elements share; enumerated, one for each of them."""
+        """Begins again where a latent had one value along a plate of several elements."""
         if plate in self._found and plate in self._single:
-            (size, other), name = self._found[plate], self._single[plate]
-            raise StructureError(
-                f"Plate '{plate}' has no size of its own: latent '{name}' has one value along it and site '{other}' "
-                f"{size} elements, so whether they share '{name}' is not said.",
-                hint=f"Give the plate its size, pyro.plate('{plate}', {size}), for a '{name}' of each element; or "
-                f"sample '{name}' outside of the plate, for one that they share.",
-            )
+            raise SizeFound(plate, self._found[plate][0], self._single[plate])
 
     def _size(self, msg: Any, frame: Any, role: str) -> int:
         """How many elements a site has along a plate."""
@@ -75,6 +94,8 @@ class SizelessPlates:
         if msg["value"] is not None and hasattr(msg["value"], "shape"):
             sizes.append(_along(msg["value"].shape, frame.dim - msg["fn"].event_dim))
         sizes.append(self._guide.get(msg["name"], {}).get(frame.name, 1))
+        if not msg["is_observed"]:
+            sizes.append(self.known.get(frame.name, 1))
         if max(sizes) > 1:
             return max(sizes)
         # A latent that it reads may be enumerated now, and have one value for all elements.

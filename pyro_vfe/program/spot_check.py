@@ -32,6 +32,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
 from pyro_vfe.program.site_structure import elements_of
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.spot_check_plates import agree, check_elements, ordinary_log_prob, own_elements, own_stretch
 from pyro_vfe.program.tables import batch_axes, over_dims
 from pyro_vfe.program.written_out import folded_table, number_parts, site_parts
@@ -261,7 +262,15 @@ def _ordinary_run(
     model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
     with pyro.validation_enabled(False) if layout.unvalidated else nullcontext():
         first, second = record_both(
-            model, guide, args, kwargs, chosen, given=given, subsamples=dict(enumeration.subsamples), look=look
+            model,
+            guide,
+            args,
+            kwargs,
+            chosen,
+            given=given,
+            subsamples=dict(enumeration.subsamples),
+            sizeless=SizelessPlates(layout.sizes_around),
+            look=look,
         )
     every = (*first.sites.values(), *second.sites.values())
     sites: dict[SiteKey, Site] = {}

@@ -24,6 +24,7 @@ from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.narrowing import narrowed_site
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.site_structure import Variation
+from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.supports import finite_support
 
 
@@ -45,7 +46,15 @@ def with_variations(
         return support[0].reshape((1,) * -layout.dims.get(name, 0) + support.shape[1:])
 
     try:
-        first, second = record_both(model, guide, args, kwargs, first_value, sequential=layout.sequential)
+        first, second = record_both(
+            model,
+            guide,
+            args,
+            kwargs,
+            first_value,
+            sequential=layout.sequential,
+            sizeless=SizelessPlates(layout.sizes_around),
+        )
         sites = (*first.sites.values(), *second.sites.values())
         found = {(site.role, site.name): _variation(site) for site in sites if (site.role, site.name) in layout.sites}
     except (VFEError, RuntimeError, ValueError, IndexError, TypeError):
