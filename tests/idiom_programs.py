@@ -190,7 +190,7 @@ def size(numbers: Numbers, idiom: dict[str, str], a: Tensor, b: Tensor) -> None:
 def product(numbers: Numbers, idiom: dict[str, str], a: Tensor, b: Tensor) -> None:
     """A stack of latents through a matrix product."""
     xi = torch.stack([pyro.sample(f"xi_{i}", dist.Bernoulli(0.3 + 0.2 * i)) for i in range(2)])
-    loc = (xi * numbers.real("w", 2)) @ numbers.noise("X", 3, 2).T
+    loc = (xi * numbers.real("slopes", 2)) @ numbers.noise("X", 3, 2).T
     with pyro.plate("rows_of_X", 3):
         observe("o", loc, numbers, 3)
 

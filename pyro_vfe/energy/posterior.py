@@ -30,6 +30,7 @@ from pyro_vfe.program.given import given_guide
 from pyro_vfe.program.given_parameters import reading
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.programs import Check, Programs
+from pyro_vfe.program.site_structure import places_of
 from pyro_vfe.program.tables import batch_axes
 from pyro_vfe.program.written_out import joint_of_wholes, sorted_table
 
@@ -249,7 +250,8 @@ class Posterior:
         for name in self.sites:
             parts = run.parts_of(name)
             axes = (*lead, *batch_axes(run.batch_plates(name)))
-            over = [axis for axis in axes if name not in run.wholes or axis != run.wholes[name].name]
+            written_out = {plate.name for plate in run.wholes.get(name, ())}
+            over = [axis for axis in axes if axis not in written_out]
             there = {part: present_at(run, part, indices, tuple(over)) for part in parts}
             index = sorted_table(indices, name, run.wholes).aligned(axes)
             values[name] = run.supports[parts[0]][index]
@@ -261,9 +263,11 @@ class Posterior:
         run = self.enumeration
         found: dict[str, Table] = {}
         for whole in self.sites:
-            table, plate = self._index(whole, assignment.get(whole)), run.wholes.get(whole)
-            for place, part in enumerate(run.parts_of(whole)):
-                found[part] = table if plate is None else table.selected(plate.name, place)
+            plates = run.wholes.get(whole, ())
+            for place, part in zip(places_of(plates), run.parts_of(whole), strict=True):
+                found[part] = self._index(whole, assignment.get(whole))
+                for plate, element in zip(plates, place, strict=True):
+                    found[part] = found[part].selected(plate.name, element)
         found = run.with_path(found)
         draws = (SAMPLE,) if any(SAMPLE in table.axes for table in found.values()) else ()
         latents = [part for whole in self.sites for part in run.parts_of(whole)]

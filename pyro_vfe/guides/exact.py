@@ -177,7 +177,7 @@ def _exact(enumeration: Enumeration, max_bytes: float | None) -> _Exact:
     Raises:
         PlateError: A latent is read as a whole from outside of its plate.
     """
-    for name, plate in enumeration.wholes.items():
+    for name, (plate, *_) in enumeration.wholes.items():
         raise PlateError(
             f"AutoPosterior has no guide for latent '{name}', which the model reads as a whole from outside plate "
             f"'{plate.name}': under the posterior its elements are tied.",

@@ -141,8 +141,8 @@ class Enumeration:
     """What each site read in an ordinary run: draws that are no variables, too."""
     stars: Mapping[SiteKey, Star] = field(default_factory=dict)
     """Which elements of a latent of another plate some sites read: their tables are added up there."""
-    wholes: Mapping[str, Plate] = field(default_factory=dict)
-    """The plate along which a latent is written out, one latent per element."""
+    wholes: Mapping[str, tuple[Plate, ...]] = field(default_factory=dict)
+    """The plates along which a latent is written out, one latent per element."""
     operations: tuple[Operations, ...] = ()
     """The operations of each path of choices."""
     uneven: Mapping[str, int] = field(default_factory=dict)
@@ -306,7 +306,7 @@ class Enumeration:
     def batch_plates(self, name: str) -> tuple[Plate, ...]:
         """The plates around a latent of the model as the program has it."""
         plates = self.sites["model", self.parts_of(name)[0]].plates
-        return (*plates, self.wholes[name]) if name in self.wholes else plates
+        return (*plates, *self.wholes.get(name, ()))
 
     def check_kept(self, plates: Iterable[str]) -> None:
         """Checks that no site of these plates reads latents of others by index, which ties their elements together.

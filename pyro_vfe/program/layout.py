@@ -72,8 +72,8 @@ class Layout:
     """Whether the programs change in place what the gradients of their own operations need."""
     groups: Mapping[str, int] = field(default_factory=dict)
     """The group of each latent whose values are taken one by one, as the programs do not broadcast over them."""
-    wholes: Mapping[str, Plate] = field(default_factory=dict)
-    """The plate along which a latent is written out, one latent per element, as a site reads all of them."""
+    wholes: Mapping[str, tuple[Plate, ...]] = field(default_factory=dict)
+    """The plates along which a latent is written out, one latent per element, as a site reads all of them."""
     stars: Mapping[tuple[Role, str], str] = field(default_factory=dict)
     """The latent of another plate that a site reads by index."""
     unseen: Mapping[tuple[Role, str], Sites] = field(default_factory=dict)
@@ -379,6 +379,9 @@ def _arranged(
     _check_homes(findings.sites)
     stars = _star_latents(findings.sites) if by_index else {}
     wholes = _read_as_wholes(findings.sites, stars)
+    if not wholes.keys().isdisjoint(stars.values()):  # What is written out is no plate to read from by index.
+        stars = {key: latent for key, latent in stars.items() if latent not in wholes}
+        wholes = _read_as_wholes(findings.sites, stars)
     sites = structure_parts(findings.sites, wholes) if wholes else findings.sites
     meetings = {names_parts(names, wholes): operation for names, operation in findings.meetings.items()}
     _check_plates(sites, stars)
@@ -432,25 +435,30 @@ def _star_latents(sites: Mapping[tuple[Role, str], SiteStructure]) -> dict[tuple
 
 def _read_as_wholes(
     sites: Mapping[tuple[Role, str], SiteStructure], stars: Mapping[tuple[Role, str], str]
-) -> dict[str, Plate]:
-    """The latents that some site reads from outside of their plate, all elements together.
+) -> dict[str, tuple[Plate, ...]]:
+    """The latents that some site reads from outside of their plates, all elements together.
 
     Raises:
         PlateError: One has too many elements for that, or is a chain, or shows a part of its plate.
     """
     latents = {site.name: site for site in sites.values() if site.kind == "enumerated"}
-    found: dict[str, Plate] = {}
+    found: dict[str, tuple[Plate, ...]] = {}
+    before = -1
+    while before != (before := sum(map(len, found.values()))):  # What is written out leaves its plate, and reads on.
+        for key, site in sites.items():
+            gone = found.get(site.name, ()) if site.kind == "enumerated" else ()
+            around = {plate.name for plate in site.plates if plate not in gone}
+            for name in sorted(site.scope & latents.keys() - {stars.get(key), site.name}):
+                for plate in latents[name].plates:
+                    if plate.name not in around and plate not in found.get(name, ()):
+                        if latents[name].chain or plate.size != plate.full_size:
+                            raise plate_violation(key[1], key[0], name, plate.name)
+                        found[name] = (*found.get(name, ()), plate)
     for key, site in sites.items():
-        around, joint = {plate.name for plate in site.plates}, 1
-        for name in sorted(site.scope & latents.keys() - {stars.get(key)}):
-            latent = latents[name]
-            for plate in latent.plates:
-                if plate.name in around:
-                    continue
-                joint *= latent.size**plate.size if plate.size < MOST_JOINT_VALUES else MOST_JOINT_VALUES + 1
-                is_one = found.setdefault(name, plate).name == plate.name
-                if not is_one or joint > MOST_JOINT_VALUES or latent.chain or plate.size != plate.full_size:
-                    raise plate_violation(key[1], key[0], name, plate.name)
+        read = sorted(site.scope & found.keys())
+        bits = [math.log2(latents[name].size) * math.prod(plate.size for plate in found[name]) for name in read]
+        if sum(bits) > math.log2(MOST_JOINT_VALUES):
+            raise plate_violation(key[1], key[0], read[0], found[read[0]][0].name)
     return found
 
 

@@ -142,7 +142,7 @@ class _Runner:
         self.places = Places(self.observer) if self.layout.stars else None
         self.provenance = Provenance(share=self.share, observer=self.places or self.observer)
         wholes = self.layout.wholes
-        self.provenance.parts = {name: frozenset(elements_of(name, plate)) for name, plate in wholes.items()}
+        self.provenance.parts = {name: frozenset(elements_of(name, plates)) for name, plates in wholes.items()}
         self.supports: dict[str, Tensor] = {}
         self.choices: dict[str, int] = {}
         """The index of each latent that has one value in the run."""
@@ -343,14 +343,14 @@ class _Runner:
                 return support[index].clone()
             if any(-plate.dim > self.layout.nesting for plate in plates):
                 raise StructureChanged(f"latent '{name}' lies in more plates")
-            whole = self.layout.wholes.get(name)
-            if whole is None:
+            wholes = self.layout.wholes.get(name)
+            if wholes is None:
                 return self._value(name, fn, plates)
-            if whole not in plates:
+            if not set(wholes) <= set(plates):
                 raise StructureChanged(f"latent '{name}' lies in other plates")
-            others = tuple(plate for plate in plates if plate != whole)
-            parts = [self._value(element, fn, others) for element in elements_of(name, whole)]
-            return put_together(parts, whole, len(fn.event_shape))
+            others = tuple(plate for plate in plates if plate not in wholes)
+            parts = [self._value(element, fn, others) for element in elements_of(name, wholes)]
+            return put_together(parts, wholes, len(fn.event_shape))
 
     def _value(self, name: str, fn: Any, plates: tuple[Plate, ...]) -> Tensor:
         """The values of a latent, or of an element of one: all along its dim, or one of them."""

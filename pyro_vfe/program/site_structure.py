@@ -1,6 +1,8 @@
 """What one sample statement is, as an ordinary run shows it."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from torch import Tensor
 
@@ -49,11 +51,20 @@ class SiteStructure:
     """What else the size of its table depends on; None where that has not been looked at."""
 
 
-def elements_of(name: str, plate: Plate) -> tuple[str, ...]:
-    """Returns the names of the elements of a latent that is written out along a plate.
+def elements_of(name: str, plates: Sequence[Plate]) -> tuple[str, ...]:
+    """Returns the names of the elements of a latent that is written out along plates.
 
     Args:
         name: The latent.
-        plate: The plate.
+        plates: The plates.
     """
-    return tuple(f"{name}[{index}]" for index in range(plate.size))
+    return tuple(f"{name}[{','.join(map(str, place))}]" for place in places_of(plates))
+
+
+def places_of(plates: Sequence[Plate]) -> Iterator[tuple[int, ...]]:
+    """Returns the elements of plates, each by its index along each of them; the last one runs fastest.
+
+    Args:
+        plates: The plates.
+    """
+    return product(*(range(plate.size) for plate in plates))

@@ -272,11 +272,8 @@ def _ordinary_run(
             sizeless=SizelessPlates(layout.sizes_around),
             look=look,
         )
-    every = (*first.sites.values(), *second.sites.values())
-    sites: dict[SiteKey, Site] = {}
-    for site in every:
-        if site.kind != "unread":
-            sites.update(site_parts(site, layout.wholes))
+    met = [site for site in (*first.sites.values(), *second.sites.values()) if site.kind != "unread"]
+    sites = {key: part for site in met for key, part in site_parts(site, layout.wholes).items()}
     mask_guide(sites)
     return sites, log_probs
 

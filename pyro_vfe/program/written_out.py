@@ -6,9 +6,8 @@ A plate says that its elements are independent given what is outside; what reads
 then has a variable per element, where so many joint values fit. What is reported of the latent has its plate again.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,15 +17,15 @@ from pyro_vfe.errors import PlateError
 from pyro_vfe.program.escapes import NO_SITES, Sites
 from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.recorder import Plate, Role, Site
-from pyro_vfe.program.site_structure import SiteStructure, elements_of
+from pyro_vfe.program.site_structure import SiteStructure, elements_of, places_of
 
 SiteKey = tuple[Role, str]
 
 MOST_JOINT_VALUES = 2**16
 """The most joint values of latents that are read together."""
 
-Wholes = Mapping[str, Plate]
-"""For each latent that is read as a whole the plate along which it is written out."""
+Wholes = Mapping[str, tuple[Plate, ...]]
+"""For each latent that is read as a whole the plates along which it is written out."""
 
 
 def site_parts(site: Site, wholes: Wholes) -> dict[SiteKey, Site]:
@@ -39,19 +38,23 @@ def site_parts(site: Site, wholes: Wholes) -> dict[SiteKey, Site]:
     Raises:
         PlateError: Its distribution cannot be taken apart.
     """
-    plate = wholes.get(site.name)
-    if plate is None or site.kind != "enumerated":
+    plates = wholes.get(site.name)
+    if plates is None or site.kind != "enumerated":
         return {(site.role, site.name): site}
     found: dict[SiteKey, Site] = {}
-    for index, name in enumerate(elements_of(site.name, plate)):
-        part = narrowed_site(site, plate.name, index, 1)
-        if part is None:
-            raise PlateError(
-                f"Latent '{site.name}' is read from outside of plate '{plate.name}', and its distribution, a "
-                f"{type(site.fn).__name__}, cannot be taken apart into elements.",
-                hint=f"Give '{site.name}' a sequential plate (for i in pyro.plate(...)).",
-            )
-        others = tuple(one for one in part.plates if one.name != plate.name)
+    names = {plate.name for plate in plates}
+    for place, name in zip(places_of(plates), elements_of(site.name, plates), strict=True):
+        part = site
+        for plate, index in zip(plates, place, strict=True):
+            narrow = narrowed_site(part, plate.name, index, 1)
+            if narrow is None:
+                raise PlateError(
+                    f"Latent '{site.name}' is read from outside of plate '{plate.name}', and its distribution, a "
+                    f"{type(site.fn).__name__}, cannot be taken apart into elements.",
+                    hint=f"Give '{site.name}' a sequential plate (for i in pyro.plate(...)).",
+                )
+            part = narrow
+        others = tuple(one for one in part.plates if one.name not in names)
         found[site.role, name] = replace(part, name=name, plates=others)
     return found
 
@@ -64,43 +67,54 @@ def number_parts(values: Tensor, site: Site, wholes: Wholes) -> dict[SiteKey, Te
         site: The site as it ran.
         wholes: The latents that are written out.
     """
-    plate = wholes.get(site.name)
-    if plate is None or site.kind != "enumerated":
+    plates = wholes.get(site.name)
+    if plates is None or site.kind != "enumerated":
         return {(site.role, site.name): values}
-    names = elements_of(site.name, plate)
-    return {(site.role, name): stretch(values, plate.dim, index, 1) for index, name in enumerate(names)}
+    found = {}
+    for place, name in zip(places_of(plates), elements_of(site.name, plates), strict=True):
+        part = values
+        for plate, index in zip(plates, place, strict=True):
+            part = stretch(part, plate.dim, index, 1)
+        found[site.role, name] = part
+    return found
 
 
-def put_together(parts: Iterable[Tensor], plate: Plate, event_dims: int) -> Tensor:
+def put_together(parts: Sequence[Tensor], plates: Sequence[Plate], event_dims: int) -> Tensor:
     """Returns the value of a latent from those of its elements, each with dims of its own at the left.
 
     Args:
-        parts: The values of the elements, of size 1 along the plate.
-        plate: The plate.
+        parts: The values of the elements, in order, of size 1 along the plates.
+        plates: The plates.
         event_dims: How many dims belong to an event.
     """
-    dim = plate.dim - event_dims
-    whole = torch.broadcast_tensors(*parts)
+    if not plates:
+        return parts[0]
+    first, *others = plates
+    length = len(parts) // first.size
+    stretches = [parts[start : start + length] for start in range(0, len(parts), length)]
+    whole = torch.broadcast_tensors(*(put_together(own, others, event_dims) for own in stretches))
+    dim = first.dim - event_dims
     lead = max(0, -dim - whole[0].dim())
     return torch.cat([part.reshape((1,) * lead + part.shape) for part in whole], dim)
 
 
-def folded_table(tables: Mapping[str, Table], name: str, plate: Plate, own: str | None = None) -> Table:
+def folded_table(tables: Mapping[str, Table], name: str, plates: Sequence[Plate]) -> Table:
     """Returns the table of a latent over its plates from those of its elements.
 
     Args:
         tables: Over the other plates, by element.
-        name: The latent.
-        plate: The plate along which it is written out.
-        own: What its values' axis is to be called, where the tables have one.
+        name: The latent, by which its values' axis is called where the tables have one.
+        plates: The plates along which it is written out.
     """
     parts = []
-    for element in elements_of(name, plate):
+    for element in elements_of(name, plates):
         table = tables[element]
-        parts.append(Table(table.values, tuple(own or name if axis == element else axis for axis in table.axes)))
+        parts.append(Table(table.values, tuple(name if axis == element else axis for axis in table.axes)))
     axes = tuple(dict.fromkeys(axis for part in parts for axis in part.axes))
     shape = torch.broadcast_shapes(*(part.aligned(axes).shape for part in parts))
-    return Table(torch.stack([part.aligned(axes).expand(shape) for part in parts]), (plate.name, *axes))
+    whole = torch.stack([part.aligned(axes).expand(shape) for part in parts])
+    whole = whole.reshape(*(plate.size for plate in plates), *shape)
+    return Table(whole, (*(plate.name for plate in plates), *axes))
 
 
 def sorted_table(tables: Mapping[str, Table], name: str, wholes: Wholes) -> Table:
@@ -130,12 +144,11 @@ def joint_of_wholes(
         wholes: Those that are.
         marginals: Gives the tables of tuples of latents.
     """
-    plates = list({wholes[name].name: wholes[name] for name in names if name in wholes}.values())
+    plates = list({plate.name: plate for name in names for plate in wholes.get(name, ())}.values())
     scopes = {}
-    for place in product(*(range(plate.size) for plate in plates)):
+    for place in places_of(plates):
         at = {plate.name: index for plate, index in zip(plates, place, strict=True)}
-        parts = (elements_of(name, wholes[name])[at[wholes[name].name]] if name in wholes else name for name in names)
-        scopes[place] = tuple(parts)
+        scopes[place] = tuple(_element_at(name, wholes[name], at) if name in wholes else name for name in names)
     found = marginals(list(dict.fromkeys(scopes.values())))
     tables = []
     for place, own in scopes.items():
@@ -152,6 +165,11 @@ def joint_of_wholes(
     return Table(result.aligned(axes), axes)
 
 
+def _element_at(name: str, plates: Sequence[Plate], at: Mapping[str, int]) -> str:
+    own = tuple(at[plate.name] for plate in plates)
+    return dict(zip(places_of(plates), elements_of(name, plates), strict=True))[own]
+
+
 def structure_parts(sites: Mapping[SiteKey, SiteStructure], wholes: Wholes) -> dict[SiteKey, SiteStructure]:
     """Returns what the sites are once latents are written out.
 
@@ -162,21 +180,21 @@ def structure_parts(sites: Mapping[SiteKey, SiteStructure], wholes: Wholes) -> d
     found: dict[SiteKey, SiteStructure] = {}
     for key, site in sites.items():
         scope, meets = (names_parts(names, wholes) for names in (site.scope, site.meets))
-        plate = wholes.get(site.name) if site.kind == "enumerated" else None
-        if plate is None:
+        plates = wholes.get(site.name) if site.kind == "enumerated" else None
+        if plates is None:
             found[key] = replace(site, scope=scope, meets=meets)
             continue
-        others = tuple(one for one in site.plates if one.name != plate.name)
-        elements = frozenset(elements_of(site.name, plate))
-        for name in elements_of(site.name, plate):
+        others = tuple(one for one in site.plates if one not in plates)
+        elements = elements_of(site.name, plates)
+        for name in elements:
             own = {name} if site.name in site.scope else NO_SITES
             meeting = {name} if site.name in site.meets else NO_SITES
             found[site.role, name] = replace(
                 site,
                 name=name,
                 plates=others,
-                scope=(scope - elements) | own,
-                meets=(meets - elements) | meeting,
+                scope=scope.difference(elements) | own,
+                meets=meets.difference(elements) | meeting,
             )
     return found
 
