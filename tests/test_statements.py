@@ -63,7 +63,20 @@ def with_a_density(under_a_name: bool = True) -> None:
     normal(a)
 
 
-NAMED = (the_larger, in_a_plate, an_event, masked, with_a_density)
+def with_a_density_to_be_learned(under_a_name: bool = True) -> None:
+    """It is zero to begin with, and has a gradient all the same."""
+    b, density = bernoulli("b", 0.6), pyro.param("d", tensor([0.0, 0.0]))
+    with pyro.plate("n", 3):
+        z = categorical("z", tensor([0.3, 0.7]))
+        loc = (b + z).unsqueeze(-1)
+        if under_a_name:
+            loc = pyro.sample("c", dist.Delta(loc.expand([*loc.shape[:-1], 2]), density[z].unsqueeze(-1)).to_event(1))
+        else:
+            pyro.factor("c", 2 * density[z])
+        normal(loc.sum(-1) if under_a_name else 2 * loc.squeeze(-1), DATA)
+
+
+NAMED = (the_larger, in_a_plate, an_event, masked, with_a_density, with_a_density_to_be_learned)
 
 
 @pytest.mark.parametrize("model", NAMED)
@@ -172,3 +185,41 @@ def test_sequential_marks_on_more_latents_than_there_may_be_runs_are_summed_in_p
 
     losses = [vfe.FreeEnergy().loss(model, empty, mark) for mark in ("parallel", "sequential")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def read_by_the_next(expand: bool) -> Program:
+    """The distribution of z has the values of a along a dim of theirs, and so have values of its whole batch shape."""
+
+    def model() -> None:
+        probs = pyro.param("probs", tensor([[0.3, 0.6, 0.1], [0.2, 0.2, 0.6]]), constraint=constraints.simplex)
+        a = bernoulli("a", 0.3)
+        with pyro.plate("n", 3):
+            z = categorical("z", probs[a.long()])
+            assert not expand or z.shape[-1] == 3
+            normal(pyro.param("mu", tensor([0.0, 1.0, 2.0]))[z], DATA)
+
+    return config_enumerate(model, "parallel", expand=expand)
+
+
+def side_by_side(expand: bool) -> Program:
+    """What enumeration gives is joined as it is: both have all dims."""
+
+    def model() -> None:
+        with pyro.plate("n", 3):
+            a = pyro.sample("a", dist.Bernoulli(pyro.param("p", tensor([0.3, 0.4, 0.1]))))
+            y = pyro.sample("y", dist.OneHotCategorical(tensor([[0.3, 0.7], [0.2, 0.8]])[a.long()]))
+            rows = torch.cat([y, a.unsqueeze(-1).expand(*y.shape[:-1], 1)], -1)
+            normal(rows @ tensor([1.0, 2.0, -1.0]), DATA)
+
+    return config_enumerate(model, "parallel", expand=expand)
+
+
+@pytest.mark.parametrize("program", [read_by_the_next, side_by_side])
+def test_values_of_the_whole_batch_shape_take_one_run(program: Callable[[bool], Program]) -> None:
+    """They are known to vary with what their distribution reads; pytest would raise the warning of several runs."""
+    exact, elbo = oracle(program(False), empty), vfe.FreeEnergy()
+    loss = elbo.differentiable_loss(program(True), empty)
+    assert loss.item() == pytest.approx(exact.terms["free_energy"].item(), rel=1e-12)
+    expected = exact.gradients()
+    for parameter, gradient in gradients(loss).items():
+        assert_equal(gradient, expected[parameter], 1e-8)

@@ -143,6 +143,12 @@ class Provenance(TorchFunctionMode):
         elif mark[1] is not sites and not sites <= mark[1]:
             tensor._vfe_sites = (self.run, mark[1] | sites, mark[2])  # type: ignore[attr-defined]
 
+    def join(self, tensor: Tensor, sites: Sites) -> None:
+        """Adds `sites` to what `tensor` was computed from: they meet in it."""
+        self.mark(tensor, sites)
+        if sites and self.on_union is not None:
+            self.on_union(self.of(tensor), "expand")
+
     def originate(self, tensor: Tensor, site: str) -> None:
         """Makes `tensor` the value of `site`: it depends on no other site, and may not leave torch."""
         original = self.original(tensor)

@@ -26,7 +26,7 @@ from pyro_vfe.program.plate_sizes import check_same_subsample, check_size
 from pyro_vfe.program.precision import widened_distribution
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.sizeless import SizelessPlates
-from pyro_vfe.program.statements import asks_for_runs, expanded, name_value
+from pyro_vfe.program.statements import asks_for_runs, expanded, infer_expands, name_value
 from pyro_vfe.program.supports import is_enumerable, is_point, unwrapped
 from pyro_vfe.program.surroundings import steps_around, subsampled_around
 
@@ -214,6 +214,8 @@ class Recorder(Messenger):
             self.enumerated.add(name)
             if self.provenance is not None and name not in self.sequential:
                 self.provenance.originate(value, name)
+                if infer_expands(msg):  # It has the dims of the latents that its distribution reads.
+                    self.provenance.join(value, self.provenance.of_distribution(fn) & self.enumerated)
         elif msg["value"] is not None or self.role == "guide" or name_value(msg):
             return
         elif self.unread is not None and name not in self.unread:

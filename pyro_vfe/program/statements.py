@@ -28,7 +28,8 @@ def name_value(msg: Any) -> bool:
     if point is None:
         return False
     with torch._C.DisableTorchFunction():  # A look at a number is no branch of the program.
-        has_density = bool((torch.as_tensor(point.log_density) != 0).any())
+        density = torch.as_tensor(point.log_density)
+        has_density = density.requires_grad or bool((density != 0).any())  # One of zero can be learned.
     if has_density:
         msg["value"], msg["is_observed"] = fn.rsample(), True
     else:
@@ -53,6 +54,15 @@ def asks_for_runs(msg: Any) -> bool:
     return msg["infer"].get("enumerate") == "sequential" and all(f.dim is None for f in msg["cond_indep_stack"])
 
 
+def infer_expands(msg: Any) -> bool:
+    """Returns whether a latent's statement asks for values of the whole batch shape.
+
+    Args:
+        msg: Pyro's message of the site.
+    """
+    return bool(msg["infer"].get("expand"))
+
+
 def expanded(value: Tensor, msg: Any) -> Tensor:
     """Returns a latent's values, of the whole batch shape where its statement asks for that.
 
@@ -60,7 +70,7 @@ def expanded(value: Tensor, msg: Any) -> Tensor:
         value: All values along a dim of their own.
         msg: Pyro's message of the site.
     """
-    if not msg["infer"].get("expand"):
+    if not infer_expands(msg):
         return value
     event = len(msg["fn"].event_shape)
     batch = value.shape[: value.dim() - event]
