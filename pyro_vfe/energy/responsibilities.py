@@ -25,6 +25,7 @@ from pyro_vfe.program.enumeration import Enumeration
 from pyro_vfe.program.finite import Finite
 from pyro_vfe.program.layout import Program
 from pyro_vfe.program.recorder import Plate, Recorder, Role, Site
+from pyro_vfe.program.single_values import with_draws
 from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.tables import over_dims
 from pyro_vfe.program.written_out import sorted_table
@@ -84,7 +85,8 @@ def posterior_run(enumeration: Enumeration, model: Program, args: tuple[Any, ...
     recorder = Recorder(
         "model", drawn, given=given, subsamples=enumeration.subsamples, full_sizes=whole, sizeless=sizeless
     )
-    recorder.run(closing(model, enumeration.closed.__contains__), args, kwargs)
+    with with_draws("a run with latents drawn from the posterior"):
+        recorder.run(closing(model, enumeration.closed.__contains__), args, kwargs)
     return recorder.returned
 
 

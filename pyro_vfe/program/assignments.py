@@ -42,7 +42,12 @@ class Rounds(NamedTuple):
 
 
 def rounds_of(
-    enumeration: Enumeration, mixed: frozenset[str], row_bytes: float, *, at_most: int | None = None
+    enumeration: Enumeration,
+    mixed: frozenset[str],
+    row_bytes: float,
+    *,
+    at_most: int | None = None,
+    alike: bool = False,
 ) -> Rounds:
     """Returns a few rounds that go through values from a random start; all joint values of latents whose values meet.
 
@@ -51,9 +56,10 @@ def rounds_of(
         mixed: Latents whose values meet in some operation.
         row_bytes: The most that an ordinary run makes for each element of a latent.
         at_most: How many rounds to take; as many as tell elements apart where that is None.
+        alike: Whether all elements of a plate have one value in each round.
     """
     sizes = {name: enumeration.variables[name].size for name in enumeration.supports}
-    turns = _turns(enumeration, row_bytes)
+    turns = (frozenset[str](),) if alike else _turns(enumeration, row_bytes)
     digits = at_most or min(_MOST_ROUNDS, max((_rounds_for(enumeration, name) for name in sizes), default=1))
     joint = prod(sizes[name] for name in mixed)
     count = at_most or digits * len(turns)

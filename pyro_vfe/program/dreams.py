@@ -30,6 +30,7 @@ from pyro_vfe.program.masking import unmasked
 from pyro_vfe.program.parameters import naming_nan
 from pyro_vfe.program.recorder import Site, is_computed, plates_around
 from pyro_vfe.program.returned import check_returned
+from pyro_vfe.program.single_values import with_draws
 
 DreamToArgs = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
 """Called with the dreamt observations by site name and with the programs' arguments; returns `(args, kwargs)`."""
@@ -126,7 +127,7 @@ def dreamt(
     """
     run = _Dreamer((args, kwargs))
     look = first_look((model,), args, kwargs)
-    with torch.no_grad(), naming_nan(signed), look, run, Gaps(is_whole=lambda name: True):
+    with torch.no_grad(), naming_nan(signed), look, with_draws("a dream"), run, Gaps(is_whole=lambda name: True):
         returned = model(*args, **kwargs)
     check_returned({**run.latents, **run.observed}, returned, is_guide=False)
     observations = {name: site.value for name, site in run.observed.items()}

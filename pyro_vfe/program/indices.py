@@ -36,21 +36,32 @@ def out_of_range(error: BaseException) -> ShapeError | None:
     if isinstance(error, VFEError) or not is_meant:
         return None
     frames = list(_frames(error))
-    line = next((found for frame, number in reversed(frames) if (found := _line(frame, number))), None)
     operation = next((frame.f_locals for frame, _ in reversed(frames) if _is_tracked(frame)), None)
     recorder = next((frame.f_locals["self"] for frame, _ in frames if _is_recorded(frame)), None)
-    if line is None or recorder is None:  # The user's own, in a callback say.
+    place = place_of(error)
+    if place is None or recorder is None:  # The user's own, in a callback say.
         return None
     table, index, names = (None, None, []) if operation is None else _parts(operation)
     if operation is not None and operation["self"].on_union is None and operation["self"].of(table):
         return None
     shapes = "" if table is None else f" The tensor has shape {tuple(table.shape)}{_range(index)}."
-    place = f"{line}, in the {recorder.role} {_since(recorder)}"
     return ShapeError(
         f"An index is out of range at {place}: {said}.{shapes}{_origin(names, recorder.sites)}",
         hint="Make the tensor as long as the index asks, one entry for each value, or correct the index: along a dim "
         "of size n it goes from 0 to n - 1.",
     )
+
+
+def place_of(error: BaseException) -> str | None:
+    """Returns where in a program an error came up: the line, and where that is known after which site of which program.
+
+    Args:
+        error: What came of running a program.
+    """
+    frames = list(_frames(error))
+    line = next((found for frame, number in reversed(frames) if (found := _line(frame, number))), None)
+    recorder = next((frame.f_locals["self"] for frame, _ in frames if _is_recorded(frame)), None)
+    return line if line is None or recorder is None else f"{line}, in the {recorder.role} {_since(recorder)}"
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:

@@ -22,12 +22,14 @@ from pyro_vfe.program.log_prob import is_listed
 from pyro_vfe.program.masking import hand_over_masks, unmasked
 from pyro_vfe.program.missing_data import check_data
 from pyro_vfe.program.missing_plates import check_batch_dims
+from pyro_vfe.program.operations import Observer
 from pyro_vfe.program.plate_violations import different_plates, plate_violation
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, missing_guide_site, record_both
 from pyro_vfe.program.returned import check_returned
 from pyro_vfe.program.row_sizes import Rows, TooLarge
+from pyro_vfe.program.single_values import Deeper, Ones, runs_somehow
 from pyro_vfe.program.site_structure import SiteStructure
 from pyro_vfe.program.sizeless import SizeFound, SizelessPlates
 from pyro_vfe.program.supports import check_same_support, finite_support, is_enumerable, support_size, unwrapped
@@ -82,6 +84,8 @@ class Layout:
     """Whether the programs make invalid distributions at values that are impossible."""
     row_bytes: float = 0.0
     """The most that an ordinary run makes for each element of a latent."""
+    only_enumerated: bool = False
+    """Whether the programs run with values alone that have the dims of enumerated ones."""
 
     @cached_property
     def sizes_around(self) -> dict[tuple[str, str], dict[str, int]]:
@@ -132,6 +136,12 @@ class _Findings:
     rows: Rows = field(default_factory=Rows)
     known: dict[str, int] = field(default_factory=dict)
     """The size of plates that have none of their own, where a latent stands before the data."""
+    ones: Ones = field(default_factory=Ones)
+
+    @property
+    def observer(self) -> Observer:
+        """What looks at the operations of a run."""
+        return Observer() if self.ones.dims else self.rows
 
     def met(self, sites: Sites, operation: str) -> None:
         """Notes that an operation joined these sites in one tensor."""
@@ -173,7 +183,7 @@ def lay_out(
         CostError: Too many latents meet in one tensor.
         PlateError: A latent is read from outside one of its plates.
     """
-    with first_look((guide, model), args, kwargs):
+    with runs_somehow(), first_look((guide, model), args, kwargs):
         findings, sequential = _explored(model, guide, args, kwargs)
     return _arranged(findings, sequential, min_nesting, extra_nesting, by_index)
 
@@ -191,7 +201,7 @@ def latents_and_branches(
     Raises:
         StructureError: A latent is in a plate whose size another latent decides.
     """
-    with first_look((program,), args, kwargs):
+    with runs_somehow(), first_look((program,), args, kwargs):
         findings, branches = _explored(no_guide, program, args, kwargs)
     latents = {site.name: site for site in findings.sites.values() if site.kind == "enumerated"}
     for name, site in latents.items():
@@ -209,18 +219,18 @@ def _explored(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[_Findings, frozenset[str]]:
     """Runs along all paths until it is known which latents the programs branch on."""
-    rows = Rows()
-    findings, sequential = _explored_from(frozenset(), rows, model, guide, args, kwargs)
+    looks = Rows(), Ones()
+    findings, sequential = _explored_from(frozenset(), looks, model, guide, args, kwargs)
     by_mark = sequential | findings.marked
     sizes = {site.name: site.size for site in findings.sites.values()}
     if by_mark == sequential or math.prod(sizes[name] for name in by_mark) > MAX_RUNS:
         return findings, sequential  # Enumerated in parallel, what is marked has the same sums.
-    return _explored_from(by_mark, rows, model, guide, args, kwargs)
+    return _explored_from(by_mark, looks, model, guide, args, kwargs)
 
 
 def _explored_from(
     sequential: frozenset[str],
-    rows: Rows,
+    looks: tuple[Rows, Ones],
     model: Program,
     guide: Program,
     args: tuple[Any, ...],
@@ -228,7 +238,7 @@ def _explored_from(
 ) -> tuple[_Findings, frozenset[str]]:
     """Runs along all paths, of latents of which it is known that they take one value in each run."""
     while True:
-        findings = _Findings(rows=rows)
+        findings = _Findings(rows=looks[0], ones=looks[1])
         for _ in (paths := Paths(warns=True)):
             more = _explored_path(model, guide, args, kwargs, sequential, paths, findings)
             sequential |= more
@@ -265,10 +275,12 @@ def _explored_path(
             findings.known[plate.plate] = plate.size
         except TooLarge:
             findings.rows.together = True
-        except RuntimeError as error:
-            if not findings.rows.together:
-                raise
-            raise cannot_broadcast(error) from error  # One value for all has the dims that enumerated ones have.
+        except (Deeper, IndexError, RuntimeError, ValueError) as error:
+            if findings.rows.together and isinstance(error, RuntimeError):
+                raise cannot_broadcast(error) from error  # One value for all has the dims that enumerated ones have.
+            findings.ones.instead(error)
+            findings.meetings = dict(known)
+            del paths.path[depth:]
 
 
 def _ordinary_run(
@@ -290,7 +302,8 @@ def _ordinary_run(
         findings.plates[name] = plates
         families[name] = fn
         if name not in sequential:
-            return findings.rows.drawn(name, fn, fn.sample(), plates)
+            value = findings.ones.drawn(fn, fn.sample(), plates)
+            return value if findings.ones.dims else findings.rows.drawn(name, fn, value, plates)
         if name not in chosen:
             chosen[name] = finite_support(fn, name)[paths.choose(name, support_size(fn))]
         return chosen[name].clone()
@@ -311,11 +324,12 @@ def _ordinary_run(
         findings.marked |= both[0].marked | both[1].marked
         returned[:] = [(record.sites, record.returned) for record in both]
         sites = {(site.role, site.name): site for record in both for site in record.sites.values()}
+        findings.ones.ran(plate for site in sites.values() for plate in site.plates)
         hand_over_masks(sites)
         return sites
 
     sites, provenance, overwrites_saved = ran_twice(
-        run, lambda: Provenance(on_union=findings.met, follows=True, observer=findings.rows), (args, kwargs)
+        run, lambda: Provenance(on_union=findings.met, follows=True, observer=findings.observer), (args, kwargs)
     )
     findings.overwrites_saved |= overwrites_saved
     findings.add(sites, provenance)
@@ -405,6 +419,7 @@ def _arranged(
         stars=stars,
         wholes=wholes,
         row_bytes=findings.rows.row_bytes,
+        only_enumerated=findings.ones.dims > 0,
     )
 
 

@@ -39,6 +39,7 @@ from pyro_vfe.program.randomness import random_state, set_random_state, undistur
 from pyro_vfe.program.recorder import Plate, Recorder, Role
 from pyro_vfe.program.runs import enumerate_programs, tables_at
 from pyro_vfe.program.sharing import Unshareable
+from pyro_vfe.program.single_values import warn_of_single_values
 from pyro_vfe.program.singular import other_leaves, singular_tables, with_sound_gradients
 from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.spot_check import agrees_at_random, spot_check
@@ -251,6 +252,8 @@ class Programs:
         except Exception as error:
             raise (explained(error, call.programs, call.args, call.kwargs) or cannot_broadcast(error)) from error
         warn_of_runs(layout)
+        if layout.only_enumerated:
+            warn_of_single_values()
         warn_of_priors(enumeration, layout)
         counters.told(call.before.runs)
         if self.needs_data:

@@ -31,6 +31,7 @@ from pyro_vfe.program.narrowing import narrowed_site, stretch
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, record_both
 from pyro_vfe.program.runs import enumerate_programs
+from pyro_vfe.program.single_values import with_own_dims
 from pyro_vfe.program.site_structure import elements_of
 from pyro_vfe.program.sizeless import SizelessPlates
 from pyro_vfe.program.spot_check_plates import agree, check_elements, ordinary_log_prob, own_elements, own_stretch
@@ -101,7 +102,7 @@ def _check(
     )
     set_random_state(state)
     together = frozenset((mixing.mixed | layout.groups.keys()) & enumeration.supports.keys())
-    plan = rounds_of(enumeration, together, layout.row_bytes)
+    plan = rounds_of(enumeration, together, layout.row_bytes, alike=layout.only_enumerated)
 
     def run(number: int, given: Mapping[str, Tensor] = draws) -> _Round:
         assignment = assignment_of(enumeration, plan, number)
@@ -141,7 +142,9 @@ def agrees_at_random(
         state: The random state in which it was made.
     """
     draws, _ = _held(enumeration)
-    assignment = assignment_of(enumeration, rounds_of(enumeration, frozenset(), layout.row_bytes, at_most=1), 0)
+    alike = layout.only_enumerated
+    plan = rounds_of(enumeration, frozenset(), layout.row_bytes, at_most=1, alike=alike)
+    assignment = assignment_of(enumeration, plan, 0)
     keys = list(enumeration.factors)
     some = {keys[index] for index in torch.randperm(len(keys))[:_MOST_SITES].tolist()}
     set_random_state(state)
@@ -256,7 +259,8 @@ def _ordinary_run(
         if index is None or support is None:
             point: Tensor = fn.sample()
             return point
-        return support[over_dims(reduce(own_stretch, plates, index), plates).to(support.device)]
+        value = support[over_dims(reduce(own_stretch, plates, index), plates).to(support.device)]
+        return with_own_dims(value, fn, -layout.dims.get(name, 0)) if layout.only_enumerated else value
 
     given = {name: _at(value, name, enumeration, assignment, layout) for name, value in draws.items()}
     model = closing(model, enumeration.closed.__contains__) if enumeration.closed else model
