@@ -138,10 +138,10 @@ class _Findings:
     """The size of plates that have none of their own, where a latent stands before the data."""
     ones: Ones = field(default_factory=Ones)
 
-    @property
-    def observer(self) -> Observer:
-        """What looks at the operations of a run."""
-        return Observer() if self.ones.dims else self.rows
+    def provenance(self) -> Provenance:
+        """What follows the values of a run."""
+        observer = Observer() if self.ones.dims else self.rows
+        return Provenance(on_union=self.met, follows=True, observer=observer)
 
     def met(self, sites: Sites, operation: str) -> None:
         """Notes that an operation joined these sites in one tensor."""
@@ -328,9 +328,7 @@ def _ordinary_run(
         hand_over_masks(sites)
         return sites
 
-    sites, provenance, overwrites_saved = ran_twice(
-        run, lambda: Provenance(on_union=findings.met, follows=True, observer=findings.observer), (args, kwargs)
-    )
+    sites, provenance, overwrites_saved = ran_twice(run, findings.provenance, (args, kwargs))
     findings.overwrites_saved |= overwrites_saved
     findings.add(sites, provenance)
     # A look at the latents alone calls the model a guide.
