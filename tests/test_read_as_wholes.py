@@ -14,7 +14,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 import pyro_vfe as vfe
-from pyro_vfe.errors import PlateError, PlateKeptError, VFEWarning
+from pyro_vfe.errors import CostError, PlateError, PlateKeptError, VFEWarning
 
 Program = Callable[[], None]
 
@@ -237,3 +237,34 @@ def test_a_guide_of_the_posterior_is_refused_with_two_ways_out() -> None:
     terms = vfe.FreeEnergy().decompose(one_by_one, vfe.AutoPosterior(one_by_one))
     assert_equal(terms.gap, tensor(0.0), 1e-10)
     assert_equal(terms.surprise, vfe.FreeEnergy().decompose(spike_and_slab, empty).surprise, 1e-10)
+
+
+def test_two_large_plates_read_by_index_are_refused_with_their_cost_and_a_way_out() -> None:
+    item, who = (torch.randint(20, (30,), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def model() -> None:
+        with pyro.plate("items", 20):
+            z = pyro.sample("z", dist.Bernoulli(tensor(0.3)))
+        with pyro.plate("raters", 20):
+            t = pyro.sample("t", dist.Bernoulli(tensor(0.6)))
+        with pyro.plate("labels", 30):
+            pyro.sample("y", dist.Normal(z[item] + 2.0 * t[who], 1.0), obs=torch.ones(30))
+
+    with pytest.raises(CostError, match=r"'y' of the model reads latents of several plates.*2\^40 joint values"):
+        vfe.FreeEnergy().loss(model, empty)
+
+    def guide() -> None:
+        with pyro.plate("raters", 20):
+            pyro.sample("t", dist.Bernoulli(tensor(0.5)), infer={"enumerate": None})
+
+    def given_raters(t: Tensor) -> Tensor:
+        likelihoods = [dist.Normal(value + 2.0 * t[who], 1.0).log_prob(torch.ones(30)) for value in (0.0, 1.0)]
+        by_item = torch.zeros(20, 2).index_add(0, item, torch.stack(likelihoods, -1))
+        return (tensor([0.7, 0.3]).log() + by_item).logsumexp(-1).sum()
+
+    pyro.set_rng_seed(3)
+    loss = vfe.FreeEnergy().loss(model, guide)
+    pyro.set_rng_seed(3)
+    t = dist.Bernoulli(tensor(0.5)).expand([20]).sample()
+    cost = dist.Bernoulli(tensor(0.5)).log_prob(t).sum() - dist.Bernoulli(tensor(0.6)).log_prob(t).sum()
+    assert loss == pytest.approx((cost - given_raters(t)).item(), rel=1e-10)

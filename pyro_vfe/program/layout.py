@@ -23,7 +23,7 @@ from pyro_vfe.program.masking import hand_over_masks, unmasked
 from pyro_vfe.program.missing_data import check_data
 from pyro_vfe.program.missing_plates import check_batch_dims
 from pyro_vfe.program.operations import Observer
-from pyro_vfe.program.plate_violations import different_plates, plate_violation
+from pyro_vfe.program.plate_violations import different_plates, not_written_out, plate_violation
 from pyro_vfe.program.provenance import Provenance
 from pyro_vfe.program.randomness import random_state, set_random_state
 from pyro_vfe.program.recorder import Plate, Role, Site, missing_guide_site, record_both
@@ -453,6 +453,7 @@ def _read_as_wholes(
 
     Raises:
         PlateError: One has too many elements for that, or is a chain, or shows a part of its plate.
+        CostError: Several have too many together.
     """
     latents = {site.name: site for site in sites.values() if site.kind == "enumerated"}
     found: dict[str, tuple[Plate, ...]] = {}
@@ -468,10 +469,11 @@ def _read_as_wholes(
                             raise plate_violation(key[1], key[0], name, plate.name)
                         found[name] = (*found.get(name, ()), plate)
     for key, site in sites.items():
-        read = sorted(site.scope & found.keys())
+        own = {site.name} if site.kind == "enumerated" else set()
+        read = sorted(site.scope & found.keys() - own)
         bits = [math.log2(latents[name].size) * math.prod(plate.size for plate in found[name]) for name in read]
         if sum(bits) > math.log2(MOST_JOINT_VALUES):
-            raise plate_violation(key[1], key[0], read[0], found[read[0]][0].name)
+            raise not_written_out(key[1], key[0], {name: found[name][0].name for name in read}, sum(bits))
     return found
 
 
