@@ -1,5 +1,6 @@
 """What every program has to satisfy, however the library goes about it."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -82,3 +83,16 @@ def check_random_program(spec: ProgramSpec) -> None:
         expected = exact.gradients()
         for parameter, gradient in gradients(vfe.FreeEnergy().differentiable_loss(model, guide)).items():
             assert_equal(gradient, expected[parameter], 1e-8)
+
+
+def check_pair(model: Callable[[], None], guide: Callable[[], None]) -> Oracle:
+    """Terms, and gradients call after call, equal those of the joint table, which is returned."""
+    exact, elbo = oracle(model, guide), vfe.FreeEnergy()
+    terms = elbo.decompose(model, guide)
+    for term in TERMS:
+        assert_equal(getattr(terms, term), exact.terms[term], 1e-10)
+    expected = exact.gradients()
+    for _call in range(3):
+        for parameter, gradient in gradients(elbo.differentiable_loss(model, guide)).items():
+            assert_equal(gradient, expected[parameter], 1e-8)
+    return exact
