@@ -135,8 +135,6 @@ def joined(
         read: The latent that the site reads of each group of latents whose values are taken one by one.
     """
 
-    names = {name for path in tables for name, _ in deciding(path)}
-
     def join(group: Sequence[Assignment], depth: int, met: int) -> Table:
         first = group[0]
         if depth >= len(first):
@@ -150,7 +148,7 @@ def joined(
             return parts[0]
         is_one = _are_equal(parts) if isinstance(choice, int) else met > since
         if not is_one:
-            _check_size(parts, name, names)
+            _check_size(parts, name, tables)
         return parts[0] if is_one else stacked(parts, name)
 
     return join(list(tables), 0, 0)
@@ -164,17 +162,20 @@ def _are_equal(parts: Sequence[Table]) -> bool:
     )
 
 
-def _check_size(parts: Sequence[Table], name: str, names: Collection[str]) -> None:
+def _check_size(parts: Sequence[Table], name: str, paths: Collection[Assignment]) -> None:
     sizes = {name: len(parts), **{axis: size for part in parts for axis, size in part.sizes.items()}}
-    deciding = [axis for axis in sizes if axis in names]
-    if prod(sizes[axis] for axis in deciding) > MAX_RUNS and prod(sizes.values()) > _MOST_ENTRIES:
-        shown = ", ".join(f"'{axis}'" for axis in deciding[:5])
+    if prod(sizes.values()) <= _MOST_ENTRIES:
+        return
+    names = {decider for path in paths for decider, _ in deciding(path)}
+    found = [axis for axis in sizes if axis in names]
+    if prod(sizes[axis] for axis in found) > MAX_RUNS:
+        shown = ", ".join(f"'{axis}'" for axis in found[:5])
         raise CostError(
-            f"A table over the latents that the programs branch on ({shown}{', ...' * (len(deciding) > 5)}) would have "
+            f"A table over the latents that the programs branch on ({shown}{', ...' * (len(found) > 5)}) would have "
             f"more than {_MOST_ENTRIES:,} entries, most of them for latents that are absent.",
             hint="Leave these latents out of the guide and out of poutine.scale: then each path of choices is summed "
             "by itself; or give latents of one role one name in all branches.",
-            sites=deciding,
+            sites=found,
         )
 
 

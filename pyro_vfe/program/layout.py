@@ -396,7 +396,6 @@ def _arranged(
         wholes = _read_as_wholes(findings.sites, stars)
     sites = structure_parts(findings.sites, wholes) if wholes else findings.sites
     meetings = {names_parts(names, wholes): operation for names, operation in findings.meetings.items()}
-    _check_plates(sites, stars)
     check_masks(sites)
     check_guide(sites)
     unread = _unread(sites)
@@ -449,7 +448,7 @@ def _star_latents(sites: Mapping[tuple[Role, str], SiteStructure]) -> dict[tuple
 def _read_as_wholes(
     sites: Mapping[tuple[Role, str], SiteStructure], stars: Mapping[tuple[Role, str], str]
 ) -> dict[str, tuple[Plate, ...]]:
-    """The latents that some site reads from outside of their plates, all elements together.
+    """The latents that some site reads from outside of their plates, all elements together; a star's is no such one.
 
     Raises:
         PlateError: One has too many elements for that, or is a chain, or shows a part of its plate.
@@ -475,17 +474,6 @@ def _read_as_wholes(
         if sum(bits) > math.log2(MOST_JOINT_VALUES):
             raise not_written_out(key[1], key[0], {name: found[name][0].name for name in read}, sum(bits))
     return found
-
-
-def _check_plates(sites: Mapping[tuple[Role, str], SiteStructure], stars: Mapping[tuple[Role, str], str]) -> None:
-    """A latent's plates must enclose every site that reads it: anything else is no legal program for enumeration."""
-    homes = {site.name: site.plates for site in sites.values() if site.kind == "enumerated"}
-    for key, site in sites.items():
-        around = {plate.name for plate in site.plates}
-        for name in sorted(site.scope & homes.keys() - {stars.get(key)}):
-            for plate in homes[name]:
-                if plate.name not in around:
-                    raise plate_violation(site.name, site.role, name, plate.name)
 
 
 def _check_homes(sites: Mapping[tuple[Role, str], SiteStructure]) -> None:

@@ -238,9 +238,8 @@ class Programs:
         return enumeration
 
     def _enumerate_anew(self, call: "_Call") -> Enumeration:
-        extra = 1 if call.particles > 1 else 0
         counters = Counters(call.model, call.guide)
-        layout = self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra)
+        layout = self._layout_of(call)
         counters.looked()
         try:
             layout, enumeration, shares, paths = self._checked(call, layout)
@@ -287,10 +286,14 @@ class Programs:
     def _otherwise(self, call: "_Call", layout: Layout, error: Exception) -> Layout | None:
         """Another way of enumerating programs that failed; None where there is none."""
         if layout.stars and isinstance(error, (PlateError, SpotCheckError)):
-            extra = 1 if call.particles > 1 else 0
             with suppress(PlateError):  # What reads several elements at once may be written out, where it fits.
-                return self.layout(call.model, call.guide, call.args, call.kwargs, extra_nesting=extra, by_index=False)
+                return self._layout_of(call, by_index=False)
         return call.values_apart(layout, error)
+
+    def _layout_of(self, call: "_Call", *, by_index: bool = True) -> Layout:
+        extra = 1 if call.particles > 1 else 0
+        own = call.model, call.guide, call.args, call.kwargs
+        return self.layout(*own, extra_nesting=extra, by_index=by_index)
 
     def enumerate_given_draws(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
